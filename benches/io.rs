@@ -1,0 +1,126 @@
+//! The I/O paths of a delta directory, in GB/s: open, read cold and warm, checksum.
+
+use std::fs::{self, File};
+use std::hint::black_box;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use meswitch_core::checkpoint::Checkpoint;
+use meswitch_core::codec::{Settings, Zero};
+use meswitch_core::compress::{Job, Plan};
+use meswitch_core::delta::{Delta, TENSORS, checksum};
+use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+
+const SITES: usize = 16;
+const SIDE: usize = 2048;
+
+/// A checkpoint of bf16 matrices; another seed moves every weight a little.
+fn save(folder: &Path, seed: u32) {
+    fs::create_dir_all(folder).expect("a folder");
+    let data: Vec<Vec<u8>> = (0..SITES as u32)
+        .map(|site| {
+            (0..(SIDE * SIDE) as u32)
+                .flat_map(|i| (0x3c00 + (i.wrapping_mul(site + 7 + seed) >> 9) as u16 % 64).to_le_bytes())
+                .collect()
+        })
+        .collect();
+    let views = data.iter().enumerate().map(|(at, data)| {
+        (format!("site.{at}.weight"), TensorView::new(Dtype::BF16, vec![SIDE, SIDE], data).expect("a view"))
+    });
+    serialize_to_file(views, None, &folder.join("model.safetensors")).expect("a checkpoint");
+}
+
+fn delta(root: &Path) -> Delta {
+    save(&root.join("base"), 0);
+    save(&root.join("finetune"), 2);
+    let (base, finetune) = (
+        Checkpoint::open(&root.join("base")).expect("base"),
+        Checkpoint::open(&root.join("finetune")).expect("fine-tune"),
+    );
+    let settings = Settings {
+        bits: 2,
+        group_size: None,
+        zero: Zero::Symmetric,
+        one_scale: false,
+        column_scales: false,
+        salient: 0,
+        rank: 0,
+        classes: Vec::new(),
+        skip_unchanged_rows: false,
+    };
+    let plans: Vec<Plan> = finetune
+        .names()
+        .iter()
+        .map(|name| Plan { name: name.clone(), transposed: false, quantize: Some(settings.clone()), moments: None })
+        .collect();
+    let job = Job {
+        base: &base,
+        finetune: &finetune,
+        plans: &plans,
+        out: &root.join("delta"),
+        files: &[],
+        settings: serde_json::Value::Null,
+        base_name: "bench",
+    };
+    job.run(&mut |_| true).expect("a delta")
+}
+
+/// Asks the kernel to forget a file's pages, so that the next read comes from the disk.
+fn forget(path: &Path) {
+    let file = File::open(path).expect("the tensors");
+    file.sync_all().expect("a sync");
+    // SAFETY: an open descriptor and plain numbers.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+}
+
+/// Touches every cache line of the tensors, as a kernel would.
+fn read(delta: &Delta) -> u64 {
+    let sites = delta
+        .manifest()
+        .sites
+        .iter()
+        .flat_map(|site| site.tensors.keys().filter_map(|role| delta.tensor(&site.name, role)));
+    sites
+        .map(|bytes| {
+            bytes
+                .chunks_exact(8)
+                .map(|word| u64::from_le_bytes(word.try_into().expect("eight")))
+                .fold(0, u64::wrapping_add)
+        })
+        .fold(0, u64::wrapping_add)
+}
+
+fn io(c: &mut Criterion) {
+    let root = tempfile::tempdir().expect("a folder");
+    let delta = delta(root.path());
+    let (folder, file) = (root.path().join("delta"), root.path().join("delta").join(TENSORS));
+    let bytes = delta.bytes();
+    let mut group = c.benchmark_group("io");
+    group.sample_size(20);
+    group.bench_function("open and validate", |b| b.iter(|| Delta::open(black_box(&folder)).expect("sound")));
+    group.throughput(Throughput::BytesDecimal(bytes));
+    group.bench_function("read warm", |b| b.iter(|| read(black_box(&delta))));
+    let cold = root.path().join("cold");
+    fs::create_dir(&cold).expect("a folder");
+    for name in ["meswitch.json", TENSORS] {
+        fs::copy(folder.join(name), cold.join(name)).expect("a copy that nobody has mapped");
+    }
+    group.bench_function("read cold", |b| {
+        b.iter_batched(
+            || {
+                forget(&cold.join(TENSORS));
+                Delta::open(&cold).expect("sound")
+            },
+            |delta| read(&delta),
+            BatchSize::PerIteration,
+        );
+    });
+    group.bench_function("verify", |b| b.iter(|| delta.verify().expect("sound")));
+    let whole = fs::read(&file).expect("the tensors");
+    group.bench_function("checksum", |b| b.iter(|| checksum(black_box(&whole))));
+    group.finish();
+}
+
+criterion_group!(benches, io);
+criterion_main!(benches);

@@ -1,0 +1,12 @@
+//! The codec: a matrix of differences to codes, scales and salient channels.
+
+mod columns;
+pub mod fit;
+mod low_rank;
+pub mod pair;
+mod quantize;
+mod salient;
+mod sweep;
+
+pub use pair::Pair;
+pub use quantize::{Class, Part, Quantized, Settings, Zero, quantize};

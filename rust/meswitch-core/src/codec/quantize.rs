@@ -1,0 +1,435 @@
+//! One site: statistics, row classes, scales and codes, in tiles of rows over all cores.
+
+use half::f16;
+use rayon::prelude::*;
+
+use super::columns::Columns;
+use super::low_rank::LowRank;
+use super::{Pair, fit, salient, sweep};
+use crate::error::Result;
+use crate::layout::row_bytes;
+
+/// Where the codes' zero lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zero {
+    /// `(2^bits − 1) / 2`: symmetric levels, none of them zero. Right for dense deltas.
+    Symmetric,
+    /// `2^(bits − 1)`: one level is zero. Right for sparse deltas.
+    Level,
+    /// Whichever fits the site better.
+    Auto,
+}
+
+/// Rows that get a bit width of their own.
+#[derive(Clone, Debug)]
+pub struct Class {
+    /// Bits a code.
+    pub bits: u32,
+    /// The rows, rising.
+    pub rows: Vec<u32>,
+}
+
+/// How a site is quantized.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Bits a code, where no class says otherwise.
+    pub bits: u32,
+    /// Input channels that share a scale; the whole row where none.
+    pub group_size: Option<usize>,
+    /// Where the zero lies.
+    pub zero: Zero,
+    /// One scale for the whole matrix (BitDelta), not one a row.
+    pub one_scale: bool,
+    /// Whether input channels have scales too.
+    pub column_scales: bool,
+    /// Salient channels to keep.
+    pub salient: usize,
+    /// Rank of the part under the codes.
+    pub rank: usize,
+    /// Rows of another bit width.
+    pub classes: Vec<Class>,
+    /// Whether rows without any change take no space.
+    pub skip_unchanged_rows: bool,
+}
+
+/// The rows of a site that share a bit width.
+#[derive(Debug)]
+pub struct Part {
+    /// Bits a code.
+    pub bits: u32,
+    /// The code value that means zero.
+    pub zero: f32,
+    /// Input channels that share a scale.
+    pub group_size: Option<usize>,
+    /// The rows, or none for all.
+    pub rows: Option<Vec<u32>>,
+    /// Packed codes, row by row.
+    pub codes: Vec<u8>,
+    /// `[rows, groups]`, in units of `2^exponent` of the site.
+    pub scales: Vec<f16>,
+}
+
+/// A quantized site.
+#[derive(Debug)]
+pub struct Quantized {
+    /// The codes.
+    pub parts: Vec<Part>,
+    /// One scale an input channel.
+    pub column_scales: Option<Vec<f16>>,
+    /// Salient channels, rising.
+    pub salient_index: Vec<u32>,
+    /// What the codes miss there, `[rows, salient]`.
+    pub salient: Vec<f16>,
+    /// The low-rank part `[rows, rank]` · `[rank, columns]`.
+    pub low_rank: Option<(Vec<f16>, Vec<f16>)>,
+    /// Scales, salient values and the left low-rank factor are in units of `2^exponent`.
+    pub exponent: i32,
+    /// `‖Δ − Δ̂‖ / ‖Δ‖`.
+    pub relative_error: f64,
+}
+
+/// What one pass over a site says of it.
+struct Statistics {
+    row_energy: Vec<f32>,
+    column_energy: Vec<f64>,
+    magnitude: f64,
+}
+
+/// The rows of one part while they are being fitted.
+pub(super) struct Draft {
+    pub bits: u32,
+    pub zero: f32,
+    pub all: bool,
+    pub rows: Vec<usize>,
+    pub codes: Vec<u8>,
+    pub scales: Vec<f32>,
+}
+
+/// Quantizes one site; none where base and fine-tune are equal. `moments` are E[x²] of the input channels.
+///
+/// # Errors
+/// [`crate::Error::NonFinite`] where a weight is NaN or infinite.
+pub fn quantize(pair: &Pair<'_>, moments: Option<&[f32]>, settings: &Settings) -> Result<Option<Quantized>> {
+    let statistics = measure(pair)?;
+    let energy: f64 = statistics.row_energy.iter().map(|e| f64::from(*e)).sum();
+    if energy == 0.0 {
+        return Ok(None);
+    }
+    let importance = importance(moments, pair.columns);
+    let low_rank = LowRank::fit(pair, &importance, settings.rank)?;
+    let mut columns = Columns::first(settings.column_scales, &statistics.column_energy, pair.rows);
+    let mut drafts = drafts(pair, settings, &statistics);
+    let source = Source { pair, low_rank: low_rank.as_ref(), importance: &importance };
+    for draft in &mut drafts {
+        draft.zero = source.choose_zero(draft, &columns, settings)?;
+    }
+    let shared_scale =
+        settings.one_scale.then(|| (2.0 * statistics.magnitude / (pair.rows * pair.columns) as f64) as f32);
+    let rounds = if settings.column_scales { 2 } else { 1 };
+    let mut outcome = Outcome::new(pair.columns);
+    for round in 0..rounds {
+        outcome = Outcome::new(pair.columns);
+        for draft in &mut drafts {
+            outcome.add(&source.fit(draft, &columns, settings, shared_scale)?);
+        }
+        // The last refit moves the scales under codes that stay: better by least squares, so never worse.
+        let before = columns.refit(&outcome);
+        if round + 1 == rounds && settings.column_scales {
+            outcome.correct(&before, &columns);
+        }
+    }
+    let chosen = salient::choose(&outcome.error, &importance, settings.salient);
+    let residual = source.residual(&drafts, &columns, settings, &chosen)?;
+    let missed: f64 =
+        outcome.error.iter().enumerate().filter(|(i, _)| !chosen.contains(&(*i as u32))).map(|(_, e)| e).sum();
+    Ok(Some(finish(drafts, &columns, settings, chosen, &residual, low_rank, (missed / energy).max(0.0).sqrt())))
+}
+
+/// E[x²] with a floor, so that a channel that calibration never saw still counts; ones without calibration.
+fn importance(moments: Option<&[f32]>, columns: usize) -> Vec<f32> {
+    let Some(moments) = moments else { return vec![1.0; columns] };
+    let mean = moments.iter().map(|m| f64::from(*m)).sum::<f64>() / columns.max(1) as f64;
+    if mean <= 0.0 {
+        return vec![1.0; columns];
+    }
+    moments.iter().map(|m| (f64::from(*m) / mean + 0.01) as f32).collect()
+}
+
+fn measure(pair: &Pair<'_>) -> Result<Statistics> {
+    let rows: Vec<usize> = (0..pair.rows).collect();
+    let bands: Vec<_> = rows
+        .par_chunks(pair.band_rows())
+        .map_init(<(Vec<f32>, Vec<f32>)>::default, |(spare, tile), band| {
+            let (mut row_energy, mut column_energy) = (Vec::with_capacity(band.len()), vec![0f32; pair.columns]);
+            let mut magnitude = 0.0;
+            for rows in band.chunks(pair.tile_rows()) {
+                pair.read(rows, spare, tile)?;
+                for row in tile.chunks(pair.columns.max(1)) {
+                    let (energy, absolute) = sweep::energies(row, &mut column_energy);
+                    row_energy.push(energy);
+                    magnitude += f64::from(absolute);
+                }
+            }
+            Ok((row_energy, column_energy, magnitude))
+        })
+        .collect::<Result<_>>()?;
+    let mut all = Statistics { row_energy: Vec::new(), column_energy: vec![0.0; pair.columns], magnitude: 0.0 };
+    for (row_energy, column_energy, magnitude) in bands {
+        all.row_energy.extend(row_energy);
+        all.column_energy.iter_mut().zip(column_energy).for_each(|(sum, value)| *sum += f64::from(value));
+        all.magnitude += magnitude;
+    }
+    Ok(all)
+}
+
+/// Splits the rows into the parts that the settings ask for.
+fn drafts(pair: &Pair<'_>, settings: &Settings, statistics: &Statistics) -> Vec<Draft> {
+    let mut bits_of = vec![Some(settings.bits); pair.rows];
+    for class in &settings.classes {
+        for row in class.rows.iter().filter(|row| (**row as usize) < pair.rows) {
+            bits_of[*row as usize] = Some(class.bits);
+        }
+    }
+    let unchanged = statistics.row_energy.iter().filter(|energy| **energy == 0.0).count();
+    // Naming the other rows costs four bytes each.
+    let saved = unchanged * (row_bytes(settings.bits, pair.columns) + 2);
+    if settings.skip_unchanged_rows && saved > 4 * (pair.rows - unchanged) {
+        for (bits, energy) in bits_of.iter_mut().zip(&statistics.row_energy) {
+            if *energy == 0.0 {
+                *bits = None;
+            }
+        }
+    }
+    let mut widths: Vec<u32> = bits_of.iter().flatten().copied().collect();
+    widths.sort_unstable();
+    widths.dedup();
+    widths
+        .into_iter()
+        .map(|bits| {
+            let rows: Vec<usize> = (0..pair.rows).filter(|row| bits_of[*row] == Some(bits)).collect();
+            let groups = settings.group_size.map_or(1, |size| pair.columns.div_ceil(size));
+            Draft {
+                bits,
+                zero: fit::top(bits) / 2.0,
+                all: rows.len() == pair.rows,
+                codes: vec![0; rows.len() * row_bytes(bits, pair.columns)],
+                scales: vec![0.0; rows.len() * groups],
+                rows,
+            }
+        })
+        .collect()
+}
+
+/// What the codes are fitted to.
+struct Source<'a> {
+    pair: &'a Pair<'a>,
+    low_rank: Option<&'a LowRank>,
+    importance: &'a [f32],
+}
+
+impl Source<'_> {
+    /// Rows of the difference that is left under the low-rank part.
+    fn read(&self, rows: &[usize], spare: &mut Vec<f32>, tile: &mut Vec<f32>) -> Result<()> {
+        self.pair.read(rows, spare, tile)?;
+        if let Some(low_rank) = self.low_rank {
+            low_rank.subtract(rows, self.pair.columns, tile);
+        }
+        Ok(())
+    }
+
+    /// The zero that explains more of a few hundred rows.
+    fn choose_zero(&self, draft: &Draft, columns: &Columns, settings: &Settings) -> Result<f32> {
+        let (symmetric, level) = (fit::top(draft.bits) / 2.0, (1u32 << (draft.bits - 1)) as f32);
+        match settings.zero {
+            Zero::Symmetric => return Ok(symmetric),
+            Zero::Level => return Ok(level),
+            Zero::Auto if draft.bits == 1 => return Ok(symmetric),
+            Zero::Auto => {}
+        }
+        let sample: Vec<usize> = draft.rows.iter().copied().step_by(draft.rows.len().div_ceil(64).max(1)).collect();
+        let (mut spare, mut tile) = (Vec::new(), Vec::new());
+        self.read(&sample, &mut spare, &mut tile)?;
+        let weight = columns.weight(self.importance);
+        let (mut gain_symmetric, mut gain_level) = (0.0, 0.0);
+        for row in tile.chunks_mut(self.pair.columns.max(1)) {
+            columns.divide(row);
+            gain_symmetric += f64::from(fit::best_gain(row, &weight, draft.bits, symmetric));
+            gain_level += f64::from(fit::best_gain(row, &weight, draft.bits, level));
+        }
+        Ok(if gain_level > gain_symmetric { level } else { symmetric })
+    }
+
+    /// Fits scales and codes of a part's rows; says what that leaves per column.
+    fn fit(&self, draft: &mut Draft, columns: &Columns, settings: &Settings, shared: Option<f32>) -> Result<Outcome> {
+        let width = self.pair.columns;
+        let size = settings.group_size.unwrap_or(width).max(1);
+        let (stride, groups) = (row_bytes(draft.bits, width), width.div_ceil(size).max(1));
+        let band_rows = self.pair.band_rows();
+        let (bits, zero) = (draft.bits, draft.zero);
+        let weight = columns.weight(self.importance);
+        let bands: Vec<Outcome> = draft
+            .rows
+            .par_chunks(band_rows)
+            .zip(draft.codes.par_chunks_mut((stride * band_rows).max(1)))
+            .zip(draft.scales.par_chunks_mut(groups * band_rows))
+            .map_init(<(Vec<f32>, Vec<f32>, Vec<u8>)>::default, |(spare, tile, codes), ((band, packed), scales)| {
+                codes.resize(width, 0);
+                let mut tally = Tally::new(width);
+                let mut rows = packed.chunks_mut(stride).zip(scales.chunks_mut(groups));
+                for tile_rows in band.chunks(self.pair.tile_rows()) {
+                    self.read(tile_rows, spare, tile)?;
+                    for (row, (packed, scales)) in tile.chunks_mut(width).zip(&mut rows) {
+                        columns.divide(row);
+                        let groups =
+                            row.chunks(size).zip(weight.chunks(size)).zip(codes.chunks_mut(size)).zip(&mut *scales);
+                        for (((delta, weight), codes), scale) in groups {
+                            *scale = shared.unwrap_or_else(|| fit::fit_row(delta, weight, bits, zero, codes));
+                            if shared.is_some() {
+                                fit::encode(delta, *scale, bits, zero, codes);
+                            }
+                        }
+                        tally.add(row, codes, scales, size, zero);
+                        crate::layout::pack_row(codes, bits, packed);
+                    }
+                }
+                Ok(tally.outcome(columns))
+            })
+            .collect::<Result<_>>()?;
+        let mut all = Outcome::new(width);
+        bands.iter().for_each(|band| all.add(band));
+        Ok(all)
+    }
+
+    /// What the codes miss in the chosen channels, `[rows, chosen]`.
+    fn residual(&self, drafts: &[Draft], columns: &Columns, settings: &Settings, chosen: &[u32]) -> Result<Vec<f32>> {
+        if chosen.is_empty() {
+            return Ok(Vec::new());
+        }
+        let width = self.pair.columns;
+        let mut residual = vec![0f32; self.pair.rows * chosen.len()];
+        for draft in drafts {
+            let stride = row_bytes(draft.bits, width);
+            let size = settings.group_size.unwrap_or(width).max(1);
+            let groups = width.div_ceil(size);
+            let rows: Vec<(usize, Vec<f32>)> = draft
+                .rows
+                .par_iter()
+                .enumerate()
+                .map_init(<(Vec<f32>, Vec<f32>, Vec<u8>)>::default, |(spare, tile, codes), (at, row)| {
+                    self.read(&[*row], spare, tile)?;
+                    codes.resize(width, 0);
+                    crate::layout::unpack_row(&draft.codes[at * stride..(at + 1) * stride], draft.bits, codes);
+                    let left = chosen.iter().map(|column| {
+                        let column = *column as usize;
+                        let scale = draft.scales[at * groups + column / size] * columns.scale(column);
+                        tile[column] - scale * (f32::from(codes[column]) - draft.zero)
+                    });
+                    Ok((*row, left.collect()))
+                })
+                .collect::<Result<_>>()?;
+            for (row, left) in rows {
+                residual[row * chosen.len()..(row + 1) * chosen.len()].copy_from_slice(&left);
+            }
+        }
+        Ok(residual)
+    }
+}
+
+/// Column sums of one band: `Σ (d − r·l)²`, `Σ d·r·l` and `Σ (r·l)²`, in the units of the divided row.
+struct Tally {
+    error: Vec<f32>,
+    cross: Vec<f32>,
+    level: Vec<f32>,
+}
+
+impl Tally {
+    fn new(width: usize) -> Self {
+        Self { error: vec![0.0; width], cross: vec![0.0; width], level: vec![0.0; width] }
+    }
+
+    fn add(&mut self, row: &[f32], codes: &[u8], scales: &[f32], size: usize, zero: f32) {
+        for (group, scale) in scales.iter().enumerate() {
+            let of = group * size..((group + 1) * size).min(row.len());
+            let (error, cross, level) =
+                (&mut self.error[of.clone()], &mut self.cross[of.clone()], &mut self.level[of.clone()]);
+            sweep::tally(&row[of.clone()], &codes[of], *scale, zero, error, cross, level);
+        }
+    }
+
+    fn outcome(self, columns: &Columns) -> Outcome {
+        let unit = |i: usize| f64::from(columns.scale(i)).powi(2);
+        Outcome {
+            error: self.error.iter().enumerate().map(|(i, error)| unit(i) * f64::from(*error)).collect(),
+            cross: self.cross.iter().map(|cross| f64::from(*cross)).collect(),
+            level: self.level.iter().map(|level| f64::from(*level)).collect(),
+        }
+    }
+}
+
+/// Per column: the squared error that the codes leave, and the sums that a column's best scale is made of.
+pub(super) struct Outcome {
+    pub error: Vec<f64>,
+    pub cross: Vec<f64>,
+    pub level: Vec<f64>,
+}
+
+impl Outcome {
+    fn new(width: usize) -> Self {
+        Self { error: vec![0.0; width], cross: vec![0.0; width], level: vec![0.0; width] }
+    }
+
+    fn add(&mut self, other: &Self) {
+        for (sum, more) in
+            [(&mut self.error, &other.error), (&mut self.cross, &other.cross), (&mut self.level, &other.level)]
+        {
+            sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+        }
+    }
+
+    /// The errors after a refit: moving a column from scale `c` to `c·t` takes `c²·(t − 1)²·Σ(r·l)²` off at its best `t`.
+    fn correct(&mut self, before: &[f32], columns: &Columns) {
+        for (i, unit) in before.iter().enumerate() {
+            let step = f64::from(columns.scale(i) / unit);
+            let gain = 2.0 * (step - 1.0) * self.cross[i] - (step * step - 1.0) * self.level[i];
+            self.error[i] = (self.error[i] - f64::from(*unit).powi(2) * gain).max(0.0);
+        }
+    }
+}
+
+fn finish(
+    drafts: Vec<Draft>,
+    columns: &Columns,
+    settings: &Settings,
+    salient_index: Vec<u32>,
+    residual: &[f32],
+    low_rank: Option<LowRank>,
+    relative_error: f64,
+) -> Quantized {
+    let largest =
+        drafts.iter().flat_map(|draft| &draft.scales).chain(residual).fold(0f32, |most, value| most.max(value.abs()));
+    let largest = low_rank.as_ref().map_or(largest, |part| part.largest().max(largest));
+    // 16-bit floats are finest just below one, and a real delta's scales are far smaller.
+    let exponent = if largest > 0.0 { (largest.log2().floor() as i32).clamp(-100, 100) } else { 0 };
+    let unit = (-exponent as f32).exp2();
+    let halves = |values: &[f32]| values.iter().map(|value| f16::from_f32(value * unit)).collect::<Vec<_>>();
+    let parts = drafts
+        .into_iter()
+        .map(|draft| Part {
+            bits: draft.bits,
+            zero: draft.zero,
+            group_size: settings.group_size,
+            scales: halves(&draft.scales),
+            rows: (!draft.all).then(|| draft.rows.iter().map(|row| *row as u32).collect()),
+            codes: draft.codes,
+        })
+        .collect();
+    Quantized {
+        parts,
+        column_scales: columns.halves(),
+        salient_index,
+        salient: halves(residual),
+        low_rank: low_rank.map(|part| part.halves(unit)),
+        exponent,
+        relative_error,
+    }
+}

@@ -1,0 +1,314 @@
+//! Base and fine-tune to a delta directory, a site at a time.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use half::f16;
+use serde_json::Value;
+
+use crate::checkpoint::{Checkpoint, View};
+use crate::codec::{Pair, Quantized, Settings, quantize};
+use crate::delta::{BaseEntry, Delta, Folder, Kind, Manifest, PartEntry, SiteEntry, TensorSpec, VERSION, Writer};
+use crate::error::{Error, Result};
+use crate::fingerprint::{Fingerprint, sample};
+use crate::layout::row_bytes;
+
+/// What is to be done with one site.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The parameter's name in the fine-tune's checkpoint.
+    pub name: String,
+    /// Whether its delta's matrix is the parameter transposed.
+    pub transposed: bool,
+    /// How it is quantized; stored whole where none.
+    pub quantize: Option<Settings>,
+    /// E[x²] of its input channels, where known.
+    pub moments: Option<Vec<f32>>,
+}
+
+/// The whole job.
+pub struct Job<'a> {
+    /// The base.
+    pub base: &'a Checkpoint,
+    /// The fine-tune.
+    pub finetune: &'a Checkpoint,
+    /// Every parameter of the fine-tune, in the order in which a model runs them.
+    pub plans: &'a [Plan],
+    /// Where the delta directory goes.
+    pub out: &'a Path,
+    /// Files to lie beside the tensors.
+    pub files: &'a [PathBuf],
+    /// What the manifest says of the settings.
+    pub settings: Value,
+    /// What the manifest calls the base.
+    pub base_name: &'a str,
+}
+
+/// How far a job is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// The site that is next.
+    pub site: &'a str,
+    /// Weights done.
+    pub done: u64,
+    /// Weights in all.
+    pub total: u64,
+}
+
+impl Job<'_> {
+    /// Runs the job. `progress` is asked before every site and stops the job by returning false.
+    ///
+    /// # Errors
+    /// [`Error::Architecture`] before any work where the two do not match; [`Error::NonFinite`], [`Error::Io`],
+    /// [`Error::Interrupted`]; nothing is left behind then.
+    pub fn run(&self, progress: &mut dyn FnMut(Progress<'_>) -> bool) -> Result<Delta> {
+        let total = self.check()?;
+        let folder = Folder::create(self.out)?;
+        let mut writer = Writer::create(folder.path(), &self.specs()?)?;
+        let (mut sites, mut fingerprint, mut done) = (Vec::new(), Fingerprint::default(), 0);
+        for plan in self.plans {
+            if !progress(Progress { site: &plan.name, done, total }) {
+                return Err(Error::Interrupted);
+            }
+            let site = self.site(plan, &mut writer)?;
+            if self.base.names().binary_search(&plan.name).is_ok() {
+                fingerprint.add(&plan.name, &self.base.view(&plan.name)?);
+            }
+            done += site.parameters().unwrap_or(0);
+            sites.push(site);
+        }
+        for name in self.base.names().iter().filter(|name| !fingerprint.has(name)).cloned().collect::<Vec<_>>() {
+            fingerprint.add(&name, &self.base.view(&name)?);
+        }
+        for file in self.files {
+            writer.copy(file)?;
+        }
+        writer.finish(Manifest {
+            format_version: VERSION,
+            writer: format!("meswitch {}", env!("CARGO_PKG_VERSION")),
+            base: BaseEntry {
+                fingerprint: fingerprint.finish(),
+                sample: sample(self.base)?,
+                name: self.base_name.to_owned(),
+            },
+            settings: self.settings.clone(),
+            files: BTreeMap::new(),
+            sites,
+        })?;
+        folder.finish()?;
+        progress(Progress { site: "", done, total });
+        Delta::open(self.out)
+    }
+
+    /// Everything that can be refused before any work. Returns the number of weights.
+    fn check(&self) -> Result<u64> {
+        let planned: HashSet<&str> = self.plans.iter().map(|plan| plan.name.as_str()).collect();
+        if let Some(name) = self.finetune.names().iter().find(|name| !planned.contains(name.as_str())) {
+            return Err(Error::Argument(format!("expected a plan for every parameter, found none for {name}")));
+        }
+        if let Some(name) = self.base.names().iter().find(|name| !self.finetune.has(name)) {
+            return Err(Error::Architecture(format!(
+                "expected the base's parameter {name} in the fine-tune, found none"
+            )));
+        }
+        let mut total = 0;
+        for plan in self.plans {
+            let finetune = self.finetune.view(&plan.name)?;
+            total += finetune.len() as u64;
+            if !self.base.has(&plan.name) {
+                return Err(Error::Architecture(format!(
+                    "expected only parameters of the base, found {} in the fine-tune",
+                    plan.name
+                )));
+            }
+            let base = self.base.view(&plan.name)?;
+            let columns = base.shape.last().copied().unwrap_or(1);
+            if let Some(moments) = &plan.moments {
+                let wanted = if plan.transposed { base.shape.first().copied().unwrap_or(1) } else { columns };
+                if moments.len() != wanted || moments.iter().any(|value| !value.is_finite() || *value < 0.0) {
+                    return Err(Error::Argument(format!(
+                        "expected {wanted} finite second moments for {}, found {}",
+                        plan.name,
+                        moments.len()
+                    )));
+                }
+            }
+            if plan.quantize.is_some() {
+                Pair::new(&plan.name, base, finetune, plan.transposed)?;
+            } else if base.shape != finetune.shape && !grown(&base, &finetune) {
+                return Err(Error::Architecture(format!(
+                    "expected {} in the base's shape {:?}, found {:?}",
+                    plan.name, base.shape, finetune.shape
+                )));
+            }
+        }
+        Ok(total)
+    }
+
+    /// The tensors that may come, for the header's room.
+    fn specs(&self) -> Result<Vec<TensorSpec>> {
+        let mut specs = Vec::new();
+        for plan in self.plans {
+            let view = self.finetune.view(&plan.name)?;
+            let mut add = |role: &str, dtype: &str, dimensions: usize| {
+                specs.push(TensorSpec {
+                    role: format!("{}/{role}", plan.name),
+                    dtype: dtype.to_owned(),
+                    shape: vec![0; dimensions],
+                });
+            };
+            add("whole", &view.dtype.to_string(), view.shape.len());
+            if let Some(settings) = &plan.quantize {
+                for at in 0..=settings.classes.len() {
+                    add(&format!("codes.{at}"), "I32", 2);
+                    add(&format!("scales.{at}"), "F16", 2);
+                    add(&format!("rows.{at}"), "I32", 1);
+                }
+                for role in ["column_scales", "salient_index", "salient", "u", "v", "added"] {
+                    add(role, "F16", 2);
+                }
+            }
+        }
+        Ok(specs)
+    }
+
+    fn site(&self, plan: &Plan, writer: &mut Writer) -> Result<SiteEntry> {
+        let (base, finetune) = (self.base.view(&plan.name)?, self.finetune.view(&plan.name)?);
+        let mut entry = SiteEntry {
+            name: plan.name.clone(),
+            kind: Kind::Shared,
+            shape: finetune.shape.clone(),
+            dtype: finetune.dtype.to_string(),
+            bytes: 0,
+            bpw: 0.0,
+            relative_error: 0.0,
+            transposed: plan.transposed,
+            exponent: 0,
+            parts: Vec::new(),
+            column_scales: false,
+            salient: 0,
+            rank: 0,
+            added: 0,
+            tensors: BTreeMap::new(),
+        };
+        if base.dtype == finetune.dtype && base.shape == finetune.shape && equal(base.data, finetune.data) {
+            finite(&plan.name, &base)?;
+            return Ok(entry);
+        }
+        if let Some(settings) = &plan.quantize {
+            let pair = Pair::new(&plan.name, base, finetune.clone(), plan.transposed)?;
+            let quantized = quantize(&pair, plan.moments.as_deref(), settings)?;
+            if let Some(tensors) = Tensors::of(&mut entry, &pair, quantized, finetune.data.len()) {
+                writer.site(&mut entry, &tensors.slices())?;
+                return Ok(entry);
+            }
+        }
+        finite(&plan.name, &finetune)?;
+        entry.kind = Kind::Replaced;
+        entry.transposed = false;
+        writer.site(&mut entry, &[finetune.data])?;
+        Ok(entry)
+    }
+}
+
+/// Whether the fine-tune's tensor only has more rows.
+fn grown(base: &View<'_>, finetune: &View<'_>) -> bool {
+    base.shape.len() == finetune.shape.len()
+        && base.shape[1..] == finetune.shape[1..]
+        && finetune.shape[0] > base.shape[0]
+}
+
+fn equal(a: &[u8], b: &[u8]) -> bool {
+    use rayon::prelude::*;
+    a.par_chunks(1 << 20).zip(b.par_chunks(1 << 20)).all(|(a, b)| a == b)
+}
+
+/// # Errors
+/// [`Error::NonFinite`] where a float of the tensor is.
+fn finite(name: &str, view: &View<'_>) -> Result<()> {
+    if !view.is_float() {
+        return Ok(());
+    }
+    let mut values = vec![0f32; 1 << 14];
+    for start in (0..view.len()).step_by(values.len()) {
+        let count = values.len().min(view.len() - start);
+        view.read(start, &mut values[..count]);
+        if let Some(at) = values[..count].iter().position(|value| !value.is_finite()) {
+            return Err(Error::NonFinite(format!(
+                "expected finite weights, found {} in {name} at element {}",
+                values[at],
+                start + at
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A quantized site's tensors as the bytes that go to disk, in the order of its entry's specs.
+struct Tensors<'a> {
+    owned: Vec<Vec<u8>>,
+    added: Option<&'a [u8]>,
+}
+
+impl<'a> Tensors<'a> {
+    /// Fills the entry in. None where storing the parameter whole takes no more.
+    fn of(entry: &mut SiteEntry, pair: &Pair<'a>, quantized: Option<Quantized>, whole: usize) -> Option<Self> {
+        let all = pair.finetune.shape.iter().product::<usize>() / pair.columns.max(1);
+        let added = if pair.transposed { 0 } else { all - pair.rows };
+        let mut draft = SiteEntry { kind: Kind::Quantized, added, ..entry.clone() };
+        let mut owned = Vec::new();
+        for part in quantized.iter().flat_map(|q| &q.parts) {
+            let rows = part.rows.as_ref().map_or(pair.rows, Vec::len);
+            debug_assert_eq!(part.codes.len(), rows * row_bytes(part.bits, pair.columns));
+            draft.parts.push(PartEntry {
+                bits: part.bits,
+                zero: part.zero,
+                group_size: part.group_size,
+                rows: part.rows.as_ref().map(Vec::len),
+            });
+        }
+        if let Some(quantized) = quantized {
+            draft.exponent = quantized.exponent;
+            draft.relative_error = quantized.relative_error;
+            draft.column_scales = quantized.column_scales.is_some();
+            draft.salient = quantized.salient_index.len();
+            draft.rank = quantized.low_rank.as_ref().map_or(0, |(_, v)| v.len() / pair.columns.max(1));
+            for part in quantized.parts {
+                owned.push(part.codes);
+                owned.push(halves(&part.scales));
+                owned.extend(part.rows.as_deref().map(indices));
+            }
+            owned.extend(quantized.column_scales.as_deref().map(halves));
+            if draft.salient > 0 {
+                owned.push(indices(&quantized.salient_index));
+                owned.push(halves(&quantized.salient));
+            }
+            if let Some((u, v)) = quantized.low_rank {
+                owned.push(halves(&u));
+                owned.push(halves(&v));
+            }
+        } else {
+            // The rows that both have differ in dtype alone: a low-rank part of zeros would say the same at a cost.
+            draft.parts.push(PartEntry { bits: 1, zero: 0.5, group_size: None, rows: Some(0) });
+            owned.extend([Vec::new(), Vec::new(), Vec::new()]);
+        }
+        let tensors = Self { owned, added: (added > 0).then(|| pair.finetune.row_slice(pair.rows, all)) };
+        if tensors.slices().iter().map(|bytes| bytes.len()).sum::<usize>() >= whole {
+            return None;
+        }
+        *entry = draft;
+        Some(tensors)
+    }
+
+    fn slices(&self) -> Vec<&[u8]> {
+        self.owned.iter().map(Vec::as_slice).chain(self.added).collect()
+    }
+}
+
+fn halves(values: &[f16]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+fn indices(values: &[u32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}

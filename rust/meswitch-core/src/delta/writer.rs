@@ -1,0 +1,240 @@
+//! Writing a delta directory: under a temporary name, flushed, then renamed.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::manifest::{FileEntry, MANIFEST, Manifest, SiteEntry, TENSORS, TensorSpec};
+use super::{ALIGNMENT, checksum};
+use crate::error::{Error, Result};
+
+/// A folder that takes its name only when it is whole.
+pub struct Folder {
+    target: PathBuf,
+    partial: PathBuf,
+    // The partial folder, locked: a second writer of the same target is told, not mixed in.
+    lock: File,
+}
+
+impl Folder {
+    /// Makes `.NAME.incomplete` beside the target, emptied of what an interrupted writer left there.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where another process is writing the same folder; [`Error::Io`].
+    pub fn create(target: &Path) -> Result<Self> {
+        let name = target
+            .file_name()
+            .and_then(|name| name.to_str())
+            .ok_or_else(|| Error::Argument(format!("expected a folder to write to, found {}", target.display())))?;
+        let parent = parent_of(target);
+        fs::create_dir_all(parent).map_err(Error::io(parent))?;
+        let partial = parent.join(format!(".{name}.incomplete"));
+        match fs::create_dir(&partial) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(Error::io(&partial)(error)),
+            _ => {}
+        }
+        let lock = File::open(&partial).map_err(Error::io(&partial))?;
+        if lock.try_lock().is_err() || !same(&lock, &partial) {
+            return Err(Error::Argument(format!(
+                "expected to be alone in writing {}, found another process at it",
+                target.display()
+            )));
+        }
+        for left in fs::read_dir(&partial).map_err(Error::io(&partial))? {
+            let left = left.map_err(Error::io(&partial))?.path();
+            fs::remove_file(&left).map_err(Error::io(&left))?;
+        }
+        Ok(Self { target: target.to_owned(), partial, lock })
+    }
+
+    /// Where files are to be written.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.partial
+    }
+
+    /// Gives the folder its name. What stood there under that name is replaced.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn finish(self) -> Result<()> {
+        sync(&self.partial)?;
+        if self.target.exists() {
+            let old = self.partial.with_extension("old");
+            fs::rename(&self.target, &old).map_err(Error::io(&self.target))?;
+            fs::rename(&self.partial, &self.target).map_err(Error::io(&self.target))?;
+            fs::remove_dir_all(&old).map_err(Error::io(&old))?;
+        } else {
+            fs::rename(&self.partial, &self.target).map_err(Error::io(&self.target))?;
+        }
+        sync(parent_of(&self.target))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // After `finish` this is another's folder or none; after a failure nothing may be left.
+        if same(&self.lock, &self.partial) {
+            let _ = fs::remove_dir_all(&self.partial);
+        }
+    }
+}
+
+fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Whether an open folder is still the one of that path.
+fn same(open: &File, path: &Path) -> bool {
+    let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let named = fs::metadata(path).map(id);
+    open.metadata().map(id).is_ok_and(|open| named.is_ok_and(|named| open == named))
+}
+
+fn sync(folder: &Path) -> Result<()> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io(folder))
+}
+
+/// The tensors and the manifest of one delta directory.
+pub struct Writer {
+    path: PathBuf,
+    file: BufWriter<File>,
+    header: serde_json::Map<String, Value>,
+    reserved: usize,
+    position: usize,
+    pads: usize,
+    files: BTreeMap<String, FileEntry>,
+}
+
+impl Writer {
+    /// Starts `delta.safetensors` in a folder. `specs` are all tensors that may come, by full name: the header's room
+    /// is kept before the first of them.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn create(folder: &Path, specs: &[TensorSpec]) -> Result<Self> {
+        let path = folder.join(TENSORS);
+        let mut file = BufWriter::with_capacity(1 << 20, open_new(&path)?);
+        // The longest entry: braces, keys, two offsets of 13 digits, and a padding tensor beside it.
+        let room: usize =
+            specs.iter().map(|spec| spec.role.len() + spec.dtype.len() + 16 * spec.shape.len() + 80 + 110).sum();
+        let reserved = (8 + 64 + room).next_multiple_of(ALIGNMENT);
+        file.write_all(&vec![b' '; reserved]).map_err(Error::io(&path))?;
+        let mut header = serde_json::Map::new();
+        header.insert("__metadata__".into(), json!({"format": "meswitch"}));
+        Ok(Self { path, file, header, reserved, position: 0, pads: 0, files: BTreeMap::new() })
+    }
+
+    /// Writes a site's tensors, in the order of its entry's specs, and completes the entry with sizes and checksums.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] where bytes and entry disagree.
+    pub fn site(&mut self, entry: &mut SiteEntry, tensors: &[&[u8]]) -> Result<()> {
+        let specs = entry.specs()?;
+        if specs.len() != tensors.len() {
+            return Err(Error::Format(format!(
+                "expected {} tensors of {}, found {}",
+                specs.len(),
+                entry.name,
+                tensors.len()
+            )));
+        }
+        for (spec, bytes) in specs.iter().zip(tensors) {
+            self.tensor(&format!("{}/{}", entry.name, spec.role), &spec.dtype, &spec.shape, bytes)?;
+            entry.tensors.insert(spec.role.clone(), checksum(bytes));
+        }
+        entry.bytes = tensors.iter().map(|bytes| bytes.len() as u64).sum();
+        let bpw = 8.0 * entry.bytes as f64 / entry.parameters().unwrap_or(1).max(1) as f64;
+        entry.bpw = (bpw * 1e4).round() / 1e4;
+        entry.relative_error = (entry.relative_error * 1e6).round() / 1e6;
+        Ok(())
+    }
+
+    fn tensor(&mut self, name: &str, dtype: &str, shape: &[usize], bytes: &[u8]) -> Result<()> {
+        let aligned = self.position.next_multiple_of(ALIGNMENT);
+        if aligned > self.position {
+            let pad = vec![0; aligned - self.position];
+            self.append(&format!("_pad.{}", self.pads), "U8", &[pad.len()], &pad)?;
+            self.pads += 1;
+        }
+        self.append(name, dtype, shape, bytes)
+    }
+
+    fn append(&mut self, name: &str, dtype: &str, shape: &[usize], bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(Error::io(&self.path))?;
+        let end = self.position + bytes.len();
+        self.header.insert(name.into(), json!({"dtype": dtype, "shape": shape, "data_offsets": [self.position, end]}));
+        self.position = end;
+        Ok(())
+    }
+
+    /// Copies a file of the fine-tune's folder beside the tensors.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn copy(&mut self, source: &Path) -> Result<()> {
+        let bytes = fs::read(source).map_err(Error::io(source))?;
+        let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let target = self.path.with_file_name(&name);
+        write_synced(&target, &bytes)?;
+        self.files.insert(name, FileEntry { bytes: bytes.len() as u64, checksum: checksum(&bytes) });
+        Ok(())
+    }
+
+    /// Writes header and manifest. Returns the bytes of the two files.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn finish(mut self, mut manifest: Manifest) -> Result<(Manifest, u64)> {
+        let mut header = serde_json::to_vec(&Value::Object(self.header)).expect("plain data is always JSON");
+        assert!(header.len() + 8 <= self.reserved, "the header's room is an upper bound");
+        let io = |error| Error::io(&self.path)(error);
+        let mut file = self.file.into_inner().map_err(|error| io(error.into_error()))?;
+        let mut start = (header.len() + 8).next_multiple_of(ALIGNMENT);
+        if (self.reserved - start) * 256 > self.position {
+            move_down(&mut file, self.reserved, start).map_err(io)?;
+        } else {
+            start = self.reserved;
+        }
+        header.resize(start - 8, b' ');
+        let head = [&(header.len() as u64).to_le_bytes()[..], &header].concat();
+        file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&head)).map_err(io)?;
+        file.sync_all().map_err(io)?;
+        let tensors = (start + self.position) as u64;
+        self.files.insert(TENSORS.into(), FileEntry { bytes: tensors, checksum: checksum(&head) });
+        manifest.files = self.files;
+        let text = manifest.to_text();
+        write_synced(&self.path.with_file_name(MANIFEST), text.as_bytes())?;
+        Ok((manifest, tensors + text.len() as u64))
+    }
+}
+
+fn open_new(path: &Path) -> Result<File> {
+    File::options().read(true).write(true).create_new(true).open(path).map_err(Error::io(path))
+}
+
+/// Moves everything from one offset on to a lower one, where the room kept for the header is a burden.
+fn move_down(file: &mut File, from: usize, to: usize) -> std::io::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    let (mut source, mut target) = (from as u64, to as u64);
+    loop {
+        file.seek(SeekFrom::Start(source))?;
+        let count = file.read(&mut buffer)?;
+        if count == 0 {
+            return file.set_len(target);
+        }
+        file.seek(SeekFrom::Start(target))?;
+        file.write_all(&buffer[..count])?;
+        source += count as u64;
+        target += count as u64;
+    }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = File::create(path).map_err(Error::io(path))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
+}

@@ -1,0 +1,126 @@
+//! A quantized site as kernels see it: borrowed memory, checked once.
+
+use half::f16;
+
+use crate::error::{Error, Result};
+use crate::layout::{BITS, row_bytes};
+
+/// The rows of a site that share a bit width.
+pub struct Part<'a> {
+    /// Bits a code.
+    pub bits: u32,
+    /// The code value that means zero.
+    pub zero: f32,
+    /// Input channels that share a scale.
+    pub group: usize,
+    /// The rows, rising, or none for all.
+    pub rows: Option<&'a [u32]>,
+    /// Packed codes.
+    pub codes: &'a [u8],
+    /// `[rows, groups]`.
+    pub scales: &'a [f16],
+}
+
+/// The delta of one weight: `[rows, columns]`.
+pub struct Matrix<'a> {
+    /// Output channels.
+    pub rows: usize,
+    /// Input channels.
+    pub columns: usize,
+    /// `2^exponent`, the unit of scales, salient values and `u`.
+    pub unit: f32,
+    /// The codes.
+    pub parts: Vec<Part<'a>>,
+    /// One scale an input channel.
+    pub column_scales: Option<&'a [f16]>,
+    /// Salient channels and what the codes miss there, `[rows, salient]`.
+    pub salient: Option<(&'a [u32], &'a [f16])>,
+    /// `[rows, rank]` and `[rank, columns]`.
+    pub low_rank: Option<(&'a [f16], &'a [f16])>,
+}
+
+impl Part<'_> {
+    /// The packed row at a position within the part.
+    #[must_use]
+    pub fn packed(&self, at: usize, columns: usize) -> &[u8] {
+        let stride = row_bytes(self.bits, columns);
+        &self.codes[at * stride..(at + 1) * stride]
+    }
+
+    /// The positions within the part of the matrix's rows `start .. end`.
+    #[must_use]
+    pub fn span(&self, start: usize, end: usize) -> std::ops::Range<usize> {
+        match self.rows {
+            None => start..end,
+            Some(rows) => {
+                rows.partition_point(|row| (*row as usize) < start)..rows.partition_point(|row| (*row as usize) < end)
+            }
+        }
+    }
+
+    /// The matrix's row at a position within the part.
+    #[must_use]
+    pub fn row(&self, at: usize) -> usize {
+        self.rows.map_or(at, |rows| rows[at] as usize)
+    }
+}
+
+impl Matrix<'_> {
+    /// Checks every length and index, so that kernels need not.
+    ///
+    /// # Errors
+    /// [`Error::Format`] naming what does not fit.
+    pub fn check(&self) -> Result<()> {
+        let refuse = |what: &str, expected: usize, found: usize| {
+            Err(Error::Format(format!(
+                "expected {expected} {what} in a site of {} x {}, found {found}",
+                self.rows, self.columns
+            )))
+        };
+        for part in &self.parts {
+            if !BITS.contains(&part.bits) || part.group == 0 {
+                return refuse("known bits and a positive group", 1, part.bits as usize);
+            }
+            let rows = part.rows.map_or(self.rows, <[u32]>::len);
+            let (codes, scales) =
+                (rows * row_bytes(part.bits, self.columns), rows * self.columns.div_ceil(part.group).max(1));
+            if part.codes.len() != codes {
+                return refuse("bytes of codes", codes, part.codes.len());
+            }
+            if part.scales.len() != scales {
+                return refuse("scales", scales, part.scales.len());
+            }
+            rising(part.rows.unwrap_or_default(), self.rows)?;
+        }
+        if self.column_scales.is_some_and(|scales| scales.len() != self.columns) {
+            return refuse("column scales", self.columns, self.column_scales.map_or(0, <[f16]>::len));
+        }
+        if let Some((index, values)) = self.salient {
+            rising(index, self.columns)?;
+            if values.len() != index.len() * self.rows {
+                return refuse("salient values", index.len() * self.rows, values.len());
+            }
+        }
+        if let Some((u, v)) = self.low_rank {
+            let rank = v.len() / self.columns.max(1);
+            if rank == 0 || v.len() != rank * self.columns || u.len() != rank * self.rows {
+                return refuse("values of u", rank * self.rows, u.len());
+            }
+        }
+        Ok(())
+    }
+
+    /// The rank of the low-rank part.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.low_rank.map_or(0, |(_, v)| v.len() / self.columns.max(1))
+    }
+}
+
+fn rising(index: &[u32], limit: usize) -> Result<()> {
+    let sorted = index.windows(2).all(|pair| pair[0] < pair[1]);
+    if sorted && index.last().is_none_or(|last| (*last as usize) < limit) {
+        return Ok(());
+    }
+    Err(Error::Format(format!("expected rising indices below {limit}, found others")))
+}

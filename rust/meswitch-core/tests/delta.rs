@@ -1,0 +1,355 @@
+//! Whole delta directories: written, read, damaged.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use half::bf16;
+use meswitch_core::Error;
+use meswitch_core::checkpoint::Checkpoint;
+use meswitch_core::codec::{Class, Settings, Zero};
+use meswitch_core::compress::{Job, Plan};
+use meswitch_core::delta::{Delta, Kind, MANIFEST, Manifest, TENSORS};
+use meswitch_core::kernels::linear;
+use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+use serde_json::json;
+use tempfile::TempDir;
+
+const OUT: usize = 24;
+const IN: usize = 40;
+
+/// Fixed values, spread evenly.
+fn values(count: usize, seed: u64, size: f32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..count)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            ((state >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * size
+        })
+        .collect()
+}
+
+fn bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect()
+}
+
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+fn save(folder: &Path, tensors: &Tensors) {
+    fs::create_dir_all(folder).unwrap();
+    let data: Vec<_> = tensors.iter().map(|(name, (shape, values))| (name, shape, bytes(values))).collect();
+    let views = data
+        .iter()
+        .map(|(name, shape, bytes)| (name.as_str(), TensorView::new(Dtype::BF16, shape.to_vec(), bytes).unwrap()));
+    serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
+    fs::write(folder.join("config.json"), "{\"tie_word_embeddings\": false}").unwrap();
+}
+
+struct Family {
+    root: TempDir,
+    base: Tensors,
+    finetune: Tensors,
+}
+
+impl Family {
+    fn new() -> Self {
+        let base = Tensors::from([
+            ("embed.weight".into(), (vec![OUT, IN], values(OUT * IN, 1, 1.0))),
+            ("layer.weight".into(), (vec![OUT, IN], values(OUT * IN, 2, 1.0))),
+            ("norm.weight".into(), (vec![IN], values(IN, 3, 1.0))),
+            ("same.weight".into(), (vec![OUT, IN], values(OUT * IN, 4, 1.0))),
+        ]);
+        let mut finetune = base.clone();
+        for (seed, name) in [(5, "embed.weight"), (6, "layer.weight"), (7, "norm.weight")] {
+            let tensor = &mut finetune.get_mut(name).unwrap().1;
+            let change = values(tensor.len(), seed, 0.2);
+            tensor.iter_mut().zip(change).for_each(|(value, change)| *value += change);
+        }
+        let embed = &mut finetune.get_mut("embed.weight").unwrap();
+        embed.0[0] += 2;
+        embed.1.extend(values(2 * IN, 8, 1.0));
+        Self { root: TempDir::new().unwrap(), base, finetune }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    fn compress(&self) -> meswitch_core::Result<Delta> {
+        save(&self.path("base"), &self.base);
+        save(&self.path("finetune"), &self.finetune);
+        let (base, finetune) = (Checkpoint::open(&self.path("base"))?, Checkpoint::open(&self.path("finetune"))?);
+        Job {
+            base: &base,
+            finetune: &finetune,
+            plans: &plans(),
+            out: &self.path("delta"),
+            files: &[self.path("finetune").join("config.json")],
+            settings: json!({"preset": "test"}),
+            base_name: "test base",
+        }
+        .run(&mut |_| true)
+    }
+}
+
+fn settings(bits: u32) -> Settings {
+    Settings {
+        bits,
+        group_size: None,
+        zero: Zero::Auto,
+        one_scale: false,
+        column_scales: true,
+        salient: 2,
+        rank: 1,
+        classes: vec![Class { bits: 4, rows: vec![1, 5] }],
+        skip_unchanged_rows: true,
+    }
+}
+
+fn plans() -> Vec<Plan> {
+    ["embed.weight", "layer.weight", "norm.weight", "same.weight"]
+        .into_iter()
+        .map(|name| Plan {
+            name: name.into(),
+            transposed: false,
+            quantize: (name != "norm.weight").then(|| settings(2)),
+            moments: None,
+        })
+        .collect()
+}
+
+#[test]
+fn every_parameter_is_accounted_for() {
+    let family = Family::new();
+    let delta = family.compress().unwrap();
+    let kinds: Vec<Kind> = delta.manifest().sites.iter().map(|site| site.kind).collect();
+    assert_eq!(kinds, [Kind::Quantized, Kind::Quantized, Kind::Replaced, Kind::Shared]);
+    assert_eq!(delta.manifest().parameters() as usize, 3 * OUT * IN + IN + 2 * IN);
+    assert_eq!(delta.manifest().sites[0].added, 2);
+    let weighed = [MANIFEST, TENSORS]
+        .iter()
+        .map(|name| fs::metadata(family.path("delta").join(name)).unwrap().len())
+        .sum::<u64>();
+    assert_eq!(delta.bytes(), weighed);
+    delta.verify().unwrap();
+    for (name, (start, _)) in delta
+        .manifest()
+        .sites
+        .iter()
+        .flat_map(|site| site.tensors.keys().map(|role| (role, delta.extent(&site.name, role).unwrap())))
+    {
+        assert_eq!(start % 64, 0, "{name}");
+    }
+}
+
+#[test]
+fn the_same_input_gives_the_same_bytes() {
+    let family = Family::new();
+    family.compress().unwrap();
+    let first = fs::read(family.path("delta").join(TENSORS)).unwrap();
+    let manifest = fs::read(family.path("delta").join(MANIFEST)).unwrap();
+    family.compress().unwrap();
+    assert_eq!(first, fs::read(family.path("delta").join(TENSORS)).unwrap());
+    assert_eq!(manifest, fs::read(family.path("delta").join(MANIFEST)).unwrap());
+}
+
+#[test]
+fn every_flipped_bit_is_found() {
+    let family = Family::new();
+    family.compress().unwrap();
+    let folder = family.path("delta");
+    for file in [MANIFEST, TENSORS, "config.json"] {
+        let path = folder.join(file);
+        let sound = fs::read(&path).unwrap();
+        for at in 0..sound.len() {
+            let mut damaged = sound.clone();
+            damaged[at] ^= 1 << (at % 8);
+            fs::write(&path, &damaged).unwrap();
+            assert!(
+                Delta::open(&folder).and_then(|delta| delta.verify()).is_err(),
+                "a flip at byte {at} of {file} went unseen"
+            );
+        }
+        fs::write(&path, &sound).unwrap();
+    }
+    Delta::open(&folder).unwrap().verify().unwrap();
+}
+
+#[test]
+fn truncated_and_swapped_files_do_not_open() {
+    let family = Family::new();
+    family.compress().unwrap();
+    let folder = family.path("delta");
+    for file in [MANIFEST, TENSORS, "config.json"] {
+        let sound = fs::read(folder.join(file)).unwrap();
+        for length in [0, 1, 8, sound.len() / 2, sound.len() - 1] {
+            fs::write(folder.join(file), &sound[..length]).unwrap();
+            assert!(
+                matches!(Delta::open(&folder), Err(Error::Format(_) | Error::Checksum(_))),
+                "{length} bytes of {file}"
+            );
+        }
+        fs::remove_file(folder.join(file)).unwrap();
+        assert!(matches!(Delta::open(&folder), Err(Error::Io { .. })));
+        fs::write(folder.join(file), &sound).unwrap();
+    }
+    fs::rename(folder.join("config.json"), folder.join("spare")).unwrap();
+    fs::rename(folder.join(TENSORS), folder.join("config.json")).unwrap();
+    fs::rename(folder.join("spare"), folder.join(TENSORS)).unwrap();
+    assert!(matches!(Delta::open(&folder), Err(Error::Format(_))));
+}
+
+/// Rewrites the manifest with a right checksum over changed fields.
+fn forge(folder: &Path, change: impl FnOnce(&mut Manifest)) -> meswitch_core::Result<Delta> {
+    let mut manifest = Manifest::parse(&fs::read(folder.join(MANIFEST)).unwrap()).unwrap();
+    change(&mut manifest);
+    fs::write(folder.join(MANIFEST), manifest.to_text()).unwrap();
+    Delta::open(folder)
+}
+
+#[test]
+fn a_forged_manifest_is_refused() {
+    type Change = fn(&mut Manifest);
+    let changes: [(&str, Change); 11] = [
+        ("shape", |m| m.sites[1].shape = vec![OUT + 1, IN]),
+        ("huge shape", |m| m.sites[1].shape = vec![usize::MAX, 3]),
+        ("dtype", |m| m.sites[2].dtype = "F32".into()),
+        ("bits", |m| m.sites[1].parts[0].bits = 5),
+        ("group size", |m| m.sites[1].parts[0].group_size = Some(0)),
+        ("rows", |m| m.sites[1].parts[0].rows = Some(OUT + 1)),
+        ("added", |m| m.sites[0].added = 99),
+        ("kind", |m| m.sites[1].kind = Kind::Shared),
+        ("rank", |m| m.sites[1].rank = 7),
+        ("file name", |m| drop(m.files.insert("../x".into(), m.files[TENSORS].clone()))),
+        ("missing site", |m| drop(m.sites.remove(1))),
+    ];
+    for (what, change) in changes {
+        let family = Family::new();
+        family.compress().unwrap();
+        let found = forge(&family.path("delta"), change);
+        assert!(matches!(found, Err(Error::Format(_))), "a forged {what} was taken");
+    }
+}
+
+#[test]
+fn newer_formats_are_named() {
+    let family = Family::new();
+    family.compress().unwrap();
+    let Err(Error::Format(message)) = forge(&family.path("delta"), |m| m.format_version = 99) else { panic!("taken") };
+    assert!(message.contains("format version 1, found 99"), "{message}");
+}
+
+#[test]
+fn another_base_is_refused() {
+    let mut family = Family::new();
+    let delta = family.compress().unwrap();
+    let base = Checkpoint::open(&family.path("base")).unwrap();
+    delta.check_base(&base, false).unwrap();
+    delta.check_base(&base, true).unwrap();
+    family.base.get_mut("same.weight").unwrap().1[700] += 1.0;
+    save(&family.path("other"), &family.base);
+    let other = Checkpoint::open(&family.path("other")).unwrap();
+    assert!(matches!(delta.check_base(&other, true), Err(Error::BaseMismatch(_))));
+}
+
+#[test]
+fn what_cannot_be_is_refused_before_any_work() {
+    let refuse = |change: fn(&mut Family)| {
+        let mut family = Family::new();
+        change(&mut family);
+        let error = family.compress().map(|_| ()).unwrap_err();
+        assert!(!family.path("delta").exists());
+        assert!(!family.path(".delta.incomplete").exists());
+        error
+    };
+    let columns =
+        refuse(|f| drop(f.finetune.insert("layer.weight".into(), (vec![OUT, IN + 1], values(OUT * (IN + 1), 1, 1.0)))));
+    assert!(matches!(columns, Error::Architecture(_)));
+    let missing = refuse(|f| drop(f.finetune.remove("same.weight")));
+    assert!(matches!(missing, Error::Architecture(_)));
+    let nan = refuse(|f| f.finetune.get_mut("layer.weight").unwrap().1[77] = f32::NAN);
+    assert!(matches!(&nan, Error::NonFinite(text) if text.contains("layer.weight at element 77")), "{nan}");
+    let infinite = refuse(|f| f.base.get_mut("embed.weight").unwrap().1[3] = f32::INFINITY);
+    assert!(matches!(&infinite, Error::NonFinite(text) if text.contains("the base's embed.weight")), "{infinite}");
+    let norm = refuse(|f| f.finetune.get_mut("norm.weight").unwrap().1[0] = f32::NEG_INFINITY);
+    assert!(matches!(norm, Error::NonFinite(_)));
+}
+
+#[test]
+fn an_interrupted_job_leaves_nothing() {
+    let family = Family::new();
+    family.compress().unwrap();
+    let before = fs::read(family.path("delta").join(TENSORS)).unwrap();
+    let (base, finetune) =
+        (Checkpoint::open(&family.path("base")).unwrap(), Checkpoint::open(&family.path("finetune")).unwrap());
+    let mut steps = 0;
+    let job = Job {
+        base: &base,
+        finetune: &finetune,
+        plans: &plans(),
+        out: &family.path("delta"),
+        files: &[],
+        settings: json!({}),
+        base_name: "",
+    };
+    let stopped = job.run(&mut |_| {
+        steps += 1;
+        steps < 3
+    });
+    assert!(matches!(stopped, Err(Error::Interrupted)));
+    assert!(!family.path(".delta.incomplete").exists());
+    assert_eq!(before, fs::read(family.path("delta").join(TENSORS)).unwrap());
+}
+
+#[test]
+fn what_is_written_rebuilds_the_fine_tune() {
+    let family = Family::new();
+    let delta = family.compress().unwrap();
+    let site = &delta.manifest().sites[1];
+    assert_eq!(site.name, "layer.weight");
+    let halves = |role: &str| -> Vec<half::f16> {
+        let bytes = delta.tensor(&site.name, role).unwrap();
+        bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]])).collect()
+    };
+    let indices = |role: &str| -> Vec<u32> {
+        let bytes = delta.tensor(&site.name, role).unwrap();
+        bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+    };
+    let rows: Vec<_> = (0..site.parts.len()).map(|at| indices(&format!("rows.{at}"))).collect();
+    let scales: Vec<_> = (0..site.parts.len()).map(|at| halves(&format!("scales.{at}"))).collect();
+    let (columns, index, salient) = (halves("column_scales"), indices("salient_index"), halves("salient"));
+    let (u, v) = (halves("u"), halves("v"));
+    let parts = site.parts.iter().enumerate().map(|(at, part)| meswitch_core::kernels::matrix::Part {
+        bits: part.bits,
+        zero: part.zero,
+        group: IN,
+        rows: Some(&rows[at]),
+        codes: delta.tensor(&site.name, &format!("codes.{at}")).unwrap(),
+        scales: &scales[at],
+    });
+    let matrix = meswitch_core::kernels::matrix::Matrix {
+        rows: OUT,
+        columns: IN,
+        unit: (site.exponent as f32).exp2(),
+        parts: parts.collect(),
+        column_scales: Some(&columns),
+        salient: Some((&index, &salient)),
+        low_rank: Some((&u, &v)),
+    };
+    matrix.check().unwrap();
+    let mut dense = vec![0f32; OUT * IN];
+    linear::dense(&matrix, 0, &mut dense);
+    let wide = |tensors: &Tensors| -> Vec<f32> {
+        tensors["layer.weight"].1.iter().map(|value| bf16::from_f32(*value).to_f32()).collect()
+    };
+    let (mut missed, mut energy) = (0f64, 0f64);
+    for ((finetune, base), found) in wide(&family.finetune).iter().zip(wide(&family.base)).zip(&dense) {
+        missed += f64::from(finetune - base - found).powi(2);
+        energy += f64::from(finetune - base).powi(2);
+    }
+    let relative = (missed / energy).sqrt();
+    assert!((relative - site.relative_error).abs() < 2e-3, "{relative} is not the manifest's {}", site.relative_error);
+    assert!(relative < 0.4);
+}
