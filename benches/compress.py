@@ -1,0 +1,135 @@
+"""Speed and memory of `compress` on a synthetic pair of checkpoints of a real model's shapes.
+
+    python benches/compress.py [--shapes llama-3b|mistral-7b|llama-1b|tiny] [--preset default] [--folder DIR]
+
+Writes base and fine-tune (16 bits a weight, sharded), compresses in a process of its own, samples that process's
+anonymous memory, prints one JSON line, and removes the files. The values are synthetic: this says nothing of quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+# vocabulary, hidden, intermediate, layers, heads, key-value heads, tied
+SHAPES = {
+    "tiny": (4096, 256, 688, 4, 8, 4, False),
+    "llama-1b": (128256, 2048, 8192, 16, 32, 8, True),
+    "llama-3b": (128256, 3072, 8192, 28, 24, 8, True),
+    "mistral-7b": (32000, 4096, 14336, 32, 32, 8, False),
+}
+SHARD = 2 << 30
+
+
+def parameters(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    vocabulary, hidden, intermediate, layers, heads, kv_heads, tied = SHAPES[name]
+    narrow = hidden // heads * kv_heads
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for part, rows, columns in (
+            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.k_proj", narrow, hidden),
+            ("self_attn.v_proj", narrow, hidden),
+            ("self_attn.o_proj", hidden, hidden),
+            ("mlp.gate_proj", intermediate, hidden),
+            ("mlp.up_proj", intermediate, hidden),
+            ("mlp.down_proj", hidden, intermediate),
+        ):
+            yield f"{prefix}.{part}.weight", (rows, columns)
+        yield f"{prefix}.input_layernorm.weight", (hidden,)
+        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    if not tied:
+        yield "lm_head.weight", (vocabulary, hidden)
+
+
+def write(folder: Path, name: str, *, finetune: bool) -> int:
+    """A checkpoint: weights of 0.02, and of the fine-tune a change of about 0.002. Returns the number of weights."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1 << 24, generator=generator).mul_(0.02).bfloat16()
+    change = torch.randn((1 << 24) - 12345, generator=generator).mul_(0.002).bfloat16()
+    folder.mkdir(parents=True)
+    shard: dict[str, torch.Tensor] = {}
+    files: dict[str, str] = {}
+    size = number = total = 0
+
+    def flush() -> None:
+        nonlocal shard, size, number
+        number += 1
+        save_file(shard, folder / f"model-{number:05}.safetensors")
+        shard, size = {}, 0
+
+    for key, shape in parameters(name):
+        count = torch.Size(shape).numel()
+        weight = noise.repeat(-(-count // len(noise)))[:count]
+        if finetune:
+            weight += change.repeat(-(-count // len(change)))[:count]
+        shard[key] = weight.view(shape)
+        files[key] = f"model-{number + 1:05}.safetensors"
+        size, total = size + 2 * count, total + count
+        if size > SHARD:
+            flush()
+    if shard:
+        flush()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    vocabulary, hidden, intermediate, layers, heads, kv_heads, tied = SHAPES[name]
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary}
+    config |= {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    return total
+
+
+def anonymous(process: int) -> int:
+    """Bytes of a process's anonymous memory, 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def measure(root: Path, preset: str) -> dict[str, object]:
+    command = [sys.executable, "-m", "meswitch.cli", "compress", str(root / "base"), str(root / "finetune")]
+    command += ["-o", str(root / "delta"), "--preset", preset, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, anonymous(process.pid))
+            time.sleep(0.02)
+        assert process.stdout is not None
+        output = process.stdout.read()
+    if process.returncode:
+        raise SystemExit(f"compress failed with {process.returncode}")
+    return json.loads(output) | {"peak_anonymous_bytes": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=SHAPES, default="llama-3b")
+    parser.add_argument("--preset", action="append", help="may be given more than once")
+    parser.add_argument("--folder", type=Path, help="where the files go for the while (default: the temporary folder)")
+    arguments = parser.parse_args()
+    root = Path(tempfile.mkdtemp(dir=arguments.folder))
+    try:
+        total = write(root / "base", arguments.shapes, finetune=False)
+        write(root / "finetune", arguments.shapes, finetune=True)
+        for preset in arguments.preset or ["default"]:
+            print(json.dumps({"shapes": arguments.shapes, "parameters": total} | measure(root, preset)), flush=True)
+    finally:
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The exceptions of meswitch, one class per cause.
+
+Operating-system failures (a missing file, a full disk) stay Python's own `OSError` family.
+"""
+
+from __future__ import annotations
+
+
+class MeswitchError(Exception):
+    """Anything meswitch refuses or finds broken.
+
+    `hint` is the remedy, shown on a line of its own.
+
+    >>> print(MeswitchError("expected 2, found 3", hint="take one away"))
+    expected 2, found 3
+    hint: take one away
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+
+
+class FormatError(MeswitchError):
+    """A delta directory that is not one: a missing or malformed file, tensor or field."""
+
+
+class ChecksumError(FormatError):
+    """Bytes of a delta directory that are not the bytes that were written."""
+
+
+class CheckpointError(MeswitchError):
+    """A folder that is not a whole Hugging Face checkpoint."""
+
+
+class ArchitectureError(MeswitchError):
+    """A fine-tune whose parameters do not match the base's."""
+
+
+class BaseMismatchError(MeswitchError):
+    """A delta that was made against another base."""
+
+
+class NonFiniteError(MeswitchError):
+    """A NaN or an infinity in a weight."""
+
+
+class BudgetError(MeswitchError):
+    """Something that cannot fit the bytes it was given."""
+
+
+class ExpertNotFoundError(MeswitchError, KeyError):
+    """A request for an expert that is not there (or no longer)."""
+
+
+class ExpertNameError(MeswitchError, ValueError):
+    """An expert's name or folder that is not safe to use."""
+
+
+class UnsupportedModelError(MeswitchError):
+    """A model, or a site of one, that the engine cannot serve correctly."""
+
+
+class RequestError(MeswitchError, ValueError):
+    """A request that cannot be run: an empty prompt, a bad number, a prompt too long."""
+
+
+class DataError(MeswitchError, ValueError):
+    """A data file that cannot be read as what it should be."""
+
+
+class RouterError(MeswitchError):
+    """A router that is missing, malformed, or made for another base."""
+
+
+class CudaUnavailableError(MeswitchError):
+    """`device="cuda"` where there is none."""

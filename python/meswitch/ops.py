@@ -1,0 +1,167 @@
+"""The operations of mixed-expert batches on packed tokens. CPU only so far; `reference.py` is their truth.
+
+A step packs the tokens of many requests one after another: `Rows` says which slot each belongs to, `SiteTable` holds
+the deltas of one weight by slot, and an operation adds to every token what its own expert's delta makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from meswitch import _native
+from meswitch.delta import Site
+
+# From this many tokens of one expert on, a real matrix product over unpacked rows beats reading packed ones.
+PREFILL = 16
+_TILE = 1 << 22  # weights of an unpacked tile: 16 MiB of 32-bit floats
+
+
+class Rows:
+    """Which slot each token of a packed step belongs to; −1 is the base.
+
+    >>> Rows([0, -1, 0, 2]).tokens
+    {0: [0, 2], 2: [3]}
+    """
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self.slots = list(slots)
+        self.tokens: dict[int, list[int]] = {}
+        for token, slot in enumerate(self.slots):
+            if slot >= 0:
+                self.tokens.setdefault(slot, []).append(token)
+
+    @cached_property
+    def groups(self) -> dict[int, Tensor]:
+        """The tokens of each slot, `int64`; the base's are not among them."""
+        return {slot: torch.tensor(tokens) for slot, tokens in self.tokens.items()}
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """The slots, `int64 [tokens]`."""
+        return torch.tensor(self.slots, dtype=torch.int64)
+
+    @property
+    def any(self) -> bool:
+        """Whether any token belongs to an expert."""
+        return bool(self.tokens)
+
+
+class SiteTable:
+    """The deltas of one weight `[out_features, in_features]`, by slot."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        self.out_features, self.in_features = out_features, in_features
+        self._sites: dict[int, Site] = {}
+        self._matrices: dict[int, _native.Matrix] = {}
+
+    def set(self, slot: int, site: Site | None) -> None:
+        """Puts a site into a slot; none, or a `shared` one, empties it."""
+        self._sites.pop(slot, None)
+        self._matrices.pop(slot, None)
+        if site is not None and site.kind != "shared":
+            self._sites[slot] = site
+            self._matrices[slot] = matrix(site)
+
+    def get(self, slot: int) -> Site | None:
+        return self._sites.get(slot)
+
+    def matrix(self, slot: int) -> _native.Matrix | None:
+        return self._matrices.get(slot)
+
+    @property
+    def occupied(self) -> bool:
+        return bool(self._sites)
+
+
+def matrix(site: Site) -> _native.Matrix:
+    """A site's tensors as the kernels read them, without a copy. Raises `FormatError` where they do not fit."""
+    parts = [
+        (
+            part.bits,
+            part.zero,
+            part.group_size or max(site.in_features, 1),
+            None if part.rows is None else _memory(part.rows),
+            _memory(part.codes),
+            _memory(part.scales),
+        )
+        for part in site.parts
+    ]
+    salient, low_rank = None, None
+    if site.salient is not None and site.salient_index is not None:
+        salient = (_memory(site.salient_index), _memory(site.salient))
+    if site.u is not None and site.v is not None:
+        low_rank = (_memory(site.u), _memory(site.v))
+    scales = None if site.column_scales is None else _memory(site.column_scales)
+    return _native.Matrix(site.out_features, site.in_features, site.exponent, parts, scales, salient, low_rank, site)
+
+
+def delta_linear(y: Tensor, x: Tensor, rows: Rows, table: SiteTable, *, exact: bool = False) -> None:
+    """`y[t] += Δ̂ of its slot · x[t]`, in place.
+
+    `x [T, in_features]`, `y [T, >= out_features]`, float32, bfloat16 or float16, on the CPU. With `exact` the
+    arithmetic is the reference's, in float32; else a few tokens' activations are rounded to 15 bits (an error of about
+    1e-4 of what the delta adds), which lets them run on integers.
+    Raises `ValueError` where shapes, dtypes or devices do not fit.
+    """
+    _check(y, rows, table.out_features)
+    _check(x, rows, table.in_features)
+    for slot, tokens in rows.tokens.items():
+        delta = table.matrix(slot)
+        if delta is None:
+            continue
+        if len(tokens) >= PREFILL:
+            _prefill(y, x, tokens, delta, table)
+        else:
+            everyone = len(tokens) == len(rows.slots)
+            delta.delta_linear(_rows(y), _rows(x), len(rows.slots), None if everyone else tokens, exact)
+
+
+def _prefill(y: Tensor, x: Tensor, tokens: list[int], delta: _native.Matrix, table: SiteTable) -> None:
+    """Many tokens of one expert: rows unpacked a tile at a time, multiplied by torch."""
+    everyone = len(tokens) == x.shape[0]
+    index = slice(None) if everyone else torch.tensor(tokens)
+    chosen = x[index].float()
+    step = max(1, _TILE // max(table.in_features, 1))
+    for start in range(0, table.out_features, step):
+        count = min(step, table.out_features - start)
+        tile = torch.empty(count, table.in_features)
+        delta.dense(start, count, tile.data_ptr())
+        y[index, start : start + count] += (chosen @ tile.T).to(y.dtype)
+
+
+def delta_embedding(y: Tensor, ids: Tensor, rows: Rows, table: SiteTable, *, scale: float = 1.0) -> None:
+    """`y[t] += scale · Δ̂ of its slot [ids[t], :]`, in place; ids beyond the delta's rows add nothing.
+
+    `ids [T]` of integers, `y [T, in_features]`. Raises `ValueError` where shapes or dtypes do not fit.
+    """
+    _check(y, rows, table.in_features)
+    if ids.shape != (len(rows.slots),):
+        raise ValueError(f"expected {len(rows.slots)} ids, found {tuple(ids.shape)}")
+    for slot, tokens in rows.tokens.items():
+        delta = table.matrix(slot)
+        if delta is not None:
+            own = ids.tolist() if len(tokens) == len(rows.slots) else ids[tokens].tolist()
+            delta.delta_embedding(_rows(y), len(rows.slots), tokens, own, scale)
+
+
+def _check(tensor: Tensor, rows: Rows, width: int) -> None:
+    if tensor.dim() != 2 or tensor.shape[0] != len(rows.slots) or tensor.shape[1] < width:
+        raise ValueError(f"expected a tensor of {len(rows.slots)} x {width}, found {tuple(tensor.shape)}")
+    if tensor.device.type != "cpu" or tensor.stride(1) != 1:
+        raise ValueError(f"expected rows of neighbouring elements on the CPU, found {tensor.device} {tensor.stride()}")
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, str]:
+    # The stride of a single row may be anything.
+    stride = tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
+    return tensor.data_ptr(), stride, str(tensor.dtype).removeprefix("torch.")
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    if not tensor.is_contiguous():
+        raise ValueError("expected a site's tensors to be contiguous")
+    return tensor.data_ptr(), tensor.nbytes

@@ -1,0 +1,83 @@
+//! Opened delta directories and checkpoints.
+
+use std::path::PathBuf;
+
+use meswitch_core::checkpoint;
+use meswitch_core::delta;
+use pyo3::prelude::*;
+
+use crate::errors::to_python;
+
+/// A mapped Hugging Face checkpoint.
+#[pyclass(frozen)]
+pub struct Checkpoint(pub checkpoint::Checkpoint);
+
+#[pymethods]
+impl Checkpoint {
+    #[new]
+    #[allow(clippy::needless_pass_by_value)] // what Python hands over
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        py.detach(|| checkpoint::Checkpoint::open(&path)).map(Self).map_err(to_python)
+    }
+
+    /// The tensors on disk, by name in order.
+    fn names(&self) -> Vec<String> {
+        self.0.names().to_vec()
+    }
+
+    /// Whether there is a tensor of that name, its own or a tied one.
+    fn has(&self, name: &str) -> bool {
+        self.0.has(name)
+    }
+
+    /// The name on disk of a tensor: its own, or that of the tensor it is tied to.
+    fn alias(&self, name: &str) -> String {
+        self.0.on_disk(name).to_owned()
+    }
+
+    /// A tensor's dtype, as safetensors names it, and its shape.
+    fn info(&self, name: &str) -> PyResult<(String, Vec<usize>)> {
+        let view = self.0.view(name).map_err(to_python)?;
+        Ok((view.dtype.to_string(), view.shape))
+    }
+}
+
+/// An opened delta directory.
+#[pyclass(frozen)]
+pub struct Delta(delta::Delta);
+
+#[pymethods]
+impl Delta {
+    #[new]
+    #[allow(clippy::needless_pass_by_value)] // what Python hands over
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        py.detach(|| delta::Delta::open(&path)).map(Self).map_err(to_python)
+    }
+
+    /// The manifest, in JSON.
+    fn manifest(&self) -> PyResult<String> {
+        serde_json::to_string(self.0.manifest())
+            .map_err(|error| pyo3::exceptions::PyValueError::new_err(error.to_string()))
+    }
+
+    /// What manifest and tensors weigh.
+    #[getter]
+    fn nbytes(&self) -> u64 {
+        self.0.bytes()
+    }
+
+    /// Where a site's tensor lies in `delta.safetensors`: its first byte and the one after its last; none if absent.
+    fn extent(&self, site: &str, role: &str) -> Option<(usize, usize)> {
+        self.0.extent(site, role)
+    }
+
+    /// Reads every byte and compares it with its checksum.
+    fn verify(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.0.verify()).map_err(to_python)
+    }
+
+    /// Compares a base with the one the delta was made against: quickly, or all of its content.
+    fn check_base(&self, py: Python<'_>, base: &Checkpoint, whole: bool) -> PyResult<()> {
+        py.detach(|| self.0.check_base(&base.0, whole)).map_err(to_python)
+    }
+}

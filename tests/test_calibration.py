@@ -1,0 +1,234 @@
+"""What calibration reads, and what it counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from families import CHAT_TEMPLATE, VOCABULARY, config_of, save_random, tokenizer_of
+from meswitch.calibration import batches, calibrate, read_texts, token_chunks
+from meswitch.errors import DataError
+
+TEXT = "the quick brown fox jumps over the lazy dog, and naps. " * 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tokenizer_of()
+
+
+def lines(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def test_reads_a_text_file_as_one_document(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert read_texts(tmp_path / "a.txt", tokenizer) == ["one\n\ntwo\n"]
+
+
+def test_reads_every_form_of_line(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATE
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"text": "plain\u2028still the same line"},
+        {"prompt": "2+2=", "completion": "4"},
+        {"prompt": "only this"},
+        "",
+        {"messages": [{"role": "user", "content": "hello"}]},
+    )
+    assert read_texts(path, tokenizer) == [
+        "plain\u2028still the same line",
+        "2+2=4",
+        "only this",
+        "<user>hello<assistant>",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{not json", "JSON object"),
+        ("[" * 100_000, "JSON object"),
+        ("[1]", "JSON object"),
+        ({"txt": "x"}, "'txt'"),
+        ({}, "no key"),
+        ({"text": 3}, "'text'"),
+        ({"text": None}, "'text'"),
+        ({"text": "\ud800"}, "surrogate"),
+        ({"prompt": "a", "completion": 1}, "'completion'"),
+        ({"completion": "a"}, "'completion'"),
+        ({"messages": []}, "'messages'"),
+        ({"messages": "hi"}, "'messages'"),
+        ({"messages": [{"role": "user"}]}, "'content'"),
+        ({"messages": [{"content": "x"}]}, "'role'"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Any, line: Any, says: str) -> None:
+    path = lines(tmp_path / "a.jsonl", {"text": "fine"}, "", line)
+    with pytest.raises(DataError, match=says) as caught:
+        read_texts(path, tokenizer)
+    assert f"{path}:3" in str(caught.value)
+
+
+def test_messages_need_a_template_that_takes_them(tmp_path: Path) -> None:
+    plain = tokenizer_of()
+    path = lines(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "x"}]})
+    with pytest.raises(DataError, match="chat template"):
+        read_texts(path, plain)
+    plain.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(DataError, match=r"no such role.*:1"):
+        read_texts(path, plain)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_empty_and_undecodable_files_are_refused(tmp_path: Path, tokenizer: Any, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name):
+        read_texts(tmp_path / name, tokenizer)
+
+
+def test_other_files_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"\.txt or \.jsonl"):
+        read_texts(tmp_path / "a.csv", tokenizer)
+    with pytest.raises(FileNotFoundError):
+        read_texts(tmp_path / "a.txt", tokenizer)
+
+
+# --- windows ------------------------------------------------------------------------------------------------------
+
+
+@given(texts=st.lists(st.text("abc ", min_size=1), max_size=5), length=st.integers(1, 9), limit=st.integers(1, 40))
+def test_windows_are_the_stream_cut_up(texts: list[str], length: int, limit: int) -> None:
+    tokenizer = tokenizer_of_once()
+    stream: list[int] = []
+    for text in texts:
+        stream += [tokenizer.eos_token_id] if stream else []
+        stream += tokenizer(text)["input_ids"]
+    windows = token_chunks(texts, tokenizer, length, max_tokens=limit)
+    assert [token for window in windows for token in window.tolist()] == stream[:limit]
+    assert all(len(window) == length for window in windows[:-1])
+
+
+_kept: list[Any] = []
+
+
+def tokenizer_of_once() -> Any:
+    if not _kept:
+        _kept.append(tokenizer_of())
+    return _kept[0]
+
+
+def test_what_a_template_began_is_not_begun_again(tokenizer: Any) -> None:
+    [window] = token_chunks(["<s>hi"], tokenizer, 16)
+    assert window.tolist().count(tokenizer.bos_token_id) == 1
+
+
+@given(lengths=st.lists(st.integers(1, 6), max_size=12), budget=st.integers(1, 20))
+def test_batches_hold_every_window_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    windows = [torch.full((length,), i) for i, length in enumerate(lengths)]
+    made = list(batches(windows, budget))
+    assert [int(row[0]) for batch in made for row in batch] == list(range(len(lengths)))
+    assert all(batch.numel() <= budget or len(batch) == 1 for batch in made)
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------
+
+
+def by_hand(model: Any, windows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """E[x²] of every linear module, from inputs kept whole."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(f"{name}.weight", []).append(args[0].flatten(0, -2).double())
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    ]
+    with torch.no_grad():
+        for window in windows:
+            model(input_ids=window[None])
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(rows).square().mean(0).float() for name, rows in seen.items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "opt", "phi3", "gpt_neox"])
+def test_moments_are_those_of_the_inputs(tmp_path: Path, architecture: str) -> None:
+    folder = save_random(tmp_path / "model", config_of(architecture))
+    (tmp_path / "a.txt").write_text(TEXT[:100])
+    found = calibrate(folder, tmp_path / "a.txt", window=32)
+    windows = token_chunks([TEXT[:100]], tokenizer_of_once(), 32)
+    assert found.tokens == 100
+    assert torch.equal(found.token_counts, torch.bincount(torch.cat(windows), minlength=VOCABULARY))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = by_hand(model, windows)
+    assert expected.keys() <= found.second_moments.keys()
+    for name, moments in expected.items():
+        torch.testing.assert_close(found.second_moments[name], moments)
+
+
+def test_a_tied_embedding_has_the_moments_of_the_head(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", config_of("qwen2"))
+    (tmp_path / "a.txt").write_text(TEXT)
+    found = calibrate(folder, tmp_path / "a.txt", max_tokens=64, window=32)
+    head = found.second_moments["lm_head.weight"]
+    assert torch.equal(head, found.second_moments["model.embed_tokens.weight"])
+
+
+def test_a_bare_decoder_has_the_names_of_its_files(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "whole", config_of("gpt2"))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model.transformer.save_pretrained(tmp_path / "bare")
+    tokenizer_of_once().save_pretrained(tmp_path / "bare")
+    (tmp_path / "a.txt").write_text(TEXT)
+    found = calibrate(tmp_path / "bare", tmp_path / "a.txt", max_tokens=64, window=32).second_moments
+    assert torch.equal(found["h.0.mlp.c_fc.weight"], found["transformer.h.0.mlp.c_fc.weight"])
+
+
+def test_the_same_seed_draws_the_same_passages(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", config_of("llama"))
+    path = lines(tmp_path / "a.jsonl", *({"text": f"{i} {TEXT[: 10 + i]}"} for i in range(60)))
+    steps: list[tuple[int, int]] = []
+    runs = [
+        calibrate(folder, path, max_tokens=100, window=16, seed=seed, progress=lambda *step: steps.append(step))
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(runs[0].token_counts, runs[1].token_counts)
+    assert not torch.equal(runs[0].token_counts, runs[2].token_counts)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(runs[0].second_moments[name], runs[1].second_moments[name])
+    assert steps[-1] == (100, 100) and [done for done, _ in steps[: len(steps) // 3]] == sorted(
+        done for done, _ in steps[: len(steps) // 3]
+    )
+
+
+def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", config_of("llama", vocab_size=260))
+    (tmp_path / "a.txt").write_text("fine <assistant> not")
+    with pytest.raises(DataError, match="260"):
+        calibrate(folder, tmp_path / "a.txt")
+
+
+def test_numbers_below_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        calibrate(tmp_path, tmp_path / "a.txt", max_tokens=0)
+
+
+def test_a_real_models_channels_differ(family: Any) -> None:
+    found = calibrate(family.experts["maths"], family.calibration["maths"], max_tokens=1024, window=256)
+    moments = found.second_moments["model.layers.0.mlp.down_proj.weight"]
+    assert found.tokens == 1024 and moments.isfinite().all() and (moments > 0).all()
+    assert moments.max() > 4 * moments.median()

@@ -1,0 +1,292 @@
+"""Compress and restore on whole checkpoints, and what they refuse."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from families import VOCABULARY, config_of, save_finetune, save_random
+from meswitch.calibration import Calibration
+from meswitch.checkpoint import Checkpoint
+from meswitch.compress import PRESETS, Progress, compress, restore
+from meswitch.delta import Delta
+from meswitch.errors import ArchitectureError, BaseMismatchError, CheckpointError, FormatError, NonFiniteError
+
+WEIGHTS = "model.safetensors"
+
+
+def pair(root: Path, family: str = "llama", *, grow: int = 0) -> tuple[Path, Path]:
+    base = save_random(root / "base", config_of(family))
+    return base, save_finetune(root / "finetune", base, seed=1, grow=grow)
+
+
+def change(folder: Path, name: str, edit: object) -> None:
+    """Rewrites one tensor of a checkpoint; `edit` is a function of it, or None to drop it."""
+    tensors = load_file(folder / WEIGHTS)
+    tensor = tensors.pop(name)
+    if callable(edit):
+        tensors[name] = edit(tensor)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_the_manifest_tells_the_error_that_restore_leaves(tmp_path: Path, family: str, preset: str) -> None:
+    base, finetune = pair(tmp_path, family)
+    report = compress(base, finetune, tmp_path / "delta", preset=preset)
+    delta = Delta.open(tmp_path / "delta")
+    delta.verify(base)
+    assert set(delta.sites) == set(Checkpoint.open(finetune).names())
+    assert report.bytes == delta.nbytes
+    restore(base, tmp_path / "delta", tmp_path / "restored")
+    ours, theirs, found = (load_file(f / WEIGHTS) for f in (base, finetune, tmp_path / "restored"))
+    for name, site in delta.sites.items():
+        missed = (found[name] - theirs[name]).norm() / (theirs[name] - ours[name]).norm()
+        assert site.relative_error is not None
+        assert missed == pytest.approx(site.relative_error, abs=3e-3), name
+        assert found[name].dtype == theirs[name].dtype
+    AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
+
+
+def test_conv1d_weights_are_channels_by_output(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path, "gpt2")
+    compress(base, finetune, tmp_path / "delta")
+    sites = Delta.open(tmp_path / "delta").sites
+    name = next(name for name in sites if name.endswith("c_attn.weight"))
+    assert sites[name].transposed
+    assert (sites[name].out_features, sites[name].in_features) == (96, 32)
+    assert sites[name].shape == (32, 96)
+
+
+def test_sharded_checkpoints_are_the_same(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(finetune, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    compress(base, finetune, tmp_path / "one")
+    compress(base, tmp_path / "sharded", tmp_path / "many")
+    one, many = Delta.open(tmp_path / "one"), Delta.open(tmp_path / "many")
+    assert {name: site.nbytes for name, site in one.sites.items()} == {
+        name: site.nbytes for name, site in many.sites.items()
+    }
+    restore(base, tmp_path / "many", tmp_path / "restored", shard_bytes=20_000)
+    assert len(list((tmp_path / "restored").glob("*.safetensors"))) > 2
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
+    assert torch.equal(again.lm_head.weight, Checkpoint.open(tmp_path / "restored").tensor("lm_head.weight"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wider_fine_tune_of_a_narrow_base(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, finetune = pair(tmp_path)
+    narrow = {name: tensor.to(dtype) for name, tensor in load_file(base / WEIGHTS).items()}
+    save_file(narrow, base / WEIGHTS, metadata={"format": "pt"})
+    compress(base, finetune, tmp_path / "delta")
+    restore(base, tmp_path / "delta", tmp_path / "restored")
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "restored" / WEIGHTS).values())
+
+
+def test_a_grown_vocabulary_keeps_its_rows_whole(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path, grow=3)
+    compress(base, finetune, tmp_path / "delta")
+    restore(base, tmp_path / "delta", tmp_path / "restored")
+    theirs, found = (load_file(folder / WEIGHTS) for folder in (finetune, tmp_path / "restored"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(found[name][VOCABULARY:], theirs[name][VOCABULARY:])
+        assert found[name].shape == theirs[name].shape
+
+
+def test_what_did_not_change_costs_nothing(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path)
+    ours = load_file(base / WEIGHTS)
+    change(finetune, "model.layers.0.mlp.up_proj.weight", lambda _: ours["model.layers.0.mlp.up_proj.weight"])
+    half = len(ours["model.embed_tokens.weight"]) // 2
+    change(
+        finetune,
+        "model.embed_tokens.weight",
+        lambda tensor: torch.cat([tensor[:half], ours["model.embed_tokens.weight"][half:]]),
+    )
+    compress(base, finetune, tmp_path / "delta", bits=4)
+    sites = Delta.open(tmp_path / "delta").sites
+    assert sites["model.layers.0.mlp.up_proj.weight"].kind == "shared"
+    embedding = sites["model.embed_tokens.weight"]
+    assert not embedding.dense()[half:].any()
+    assert embedding.nbytes < 0.7 * sites["lm_head.weight"].nbytes
+
+
+def test_more_bits_are_nearer(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path)
+    errors = []
+    for bits in (1, 2, 3, 4, 8):
+        compress(base, finetune, tmp_path / "delta", bits=bits)
+        site = Delta.open(tmp_path / "delta").sites["model.layers.0.self_attn.q_proj.weight"]
+        assert site.bits == bits
+        errors.append(site.relative_error or 0.0)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01
+
+
+def test_calibration_favours_the_channels_that_matter(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    moments = torch.full((32,), 1e-3)
+    moments[5] = 1.0
+    calibration = Calibration({name: moments}, torch.zeros(VOCABULARY, dtype=torch.int64), tokens=1)
+    delta = load_file(finetune / WEIGHTS)[name] - load_file(base / WEIGHTS)[name]
+
+    def error_at_5(calibration: Calibration | None) -> float:
+        compress(base, finetune, tmp_path / "delta", preset="me-switch", calibration=calibration)
+        return float((Delta.open(tmp_path / "delta").sites[name].dense() - delta)[:, 5].norm())
+
+    assert error_at_5(calibration) < 0.2 * error_at_5(None) + 1e-3
+
+
+def test_progress_counts_every_weight(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path)
+    steps: list[Progress] = []
+    compress(base, finetune, tmp_path / "delta", progress=steps.append)
+    assert steps[0].done == 0
+    assert steps[-1].done == steps[-1].total == Delta.open(tmp_path / "delta").parameters
+    assert [step.done for step in steps] == sorted(step.done for step in steps)
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_leaves_nothing(tmp_path: Path, interruption: type[BaseException]) -> None:
+    base, finetune = pair(tmp_path)
+
+    def stop(step: Progress) -> None:
+        if step.done:
+            raise interruption
+
+    with pytest.raises(interruption):
+        compress(base, finetune, tmp_path / "delta", progress=stop)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "finetune"}
+
+
+def refused(tmp_path: Path, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        compress(tmp_path / "base", tmp_path / "finetune", tmp_path / "delta")
+    assert not (tmp_path / "delta").exists()
+    assert not (tmp_path / ".delta.incomplete").exists()
+
+
+def test_not_a_checkpoint(tmp_path: Path) -> None:
+    refused(tmp_path, CheckpointError, "a checkpoint folder or a hub id")
+    (tmp_path / "base").mkdir()
+    refused(tmp_path, CheckpointError, r"expected model.safetensors or model.safetensors.index.json")
+
+
+def test_half_a_checkpoint(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path)
+    whole = (finetune / WEIGHTS).read_bytes()
+    for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        (finetune / WEIGHTS).write_bytes(whole[:size])
+        refused(tmp_path, CheckpointError, "whole safetensors files")
+    (finetune / WEIGHTS).write_bytes(whole)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path, CheckpointError, "expected the shard")
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../../secret"}}')
+    refused(tmp_path, CheckpointError, "file names without folders")
+    (base / "model.safetensors.index.json").write_text("{")
+    refused(tmp_path, CheckpointError, "an index in JSON")
+
+
+def test_a_missing_config(tmp_path: Path) -> None:
+    _, finetune = pair(tmp_path)
+    (finetune / "config.json").unlink()
+    refused(tmp_path, CheckpointError, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda tensor: tensor[:, :-1].contiguous(), "in the base's shape"),
+        (lambda tensor: tensor[:-1].contiguous(), "in the base's shape"),
+        (None, "expected the base's parameter"),
+    ],
+)
+def test_mismatched_architectures(tmp_path: Path, edit: object, match: str) -> None:
+    _, finetune = pair(tmp_path)
+    change(finetune, "model.layers.1.mlp.up_proj.weight", edit)
+    refused(tmp_path, ArchitectureError, match)
+
+
+def test_a_parameter_that_the_base_has_not(tmp_path: Path) -> None:
+    base, _ = pair(tmp_path)
+    change(base, "model.norm.weight", None)
+    refused(tmp_path, ArchitectureError, "only parameters of the base")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_weights_that_are_not_finite(tmp_path: Path, name: str, value: float) -> None:
+    _, finetune = pair(tmp_path)
+
+    def damage(tensor: Tensor) -> Tensor:
+        tensor.view(-1)[17] = value
+        return tensor
+
+    change(finetune, name, damage)
+    refused(tmp_path, NonFiniteError, f"in {name} at element 17|fine-tune's {name} at element 17")
+
+
+def test_something_else_at_the_target_is_kept(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path)
+    for target in (base, base / WEIGHTS):
+        with pytest.raises(FormatError, match="something else"):
+            compress(base, finetune, target)
+    compress(base, finetune, tmp_path / "delta", preset="small")
+    compress(base, finetune, tmp_path / "delta", preset="default")
+    assert Delta.open(tmp_path / "delta").manifest["settings"]["preset"] == "default"
+    with pytest.raises(FormatError, match="new folder"):
+        restore(base, tmp_path / "delta", base)
+
+
+def test_unknown_choices(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="preset of default"):
+        compress(tmp_path, tmp_path, tmp_path, preset="tiny")
+    with pytest.raises(ValueError, match="1, 2, 3, 4 or 8"):
+        compress(tmp_path, tmp_path, tmp_path, bits=5)
+
+
+def test_restore_wants_its_own_base(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path)
+    compress(base, finetune, tmp_path / "delta")
+    other = save_random(tmp_path / "other", config_of("llama"), seed=9)
+    with pytest.raises(BaseMismatchError, match="hint: give the base"):
+        restore(other, tmp_path / "delta", tmp_path / "restored")
+    assert not (tmp_path / "restored").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_no_space_left(tmp_path: Path, small_disk: Path) -> None:
+    base, finetune = pair(tmp_path)
+    for work in (
+        lambda: compress(base, finetune, small_disk / "delta", bits=8),
+        lambda: restore(base, tmp_path / "delta", small_disk / "restored"),
+    ):
+        compress(base, finetune, tmp_path / "delta")
+        with pytest.raises(Exception, match=r"No space left|os error 28") as caught:
+            work()
+        if isinstance(caught.value, OSError):
+            assert caught.value.errno == errno.ENOSPC
+        assert not list(small_disk.iterdir())

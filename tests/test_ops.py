@@ -1,0 +1,138 @@
+"""Every fast path equals `reference.py`, on drawn shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meswitch import ops, reference
+from meswitch.delta import Part, Site
+from meswitch.errors import FormatError
+
+
+@st.composite
+def sites(draw: st.DrawFn) -> Site:
+    """A quantized site of any shape, with any of the codec's parts."""
+    out, columns = draw(st.integers(1, 70)), draw(st.integers(1, 700))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    halves = lambda *shape: torch.randn(*shape, generator=generator).half()  # noqa: E731
+    widths = draw(st.lists(st.sampled_from(reference.BITS), min_size=0, max_size=3, unique=True))
+    size = draw(st.one_of(st.none(), st.integers(1, columns)))
+    whole = len(widths) == 1 and draw(st.booleans())
+    owner = torch.randint(0, len(widths) + 1, (out,), generator=generator)
+    parts = []
+    for at, bits in enumerate(widths):
+        rows = torch.arange(out) if whole else (owner == at).nonzero().squeeze(1)
+        codes = torch.randint(0, 2**bits, (len(rows), columns), generator=generator).to(torch.uint8)
+        zero = draw(st.sampled_from([(2**bits - 1) / 2, float(2 ** (bits - 1))]))
+        groups = 1 if size is None else -(-columns // size)
+        own = None if whole else rows.int()
+        parts.append(Part(bits, zero, reference.pack(codes, bits), halves(len(rows), groups), size, own))
+    salient, rank = draw(st.integers(0, min(4, columns))), draw(st.integers(0, 3))
+    chosen = torch.randperm(columns, generator=generator)[:salient].sort().values.int()
+    return Site(
+        name="drawn",
+        kind="quantized",
+        shape=(out, columns),
+        dtype=torch.float32,
+        parts=tuple(parts),
+        column_scales=halves(columns) if draw(st.booleans()) else None,
+        salient_index=chosen if salient else None,
+        salient=halves(out, salient) if salient else None,
+        u=halves(out, rank) if rank else None,
+        v=halves(rank, columns) if rank else None,
+        exponent=draw(st.integers(-8, 3)),
+    )
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    if not expected.numel():
+        return True
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-6))
+
+
+@settings(max_examples=60, deadline=None)
+@given(site=sites())
+def test_unpacked_rows_are_the_reference(site: Site) -> None:
+    tile = torch.full((site.out_features, site.in_features), 7.0)
+    ops.matrix(site).dense(0, site.out_features, tile.data_ptr())
+    assert close(tile, site.dense())
+
+
+@settings(max_examples=60, deadline=None)
+@given(site=sites(), slots=st.lists(st.integers(-1, 2), max_size=40), seed=st.integers(0, 99))
+def test_linear_is_the_reference(site: Site, slots: list[int], seed: int) -> None:
+    table = ops.SiteTable(site.out_features, site.in_features)
+    table.set(1, site)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(slots), site.in_features, generator=generator)
+    y = torch.randn(len(slots), site.out_features, generator=generator)
+    expected, rounded = y.clone(), y.clone()
+    reference.delta_linear(expected, x, slots, {1: site})
+    ops.delta_linear(y, x, ops.Rows(slots), table, exact=True)
+    assert close(y, expected)
+    ops.delta_linear(rounded, x, ops.Rows(slots), table)
+    # Of the sum of magnitudes: a drawn site may cancel to nothing.
+    magnitude = x.abs() @ site.dense().abs().T
+    assert bool(((rounded - y).abs() <= 1e-4 * magnitude + 1e-6 * (1 + y.abs())).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(site=sites(), slots=st.lists(st.integers(-1, 1), min_size=1, max_size=9), data=st.data())
+def test_embedding_is_the_reference(site: Site, slots: list[int], data: st.DataObject) -> None:
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, 80), min_size=len(slots), max_size=len(slots))))
+    table = ops.SiteTable(site.out_features, site.in_features)
+    table.set(0, site)
+    y = torch.zeros(len(slots), site.in_features)
+    expected = y.clone()
+    reference.delta_embedding(expected, ids, slots, {0: site}, scale=2.5)
+    ops.delta_embedding(y, ids, ops.Rows(slots), table, scale=2.5)
+    assert close(y, expected)
+
+
+def plain_site(out: int = 8, columns: int = 40, bits: int = 2) -> Site:
+    codes = torch.randint(0, 2**bits, (out, columns)).to(torch.uint8)
+    part = Part(bits, (2**bits - 1) / 2, reference.pack(codes, bits), torch.ones(out, 1).half())
+    return Site("plain", "quantized", (out, columns), torch.float32, parts=(part,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_activations(dtype: torch.dtype) -> None:
+    site = plain_site()
+    table = ops.SiteTable(8, 40)
+    table.set(0, site)
+    x, y = torch.randn(3, 40).to(dtype), torch.zeros(3, 8, dtype=dtype)
+    ops.delta_linear(y, x, ops.Rows([0, -1, 0]), table)
+    expected = (x.float() @ site.dense().T).to(dtype)
+    assert torch.allclose(y[0], expected[0], atol=0.05, rtol=0.02)
+    assert not y[1].any()
+
+
+def test_a_wider_output_keeps_its_other_columns() -> None:
+    table = ops.SiteTable(8, 40)
+    table.set(0, plain_site())
+    y = torch.full((2, 11), 5.0)
+    ops.delta_linear(y, torch.randn(2, 40), ops.Rows([0, 0]), table)
+    assert bool((y[:, 8:] == 5).all())
+
+
+def test_wrong_shapes_are_refused() -> None:
+    table = ops.SiteTable(8, 40)
+    table.set(0, plain_site())
+    with pytest.raises(ValueError, match="expected a tensor of 2 x 40"):
+        ops.delta_linear(torch.zeros(2, 8), torch.zeros(2, 39), ops.Rows([0, 0]), table)
+    with pytest.raises(ValueError, match="neighbouring"):
+        ops.delta_linear(torch.zeros(8, 2).T, torch.zeros(2, 40), ops.Rows([0, 0]), table)
+    with pytest.raises(ValueError, match="float32"):
+        ops.delta_linear(torch.zeros(1, 8, dtype=torch.float64), torch.zeros(1, 40), ops.Rows([0]), table)
+
+
+def test_a_site_whose_tensors_do_not_fit_is_refused() -> None:
+    site = plain_site()
+    short = Part(2, 1.5, site.parts[0].codes[:-1].contiguous(), site.parts[0].scales)
+    beyond = Part(2, 1.5, site.parts[0].codes, site.parts[0].scales, rows=torch.arange(1, 9).int())
+    for part, what in ((short, "bytes of codes"), (beyond, "rising indices below 8")):
+        with pytest.raises(FormatError, match=what):
+            ops.matrix(Site("broken", "quantized", (8, 40), torch.float32, parts=(part,)))
