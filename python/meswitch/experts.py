@@ -1,0 +1,474 @@
+"""ExpertPool: names to opened deltas, who uses them, and which of them are resident under a byte budget.
+
+catalogue   name -> Expert          what a new request gets; replaced and removed experts leave it at once
+Expert      uses                    requests that hold it, waiting or running; closed when retired and unused
+            pins                    requests that run on it: never evicted
+            slot                    its place in the layers while resident, none otherwise
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from meswitch import delta as deltas
+from meswitch.delta import Site
+from meswitch.errors import (
+    ArchitectureError,
+    BudgetError,
+    ExpertNameError,
+    ExpertNotFoundError,
+    FormatError,
+    MeswitchError,
+    RequestError,
+)
+from meswitch.layers import ExpertLayers
+
+RESERVED = ("base", "auto")
+
+# Fields of config.json that may differ between the base and a fine-tune without changing the forward pass.
+HARMLESS = frozenset(
+    [
+        "_name_or_path",
+        "name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attn_pdrop",
+        "auto_map",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "classifier_dropout",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dropout",
+        "dtype",
+        "early_stopping",
+        "embd_pdrop",
+        "embedding_dropout",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "gradient_checkpointing",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "layerdrop",
+        "length_penalty",
+        "max_length",
+        "max_position_embeddings",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_labels",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "pretraining_tp",
+        "problem_type",
+        "quantization_config",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "resid_pdrop",
+        "return_dict",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "typical_p",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_cache",
+        "vocab_size",
+    ]
+)
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_bytes(size: int | str | None, what: str) -> int | None:
+    """A number of bytes from an integer or text with a unit; none stays none. Raises `RequestError`.
+
+    >>> parse_bytes("1GiB", "kv_budget"), parse_bytes("1.5 MB", "kv_budget"), parse_bytes(4096, "kv_budget")
+    (1073741824, 1500000, 4096)
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
+    if isinstance(size, bool) or match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise RequestError(
+            f"{what}: expected a positive number of bytes, found {size!r}",
+            hint='write bytes or text such as "1GiB"',
+        )
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def check_name(name: object) -> str:
+    """The name, if it is a safe one for an expert. Raises `ExpertNameError`.
+
+    >>> check_name("maths-v2")
+    'maths-v2'
+    """
+    if not isinstance(name, str) or not name:
+        raise ExpertNameError(f"an expert's name is text that is not empty, found {name!r}")
+    reason = None
+    if name in RESERVED:
+        reason = f"{name!r} is reserved"
+    elif "/" in name or "\\" in name or ".." in name:
+        reason = "'/', '\\' and '..' are not allowed"
+    elif name.startswith("."):
+        reason = "a leading '.' is not allowed"
+    elif any(not character.isprintable() for character in name):
+        reason = "control characters are not allowed"
+    if reason is not None:
+        raise ExpertNameError(f"{reason} in an expert's name, found {name!r}", hint="rename the expert")
+    return name
+
+
+def check_folder(folder: Path) -> Path:
+    """`folder`, if it does not lead out of its parent by a symbolic link. Raises `ExpertNameError`."""
+    if folder.is_symlink() and folder.resolve().parent != folder.parent.resolve():
+        raise ExpertNameError(
+            f"a symbolic link that leads out of {folder.parent}: {folder.name}",
+            hint="pass the expert as {name: path} if that is meant",
+        )
+    return folder
+
+
+def differing_fields(base: Mapping[str, Any], expert: Mapping[str, Any]) -> list[str]:
+    """The fields of two configs that differ and matter to the forward pass."""
+    missing = object()
+    names = (base.keys() | expert.keys()) - HARMLESS
+    if not re.fullmatch("default|linear|llama3|none", _rope_type(base)):
+        names.add("max_position_embeddings")  # these derive frequencies from it
+    return sorted(name for name in names if base.get(name, missing) != expert.get(name, missing))
+
+
+def _rope_type(config: Mapping[str, Any]) -> str:
+    rope = config.get("rope_parameters") or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    kinds = {str(one.get("rope_type", "default")) for one in nested or [rope]}
+    return kinds.pop() if len(kinds) == 1 else "default" if not kinds else " ".join(sorted(kinds))
+
+
+@dataclass(eq=False)
+class Expert:
+    """One fine-tune that requests can name."""
+
+    name: str
+    path: Path | None = None
+    delta: Any = None
+    config: Any = None
+    error: Exception | None = None
+    tied: bool = True
+    vocabulary: int = 0  # token ids it reads
+    outputs: int = 0  # token ids it can answer with
+    salt: int = 0
+    slot: int | None = None
+    uses: int = 0
+    pins: int = 0
+    served: int = 0
+    retired: bool = False
+    extras: dict[str, Any] = field(default_factory=dict)  # what the engine keeps beside it: tokenizer and the like
+
+    @property
+    def sites(self) -> Iterable[Site]:
+        return () if self.delta is None else self.delta.sites.values()
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.delta is None else int(self.delta.nbytes)
+
+
+class ExpertPool:
+    """The experts of one engine.
+
+    `base`: what `Delta.check_base` compares with; `config`: the base's config, or none where experts bring
+    none. `open_delta` is `Delta.open` unless a test says otherwise. Everything that touches the layers
+    (`open`, `admit`, `release`) runs on the engine's thread; `get` and `describe` may be called from any.
+    """
+
+    def __init__(
+        self,
+        layers: ExpertLayers,
+        base: Path | None,
+        config: Any = None,
+        *,
+        budget: int | None = None,
+        open_delta: Callable[[Path], Any] | None = None,
+    ) -> None:
+        self.layers, self.base, self.config, self.budget = layers, base, config, budget
+        self.open_delta = open_delta or (lambda path: deltas.Delta.open(path))
+        self.catalogue: dict[str, Expert] = {}
+        self.resident: OrderedDict[int, Expert] = OrderedDict()  # by salt, least recently used first
+        self.hits = self.misses = self.evictions = 0
+        self._salts = itertools.count(1)
+        self._lock = threading.RLock()
+
+    # who there is
+
+    def discover(self, experts: str | Path | Iterable[str | Path] | Mapping[str, str | Path] | None) -> None:
+        """Opens a folder of experts, a list of folders, or `{name: folder}`.
+
+        In a folder a broken expert is kept with its error; one that was named raises it.
+        """
+        if experts is None:
+            return
+        if isinstance(experts, str | Path):
+            self._discover_folder(Path(experts))
+        elif isinstance(experts, Mapping):
+            for name, path in experts.items():
+                self.add(name, Path(path))
+        else:
+            for path in experts:
+                self.add(Path(path).absolute().name, Path(path))
+
+    def _discover_folder(self, folder: Path) -> None:
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith(".") or not (path.is_dir() or path.is_symlink()):
+                continue
+            try:
+                self.add(check_name(path.name), check_folder(path))
+            except (MeswitchError, OSError, ValueError) as error:
+                self.catalogue[path.name] = Expert(path.name, path, error=error)
+
+    def add(self, name: str, path: Path) -> Expert:
+        """Opens and checks the delta in `path`, and gives it to every later request for `name`.
+
+        Requests that hold the expert of that name before finish on it. Raises what is wrong with the delta.
+        """
+        expert = self.open(check_name(name), path)
+        with self._lock:
+            old = self.catalogue.get(name)
+            self.catalogue[name] = expert
+        if old is not None:
+            self._retire(old)
+        return expert
+
+    def open(self, name: str, path: Path) -> Expert:
+        delta = self.open_delta(path)
+        try:
+            if self.base is not None:
+                delta.check_base(self.base)
+            expert = Expert(name, path, delta, salt=next(self._salts))
+            expert.config = self._checked_config(name, path)
+            tied = self.layers.tied if expert.config is None else bool(expert.config.tie_word_embeddings)
+            expert.tied = tied
+            self.layers.check(expert.sites, tied=tied)
+            expert.vocabulary, expert.outputs = self.layers.vocabulary_of(expert.sites, tied=tied)
+            if self.budget is not None and expert.nbytes > self.budget:
+                raise BudgetError(
+                    f"expert {name!r} needs {expert.nbytes} bytes, host_budget is {self.budget} bytes",
+                    hint="raise host_budget, or compress with fewer bits",
+                )
+        except BaseException:
+            delta.close()
+            raise
+        return expert
+
+    def _checked_config(self, name: str, path: Path) -> Any:
+        if self.config is None:
+            return None
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config(decoder=True)
+        except (OSError, ValueError) as error:
+            raise FormatError(
+                f"{path}: expected the fine-tune's config.json, found none that reads: {error}"
+            ) from error
+        base, own = self.config.to_dict(), config.to_dict()
+        fields = differing_fields(base, own)
+        if fields:
+            found = ", ".join(f"{field}: base {base.get(field)!r}, expert {own.get(field)!r}" for field in fields)
+            raise ArchitectureError(
+                f"expert {name!r} computes differently from the base; {found}",
+                hint="one base serves fine-tunes of its own architecture and settings only",
+            )
+        return config
+
+    def get(self, name: str) -> Expert:
+        """The expert that a new request for `name` runs on. Raises `ExpertNotFoundError`, or the expert's own
+        error."""
+        with self._lock:
+            expert = self.catalogue.get(name)
+            if expert is None:
+                raise self._not_found(name)
+            if expert.error is not None:
+                raise expert.error.with_traceback(None)
+            return expert
+
+    def hold(self, name: str) -> Expert:
+        """`get`, and the expert stays open until `let_go`."""
+        with self._lock:
+            expert = self.get(name)
+            expert.uses += 1
+            return expert
+
+    def _not_found(self, name: str) -> ExpertNotFoundError:
+        known = sorted(self.catalogue)
+        close = difflib.get_close_matches(str(name), known, n=3)
+        if close:
+            hint = f"did you mean {' or '.join(map(repr, close))}?"
+        else:
+            hint = f"there are {', '.join(map(repr, known[:8]))}" if known else "the engine has no experts"
+        return ExpertNotFoundError(f"unknown expert: {name!r}", hint=hint)
+
+    def remove(self, name: str) -> None:
+        """Forgets `name`; requests that hold its expert finish first. Raises `ExpertNotFoundError`."""
+        with self._lock:
+            if name not in self.catalogue:
+                raise self._not_found(name)
+            expert = self.catalogue.pop(name)
+        self._retire(expert)
+
+    # who is resident
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(expert.nbytes for expert in self.resident.values())
+
+    def admit(self, expert: Expert) -> bool:
+        """Pins `expert` and makes it resident, evicting idle ones first; false while pinned ones fill the
+        budget."""
+        if expert.slot is not None:
+            self.hits += 1
+            self.resident.move_to_end(expert.salt)
+        elif not self._make_room(expert.nbytes):
+            return False
+        else:
+            self.misses += 1
+            self._install(expert)
+        expert.pins += 1
+        expert.served += 1
+        return True
+
+    def _install(self, expert: Expert) -> None:
+        slot = next(s for s in itertools.count() if all(e.slot != s for e in self.resident.values()))
+        try:
+            self.layers.install(slot, expert.sites, tied=expert.tied)
+        except BaseException:
+            self.layers.remove(slot)
+            raise
+        expert.slot = slot
+        self.resident[expert.salt] = expert
+
+    def _make_room(self, nbytes: int) -> bool:
+        if self.budget is None:
+            return True
+        idle = [expert for expert in self.resident.values() if not expert.pins]
+        if self.resident_bytes - sum(expert.nbytes for expert in idle) + nbytes > self.budget:
+            return False
+        for expert in idle:
+            if self.resident_bytes + nbytes <= self.budget:
+                break
+            self._evict(expert)
+            self.evictions += 1
+        return True
+
+    def _evict(self, expert: Expert) -> None:
+        assert expert.slot is not None
+        self.layers.remove(expert.slot)
+        del self.resident[expert.salt]
+        expert.slot = None
+
+    def unpin(self, expert: Expert) -> None:
+        expert.pins -= 1
+
+    def let_go(self, expert: Expert) -> None:
+        with self._lock:
+            expert.uses -= 1
+        self._close_if_done(expert)
+
+    def _retire(self, expert: Expert) -> None:
+        expert.retired = True
+        self._close_if_done(expert)
+
+    def _close_if_done(self, expert: Expert) -> None:
+        with self._lock:
+            if not expert.retired or expert.uses or expert.delta is None:
+                return
+            delta, expert.delta = expert.delta, None
+        if expert.slot is not None:
+            self._evict(expert)
+        delta.close()
+
+    def close(self) -> None:
+        with self._lock:
+            experts = list(self.catalogue.values())
+            self.catalogue.clear()
+        for expert in experts:
+            expert.uses = 0
+            self._retire(expert)
+
+    # what to tell
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """By name: `path`, `residency` ("disk" or "host"), `bytes`, `bpw`, `uses`, `served`, `error`."""
+        with self._lock:
+            return {
+                name: {
+                    "path": str(expert.path),
+                    "residency": "disk" if expert.slot is None else "host",
+                    "bytes": expert.nbytes,
+                    "bpw": None if expert.delta is None else float(expert.delta.bpw),
+                    "uses": expert.uses,
+                    "served": expert.served,
+                    "error": None if expert.error is None else f"{type(expert.error).__name__}: {expert.error}",
+                }
+                for name, expert in sorted(self.catalogue.items())
+            }
+
+    def counters(self) -> dict[str, int | None]:
+        return {
+            "budget": self.budget,
+            "bytes": self.resident_bytes,
+            "hits": self.hits,
+            "misses": self.misses,
+            "evictions": self.evictions,
+        }

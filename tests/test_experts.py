@@ -1,0 +1,196 @@
+"""Names, folders, budgets, and who may be evicted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from families import HandDelta, config_of
+from meswitch.delta import Site
+from meswitch.errors import (
+    ArchitectureError,
+    BudgetError,
+    ExpertNameError,
+    ExpertNotFoundError,
+    FormatError,
+    RequestError,
+)
+from meswitch.experts import Expert, ExpertPool, check_folder, check_name, differing_fields, parse_bytes
+
+
+class Layers:
+    """Remembers which slots are taken."""
+
+    tied = True
+    vocabulary = outputs = 10
+
+    def __init__(self) -> None:
+        self.slots: set[int] = set()
+
+    def check(self, sites: Iterable[Site], *, tied: bool) -> None: ...
+
+    def vocabulary_of(self, sites: Iterable[Site], *, tied: bool) -> tuple[int, int]:
+        return 10, 10
+
+    def install(self, slot: int, sites: Iterable[Site], *, tied: bool) -> None:
+        assert slot not in self.slots
+        self.slots.add(slot)
+
+    def remove(self, slot: int) -> None:
+        self.slots.discard(slot)
+
+
+class Sized(HandDelta):
+    @property
+    def nbytes(self) -> int:
+        return int(self.path.name.partition("-")[2] or 100)
+
+
+def open_sized(path: Path) -> Any:
+    if "broken" in path.name:
+        raise FormatError(f"{path}: expected a manifest, found none")
+    return Sized(path)
+
+
+def pool_of(budget: int | None = None) -> ExpertPool:
+    return ExpertPool(Layers(), None, budget=budget, open_delta=open_sized)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["", "base", "auto", "a/b", "..", "a..b", ".hidden", "a\nb", "a\x00", "a\\b", 3])
+def test_unsafe_names(name: Any) -> None:
+    with pytest.raises(ExpertNameError):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["maths", "qwen2.5-code", "数学", "a b"])
+def test_safe_names(name: str) -> None:
+    assert check_name(name) == name
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    folder = tmp_path / "experts"
+    (folder / "inside").mkdir(parents=True)
+    (folder / "link").symlink_to(tmp_path / "outside")
+    (folder / "alias").symlink_to(folder / "inside")
+    with pytest.raises(ExpertNameError, match="link"):
+        check_folder(folder / "link")
+    check_folder(folder / "alias")
+    pool = pool_of()
+    pool.discover(folder)
+    assert pool.get("inside").name == "inside"
+    with pytest.raises(ExpertNameError, match="link"):
+        pool.get("link")
+
+
+def test_a_broken_expert_takes_no_other_down(tmp_path: Path) -> None:
+    for name in ("good", "broken", "base", ".hidden"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("")
+    pool = pool_of()
+    pool.discover(tmp_path)
+    assert pool.describe().keys() == {"good", "broken", "base"}
+    assert "FormatError" in pool.describe()["broken"]["error"]
+    with pytest.raises(FormatError, match="manifest"):
+        pool.get("broken")
+    with pytest.raises(FormatError):
+        pool.discover([tmp_path / "broken"])
+    with pytest.raises(FileNotFoundError):
+        pool.discover(tmp_path / "nowhere")
+
+
+def test_unknown_expert_names_close_ones() -> None:
+    pool = pool_of()
+    pool.discover({"maths": "m", "code": "c"})
+    with pytest.raises(ExpertNotFoundError, match=r"'math'[^$]*did you mean 'maths'"):
+        pool.get("math")
+    with pytest.raises(ExpertNotFoundError, match="'code', 'maths'"):
+        pool.remove("zzz")
+
+
+def test_least_recently_used_idle_expert_goes() -> None:
+    pool = pool_of(250)
+    pool.discover({name: "x" for name in "abc"})
+    a, b, c = (pool.get(name) for name in "abc")
+    for expert in (a, b):
+        assert pool.admit(expert)
+        pool.unpin(expert)
+    assert pool.admit(a)
+    assert pool.admit(c)
+    assert b.slot is None and a.slot is not None and c.slot is not None
+    assert not pool.admit(b)  # a and c are pinned
+    pool.unpin(a)
+    assert pool.admit(b) and a.slot is None
+    assert (pool.hits, pool.misses, pool.evictions) == (1, 4, 2)
+
+
+def test_an_expert_beyond_the_budget_is_refused_with_the_sizes() -> None:
+    with pytest.raises(BudgetError, match=r"'big'.*300 bytes.*250 bytes"):
+        pool_of(250).discover({"big": "x-300"})
+
+
+def test_what_is_in_use_stays_open_when_removed_or_replaced() -> None:
+    pool = pool_of()
+    pool.discover({"a": "old"})
+    old = pool.hold("a")
+    pool.admit(old)
+    delta = old.delta
+    new = pool.add("a", Path("new"))
+    assert pool.get("a") is new and new.salt != old.salt
+    assert not delta.closed and old.slot is not None
+    pool.unpin(old)
+    pool.let_go(old)
+    assert delta.closed and old.slot is None
+    held = pool.hold("a")
+    pool.remove("a")
+    assert not held.delta.closed
+    pool.let_go(held)
+    assert held.delta is None
+
+
+@given(st.integers(0, 2**32), st.integers(100, 700))
+def test_budget_and_pins_hold_whatever_happens(seed: int, budget: int) -> None:
+    chance, pool = random.Random(seed), pool_of(budget)
+    for name, size in (("a", 100), ("b", 90), ("c", 60), ("d", 30)):
+        pool.add(name, Path(f"x-{size}"))
+    pinned: list[Expert] = []
+    for _ in range(60):
+        if pinned and chance.random() < 0.5:
+            pool.unpin(pinned.pop(chance.randrange(len(pinned))))
+            continue
+        expert = pool.get(chance.choice("abcd"))
+        if pool.admit(expert):
+            pinned.append(expert)
+        assert pool.resident_bytes <= budget
+        assert all(one.slot is not None for one in pinned)
+        assert len({one.slot for one in pool.resident.values()}) == len(pool.resident)
+
+
+def test_settings_that_change_the_forward_pass() -> None:
+    base = config_of("llama").to_dict()
+    assert differing_fields(base, {**base, "vocab_size": 9, "dtype": "float16", "eos_token_id": 3}) == []
+    assert differing_fields(base, config_of("llama", rms_norm_eps=1e-3).to_dict()) == ["rms_norm_eps"]
+    assert differing_fields(base, config_of("llama", rope_theta=5.0).to_dict()) == ["rope_parameters"]
+    assert "hidden_act" in differing_fields(base, config_of("llama", hidden_act="gelu").to_dict())
+
+
+def test_an_expert_with_other_settings_is_refused_by_field(tmp_path: Path) -> None:
+    config_of("llama", rms_norm_eps=1e-3).save_pretrained(tmp_path)
+    layers: Any = Layers()
+    pool = ExpertPool(layers, None, config_of("llama"), open_delta=open_sized)
+    with pytest.raises(ArchitectureError, match=r"rms_norm_eps: base 1e-06, expert 0\.001"):
+        pool.add("a", tmp_path)
+    with pytest.raises(FormatError, match=r"config\.json"):
+        pool.add("a", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("size", ["", "1 parsec", "-3", 0, True, "0", "GiB", 1.5j])
+def test_bytes_that_are_not(size: Any) -> None:
+    with pytest.raises(RequestError, match="kv_budget"):
+        parse_bytes(size, "kv_budget")

@@ -1,0 +1,111 @@
+"""The KV cache's size, the sampler's rows, and prefixes kept apart by expert."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LogitsProcessorList
+from transformers.generation.continuous_batching.requests import RequestState
+
+from families import config_of
+from meswitch.errors import BudgetError, UnsupportedModelError
+from meswitch.scheduling import Draw, ExpertScheduler, RequestSampler, Seat, cache_geometry, plan_cache
+
+
+@given(st.integers(200_000, 50_000_000), st.sampled_from([8, 64, 512]), st.sampled_from(["llama", "gemma3_text"]))
+def test_plan_stays_within_its_budget(budget: int, tokens: int, family: str) -> None:
+    config = config_of(family)
+    try:
+        plan = plan_cache(config, torch.float32, budget, max_batch_tokens=tokens)
+    except BudgetError:
+        assert cache_geometry(config, torch.float32).need(1, tokens) > budget
+        return
+    assert plan.blocks >= 1
+    assert plan.nbytes <= budget
+    assert plan.blocks * cache_geometry(config, torch.float32).block_bytes <= budget
+
+
+def test_need_and_plan_agree() -> None:
+    geometry = cache_geometry(config_of("llama"), torch.float32)
+    budget = geometry.need(320, 64)
+    assert plan_cache(config_of("llama"), torch.float32, budget, max_batch_tokens=64).blocks == 10
+
+
+def test_budget_too_small_says_the_sizes() -> None:
+    with pytest.raises(BudgetError, match=r"kv_budget: expected at least \d+ bytes.*found 1000 bytes"):
+        plan_cache(config_of("llama"), torch.float32, 1000, max_batch_tokens=512)
+
+
+def test_layers_that_continuous_batching_does_not_know() -> None:
+    config = SimpleNamespace(model_type="odd", layer_types=["linear_attention"], num_hidden_layers=1)
+    with pytest.raises(UnsupportedModelError, match=r"odd.*linear_attention"):
+        cache_geometry(config, torch.float32)
+
+
+def scheduler_with(cache: Any, seats: dict[str, Seat]) -> ExpertScheduler:
+    scheduler = ExpertScheduler(cache, None, 8)
+    scheduler.seats = seats
+    return scheduler
+
+
+def test_prefixes_are_salted_by_expert() -> None:
+    searched: list[list[int]] = []
+    cache: Any = SimpleNamespace(
+        search_prefix_match=lambda request_id, ids: searched.append(ids) or 0, cache_allocators={}
+    )
+    scheduler_with(cache, {"base": Seat(), "a": Seat(0, 1), "b": Seat(1, 2), "a2": Seat(0, 1)})
+    for request in ("base", "a", "b", "a2"):
+        cache.search_prefix_match(request, [5, 6, 7])
+    base, a, b, again = searched
+    assert base == [5, 6, 7]
+    assert a == again and a != b and a[0] < 0 and b[0] < 0
+    cache.search_prefix_match("a", [4, 6, 7])
+    assert searched[-1] != a
+
+
+def test_rows_of_a_step() -> None:
+    cache: Any = SimpleNamespace(search_prefix_match=None, cache_allocators={})
+    scheduler = scheduler_with(cache, {"a": Seat(0, 1), "base": Seat(), "b": Seat(1, 2)})
+    entries = [("a", 1, True), ("b", 3, False), ("base", 2, True)]
+    scheduler.step = [
+        SimpleNamespace(state=SimpleNamespace(request_id=name), query_length=length, has_new_token=new)  # type: ignore[misc]
+        for name, length, new in entries
+    ]
+    assert scheduler.token_slots() == [0, 1, 1, 1, -1, -1]
+    assert scheduler.kept_slots() == [0, -1, -1]  # a row for each request, those with a new token first
+
+
+def entry(name: str) -> Any:
+    return SimpleNamespace(state=RequestState(request_id=name, initial_tokens=[1, 2]))
+
+
+def sample(draws: dict[str, Draw], scores: torch.Tensor) -> list[int]:
+    sampler = RequestSampler()
+    sampler.draws = draws
+    sampler.prepare_tensor_args([entry(name) for name in draws])
+    return sampler(scores.clone(), torch.zeros(len(draws), dtype=torch.int32)).argmax(dim=-1).tolist()
+
+
+def test_each_row_draws_for_itself() -> None:
+    scores = torch.zeros(3, 50)
+    scores[0, 7] = 1.0
+
+    def draw(seed: int | None) -> Draw:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return Draw(LogitsProcessorList(), 50, generator)
+
+    greedy, one, two = sample({"g": draw(None), "s": draw(3), "t": draw(4)}, scores)
+    assert greedy == 7
+    assert sample({"t": draw(4), "s": draw(3)}, scores[1:]) == [two, one]
+
+
+def test_tokens_that_a_model_does_not_know_are_never_chosen() -> None:
+    scores = torch.zeros(2, 50)
+    scores[:, 45] = 9.0
+    sampled = Draw(LogitsProcessorList(), 40, torch.Generator().manual_seed(0))
+    assert max(sample({"g": Draw(LogitsProcessorList(), 40), "s": sampled}, scores)) < 40
