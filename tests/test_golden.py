@@ -1,0 +1,29 @@
+"""Delta directories that were written once and must be read by every later version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from meswitch.checkpoint import Checkpoint
+from meswitch.delta import Delta
+
+GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/*/meswitch.json"))
+
+
+def test_there_are_some() -> None:
+    assert {path.name for path in GOLDEN} >= {"default", "small", "me-switch", "bitdelta"}
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_golden(folder: Path) -> None:
+    base = Checkpoint.open(folder.parent / "base")
+    delta = Delta.open(folder)
+    delta.verify(base)
+    expected = load_file(folder.parent / f"{folder.name}.safetensors")
+    assert set(delta.sites) == set(expected)
+    for name, site in delta.sites.items():
+        assert torch.equal(site.restore(base.tensor(name)), expected[name]), name
