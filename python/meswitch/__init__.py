@@ -11,28 +11,23 @@ from meswitch.errors import MeswitchError
 if TYPE_CHECKING:
     from meswitch.calibration import Calibration as Calibration
     from meswitch.calibration import calibrate as calibrate
-    from meswitch.compress import compress as compress
-    from meswitch.compress import restore as restore
     from meswitch.delta import Delta as Delta
     from meswitch.engine import Answer as Answer
     from meswitch.engine import Engine as Engine
-    from meswitch.evaluate import evaluate as evaluate
 
 try:
     __version__ = version("meswitch")
 except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0.0.0"
 
-# Imported when first asked for: torch and transformers take seconds.
+# Imported when first asked for: torch and transformers take seconds. A function that is named as its module is not
+# here, since the module would take its place: `from meswitch.compress import compress`.
 _HOMES = {
     "Answer": "engine",
     "Calibration": "calibration",
     "Delta": "delta",
     "Engine": "engine",
     "calibrate": "calibration",
-    "compress": "compress",
-    "evaluate": "evaluate",
-    "restore": "compress",
 }
 
 __all__ = ["MeswitchError", "__version__", *_HOMES]

@@ -91,6 +91,10 @@ class Checkpoint:
             ) from error
         return config
 
+    def sample(self) -> str:
+        """Which checkpoint this is, quickly: a hash of names, dtypes, shapes and 3 KiB of each tensor."""
+        return self.native.sample()
+
     def names(self) -> list[str]:
         """The tensors on disk, by name in order."""
         return self.native.names()
@@ -129,7 +133,7 @@ def skeleton(folder: Path) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(
             f"expected the config.json of a causal language model in {folder}, found otherwise: {error}",

@@ -256,10 +256,17 @@ def _moments(plans: list[dict[str, Any]], calibration: Calibration | None) -> di
     return moments
 
 
-def restore(base: str | Path, delta: str | Path, out: str | Path, *, shard_bytes: int = 4 << 30) -> None:
+def restore(
+    base: str | Path,
+    delta: str | Path,
+    out: str | Path,
+    *,
+    shard_bytes: int = 4 << 30,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Writes an ordinary checkpoint: base plus delta, in the fine-tune's shapes and dtypes, with its tokenizer.
 
-    Tensors are rebuilt one at a time; a file holds at most about `shard_bytes`.
+    Memory holds one file at a time, of about `shard_bytes` at the most. `progress` gets weights done and in all.
     Raises `BaseMismatchError` for another base, `FormatError` where `out` stands already.
     """
     opened, checkpoint, target = Delta.open(delta), Checkpoint.open(base), Path(out)
@@ -273,7 +280,7 @@ def restore(base: str | Path, delta: str | Path, out: str | Path, *, shard_bytes
         for file in opened.manifest["files"]:
             if file != "delta.safetensors":
                 shutil.copyfile(opened.path / file, partial / file)
-        _write_shards(partial, opened, checkpoint, shard_bytes)
+        _write_shards(partial, opened, checkpoint, shard_bytes, progress or (lambda done, total: None))
         if target.exists():
             target.rmdir()
         partial.rename(target)
@@ -281,17 +288,25 @@ def restore(base: str | Path, delta: str | Path, out: str | Path, *, shard_bytes
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_shards(folder: Path, delta: Delta, base: Checkpoint, shard_bytes: int) -> None:
+def _write_shards(
+    folder: Path, delta: Delta, base: Checkpoint, shard_bytes: int, progress: Callable[[int, int], None]
+) -> None:
     from safetensors.torch import save_file
 
     shards = _shards(delta, shard_bytes)
     index: dict[str, str] = {}
+    done, total = 0, delta.parameters
     for number, names in enumerate(shards, 1):
         single = len(shards) == 1
         file = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: parameter(delta, base, name).contiguous() for name in names}
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            progress(done, total)
+            tensors[name] = parameter(delta, base, name).contiguous()
+            done += delta.sites[name].parameters
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
+    progress(done, total)
     if len(shards) > 1:
         total = sum(site.parameters * site.dtype.itemsize for site in delta.sites.values())
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)

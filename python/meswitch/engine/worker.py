@@ -111,7 +111,7 @@ def load_base(folder: Path, dtype: Any) -> Any:
 
 
 def generation_config(**settings: Any) -> GenerationConfig:
-    return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+    return GenerationConfig(**settings)
 
 
 class _Silent:

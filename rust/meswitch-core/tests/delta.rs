@@ -1,6 +1,6 @@
 //! Whole delta directories: written, read, damaged.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use meswitch_core::Error;
 use meswitch_core::checkpoint::Checkpoint;
 use meswitch_core::codec::{Class, Settings, Zero};
 use meswitch_core::compress::{Job, Plan};
-use meswitch_core::delta::{Delta, Kind, MANIFEST, Manifest, TENSORS};
+use meswitch_core::delta::{Delta, Kind, MANIFEST, Manifest, TENSORS, rewrite};
 use meswitch_core::kernels::linear;
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use serde_json::json;
@@ -352,4 +352,28 @@ fn what_is_written_rebuilds_the_fine_tune() {
     let relative = (missed / energy).sqrt();
     assert!((relative - site.relative_error).abs() < 2e-3, "{relative} is not the manifest's {}", site.relative_error);
     assert!(relative < 0.4);
+}
+
+#[test]
+fn a_rewrite_changes_what_it_is_told_and_nothing_else() {
+    let family = Family::new();
+    let delta = family.compress().unwrap();
+    let scales = delta.tensor("layer.weight", "scales.0").unwrap();
+    let name = "layer.weight/scales.0".to_owned();
+    let changed = HashMap::from([(name.clone(), vec![0x3c; scales.len()])]);
+    let errors = HashMap::from([("layer.weight".to_owned(), 0.5)]);
+    rewrite(&delta, &family.path("again"), &changed, &errors, json!({"preset": "other"})).unwrap();
+    let again = Delta::open(&family.path("again")).unwrap();
+    again.verify().unwrap();
+    assert_eq!(again.tensor("layer.weight", "scales.0").unwrap(), changed[&name]);
+    assert_eq!(again.tensor("layer.weight", "codes.0"), delta.tensor("layer.weight", "codes.0"));
+    assert!((again.manifest().sites[1].relative_error - 0.5).abs() < 1e-9);
+    assert_eq!(
+        again.bytes(),
+        fs::metadata(family.path("again").join(TENSORS)).unwrap().len()
+            + fs::metadata(family.path("again").join(MANIFEST)).unwrap().len()
+    );
+    let short = HashMap::from([(name, vec![0; 2])]);
+    assert!(matches!(rewrite(&delta, &family.path("no"), &short, &errors, json!({})), Err(Error::Argument(_))));
+    assert!(!family.path("no").exists());
 }

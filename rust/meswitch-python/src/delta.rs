@@ -1,9 +1,11 @@
 //! Opened delta directories and checkpoints.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use meswitch_core::checkpoint;
 use meswitch_core::delta;
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::errors::to_python;
@@ -18,6 +20,11 @@ impl Checkpoint {
     #[allow(clippy::needless_pass_by_value)] // what Python hands over
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
         py.detach(|| checkpoint::Checkpoint::open(&path)).map(Self).map_err(to_python)
+    }
+
+    /// A hash of names, dtypes, shapes and three kilobytes of each tensor.
+    fn sample(&self, py: Python<'_>) -> PyResult<String> {
+        py.detach(|| meswitch_core::fingerprint::sample(&self.0)).map_err(to_python)
     }
 
     /// The tensors on disk, by name in order.
@@ -56,8 +63,7 @@ impl Delta {
 
     /// The manifest, in JSON.
     fn manifest(&self) -> PyResult<String> {
-        serde_json::to_string(self.0.manifest())
-            .map_err(|error| pyo3::exceptions::PyValueError::new_err(error.to_string()))
+        serde_json::to_string(self.0.manifest()).map_err(|error| PyValueError::new_err(error.to_string()))
     }
 
     /// What manifest and tensors weigh.
@@ -74,6 +80,20 @@ impl Delta {
     /// Reads every byte and compares it with its checksum.
     fn verify(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.0.verify()).map_err(to_python)
+    }
+
+    /// Writes the directory anew with some tensors (by `SITE/ROLE`) replaced by others of the same size.
+    #[allow(clippy::needless_pass_by_value)] // what Python hands over
+    fn rewrite(
+        &self,
+        py: Python<'_>,
+        out: PathBuf,
+        tensors: HashMap<String, Vec<u8>>,
+        errors: HashMap<String, f64>,
+        settings: &str,
+    ) -> PyResult<()> {
+        let settings = serde_json::from_str(settings).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        py.detach(|| delta::rewrite(&self.0, &out, &tensors, &errors, settings)).map_err(to_python)
     }
 
     /// Compares a base with the one the delta was made against: quickly, or all of its content.

@@ -1,6 +1,6 @@
 //! Writing a delta directory: under a temporary name, flushed, then renamed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::manifest::{FileEntry, MANIFEST, Manifest, SiteEntry, TENSORS, TensorSpec};
-use super::{ALIGNMENT, checksum};
+use super::{ALIGNMENT, Delta, checksum};
 use crate::error::{Error, Result};
 
 /// A folder that takes its name only when it is whole.
@@ -237,4 +237,57 @@ fn move_down(file: &mut File, from: usize, to: usize) -> std::io::Result<()> {
 fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = File::create(path).map_err(Error::io(path))?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
+}
+
+/// Writes a delta directory anew with some tensors replaced by others of the same size.
+///
+/// `tensors` are by `SITE/ROLE`, `errors` the new relative errors by site, and `settings` takes the old one's place.
+///
+/// # Errors
+/// [`Error::Argument`] for a tensor that is not there or of another size; [`Error::Io`].
+pub fn rewrite(
+    source: &Delta,
+    out: &Path,
+    tensors: &HashMap<String, Vec<u8>>,
+    errors: &HashMap<String, f64>,
+    settings: Value,
+) -> Result<()> {
+    let manifest = source.manifest();
+    for (name, bytes) in tensors {
+        let there = name.rsplit_once('/').and_then(|(site, role)| source.tensor(site, role));
+        if there.map(<[u8]>::len) != Some(bytes.len()) {
+            let found = bytes.len();
+            return Err(Error::Argument(format!(
+                "expected a tensor of the delta in its size, found {name} of {found} bytes"
+            )));
+        }
+    }
+    let mut specs = Vec::new();
+    for site in &manifest.sites {
+        specs.extend(
+            site.specs()?.into_iter().map(|spec| TensorSpec { role: format!("{}/{}", site.name, spec.role), ..spec }),
+        );
+    }
+    let folder = Folder::create(out)?;
+    let mut writer = Writer::create(folder.path(), &specs)?;
+    let mut sites = manifest.sites.clone();
+    for site in &mut sites {
+        let slices: Vec<&[u8]> = site
+            .specs()?
+            .iter()
+            .filter_map(|spec| {
+                let replaced = tensors.get(&format!("{}/{}", site.name, spec.role)).map(Vec::as_slice);
+                replaced.or_else(|| source.tensor(&site.name, &spec.role))
+            })
+            .collect();
+        if let Some(error) = errors.get(&site.name) {
+            site.relative_error = *error;
+        }
+        writer.site(site, &slices)?;
+    }
+    for name in manifest.files.keys().filter(|name| *name != TENSORS) {
+        writer.copy(&source.path().join(name))?;
+    }
+    writer.finish(Manifest { settings, sites, ..manifest.clone() })?;
+    folder.finish()
 }

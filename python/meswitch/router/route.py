@@ -1,0 +1,120 @@
+"""A route: which expert a prompt goes to. With the labelled prompts a router learns from, and the report on one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meswitch.calibration import json_lines, string_field
+from meswitch.errors import DataError
+
+BASE = "base"
+"""The label of prompts that no expert should get."""
+
+_BINS = 10
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where one prompt goes.
+
+    `expert` is a name or `"base"`; `scores` are calibrated probabilities by label, and sum to 1; `abstained` says that
+    no label was likely enough, or that the prompt is unlike any seen, so that it goes to the base.
+    """
+
+    expert: str
+    scores: dict[str, float]
+    abstained: bool
+
+    @property
+    def likeliest(self) -> str:
+        """The label with the highest score, whether or not the prompt was sent there."""
+        return max(self.scores, key=self.scores.__getitem__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the expert it belongs to (or `"base"`)."""
+
+    prompt: str
+    expert: str
+
+
+def read_examples(path: str | Path, known: Sequence[str] | None = None) -> list[Example]:
+    """The lines `{"prompt": …, "expert": …}` of a `.jsonl` file.
+
+    With `known`, every expert must be one of these or `"base"`. Raises `DataError` naming file and line.
+    """
+    examples = []
+    for where, line in json_lines(path):
+        prompt, expert = string_field(line, "prompt", where), string_field(line, "expert", where)
+        if not prompt.strip() or not expert.strip():
+            raise DataError(f"expected a prompt and an expert, found an empty one: {where}")
+        if known is not None and expert not in known and expert != BASE:
+            raise DataError(f"expected one of {', '.join([*known, BASE])}, found {expert!r}: {where}")
+        examples.append(Example(prompt, expert))
+    if not examples:
+        raise DataError(f"expected labelled prompts, found none: {path}", hint='one {"prompt": …, "expert": …} a line')
+    return examples
+
+
+def report(examples: Sequence[Example], routes: Sequence[Route]) -> dict[str, Any]:
+    """`{accuracy, abstained, expected_calibration_error, per_expert, confusion, misrouted}`, shares as fractions.
+
+    An abstained prompt counts as sent to the base. The calibration error is the likeliest label's, over ten bins of
+    equal width, abstained or not. `confusion[label][sent]` counts prompts.
+
+    >>> report([Example("1+1", "maths")], [Route("maths", {"maths": 1.0}, False)])["accuracy"]
+    1.0
+    """
+    pairs = list(zip(examples, routes, strict=True))
+    labels = sorted({e.expert for e in examples} | {r.expert for r in routes})
+    confusion = {
+        label: dict(sorted(Counter(r.expert for e, r in pairs if e.expert == label).items()))
+        for label in sorted({e.expert for e in examples})
+    }
+    return {
+        "accuracy": _share([e.expert == r.expert for e, r in pairs]),
+        "abstained": _share([r.abstained for r in routes]),
+        "expected_calibration_error": _calibration_error(pairs),
+        "per_expert": {label: _row(label, pairs) for label in labels},
+        "confusion": confusion,
+        "misrouted": [
+            {
+                "prompt": e.prompt,
+                "expert": e.expert,
+                "sent": r.expert,
+                "score": r.scores[r.likeliest],
+                "abstained": r.abstained,
+            }
+            for e, r in pairs
+            if e.expert != r.expert
+        ],
+    }
+
+
+def _row(label: str, pairs: Sequence[tuple[Example, Route]]) -> dict[str, Any]:
+    own = [r for e, r in pairs if e.expert == label]
+    sent = [e for e, r in pairs if r.expert == label]
+    return {
+        "prompts": len(own),
+        "recall": _share([r.expert == label for r in own]) if own else None,
+        "precision": _share([e.expert == label for e in sent]) if sent else None,
+        "abstained": _share([r.abstained for r in own]) if own else None,
+    }
+
+
+def _share(hits: Sequence[bool]) -> float:
+    return sum(hits) / len(hits) if hits else 0.0
+
+
+def _calibration_error(pairs: Sequence[tuple[Example, Route]]) -> float:
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for example, route in pairs:
+        score = route.scores[route.likeliest]
+        bins.setdefault(min(int(score * _BINS), _BINS - 1), []).append((score, route.likeliest == example.expert))
+    gaps = [abs(sum(score - hit for score, hit in group)) for group in bins.values()]
+    return sum(gaps) / max(len(pairs), 1)

@@ -1,0 +1,407 @@
+"""The `meswitch` command: what it prints where, and with what exit code it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from families import config_of, save_finetune, save_random, tokenizer_of
+from meswitch import cli
+from meswitch.errors import ExpertNotFoundError
+from meswitch.router import Route
+
+COMMANDS = ("compress", "inspect", "verify", "restore", "evaluate", "generate", "demo", "doctor", "router")
+
+
+def run(*args: object, stdin: str | None = None) -> Any:
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args], input=stdin)
+
+
+def read(*args: object) -> Any:
+    """The JSON of a command that went well, which must be all there is on stdout."""
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("cli")
+    save_random(folder / "base", config_of("llama"))
+    save_finetune(folder / "finetune", folder / "base", 1, strength=0.1)
+    (folder / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 4)
+    made = run("compress", folder / "base", folder / "finetune", "-o", folder / "delta")
+    assert made.exit_code == 0, made.output
+    rows = [
+        row
+        for i in range(8)
+        for row in (
+            {"prompt": f"def f{i}(x): return x[{i}]", "expert": "code"},
+            {"prompt": f"{i} + {i * 7} =", "expert": "base"},
+        )
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: folder / name for name in ("base", "finetune", "delta", "text.txt", "prompts.jsonl")}
+
+
+# --- help and usage -----------------------------------------------------------------------------------------------
+
+
+def test_help_and_version_are_quick() -> None:
+    code = (
+        "import sys, meswitch.cli as cli\n"
+        "from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(cli.app, ['--help']).exit_code == 0\n"
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_help_teaches() -> None:
+    top = run("--help")
+    assert top.exit_code == 0 and all(name in top.stdout for name in COMMANDS)
+    for name in (*(name for name in COMMANDS if name != "router"), "router train", "router evaluate"):
+        found = run(*name.split(), "--help")
+        assert found.exit_code == 0 and f"meswitch {name}" in found.stdout, name
+        assert "Usage" in found.stdout
+
+
+def test_version() -> None:
+    found = run("--version")
+    assert found.exit_code == 0 and found.stdout.startswith("meswitch ")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["nonsense"],
+        ["compress"],
+        ["compress", "base", "finetune"],
+        ["compress", "base", "finetune", "-o", "x", "--preset", "huge"],
+        ["compress", "base", "finetune", "-o", "x", "--bits", "5"],
+        ["compress", "base", "finetune", "-o", "x", "--bits", "two"],
+        ["inspect"],
+        ["inspect", "a", "b"],
+        ["verify"],
+        ["verify", "a", "--nope"],
+        ["restore", "base", "delta"],
+        ["evaluate", "base", "delta"],
+        ["evaluate", "base", "delta", "--against", "x", "--data", "y", "--window", "1"],
+        ["generate", "base"],
+        ["generate", "base", "hi", "--expert", "auto"],
+        ["generate", "base", "hi", "--max-new-tokens", "0"],
+        ["generate", "base", "hi", "--temperature", "-1"],
+        ["router"],
+        ["router", "train", "base", "-o", "x"],
+        ["router", "train", "base", "-o", "x", "--data", "y", "--kind", "oracle"],
+        ["router", "train", "base", "-o", "x", "--data", "y", "--threshold", "2"],
+        ["demo", "--model", "base"],
+        ["demo", "--experts", "a=b"],
+        ["demo", "--model", "base", "--experts", "nofolder"],
+        ["demo", "--family", "nobody"],
+        ["demo", "--data", "x.jsonl"],
+    ],
+)
+def test_wrong_usage_is_2(args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run(*args)
+    assert found.exit_code == 2, found.output
+    assert "Usage" in found.stderr or "Usage" in found.stdout
+    assert not list(tmp_path.iterdir())
+
+
+# --- deltas -------------------------------------------------------------------------------------------------------
+
+
+def test_compress_reports(paths: dict[str, Path], tmp_path: Path) -> None:
+    given = ["compress", paths["base"], paths["finetune"], "-o", tmp_path / "delta", "--bits", "1"]
+    found = read(*given, "--calibrate", paths["text.txt"])
+    assert set(found) == {"preset", "bytes", "bpw", "seconds", "weights_per_second", "peak_rss_bytes"}
+    assert found["preset"] == "default" and found["bytes"] > 0 and 1 < found["bpw"] < 16
+    shown = run(*given, "--preset", "small")
+    assert shown.exit_code == 0 and "bits a weight" in shown.stdout and "compressing: 100%" in shown.stderr
+
+
+def test_inspect_shows_every_site(paths: dict[str, Path]) -> None:
+    found = read("inspect", paths["delta"])
+    wanted = {"format_version", "base_fingerprint", "parameters", "bytes", "bpw", "kinds", "sites"}
+    assert wanted <= set(found)
+    assert set(found["sites"][0]) == {"name", "kind", "shape", "bits", "bpw", "bytes", "relative_error"}
+    assert found["parameters"] == sum(kind["parameters"] for kind in found["kinds"].values())
+    shown = run("inspect", paths["delta"])
+    assert shown.exit_code == 0 and shown.stderr == ""
+    for site in found["sites"]:
+        assert site["name"] in shown.stdout
+    assert "16-bit copies" in shown.stdout
+
+
+def test_verify_says_sound_or_names_the_error(paths: dict[str, Path], tmp_path: Path) -> None:
+    assert run("verify", paths["delta"]).exit_code == 0
+    assert run("verify", paths["delta"], "--base", paths["base"]).exit_code == 0
+    other = run("verify", paths["delta"], "--base", paths["finetune"])
+    assert other.exit_code == 1 and other.stderr.startswith("BaseMismatchError: ") and "hint: " in other.stderr
+    harmed = tmp_path / "harmed"
+    harmed.mkdir()
+    for file in paths["delta"].iterdir():
+        (harmed / file.name).write_bytes(file.read_bytes())
+    content = bytearray((harmed / "delta.safetensors").read_bytes())
+    content[-1] ^= 1
+    (harmed / "delta.safetensors").write_bytes(content)
+    found = run("verify", harmed)
+    assert found.exit_code == 1 and found.stderr.startswith("ChecksumError: ") and found.stdout == ""
+    assert "Traceback" not in found.stderr
+
+
+def test_errors_are_a_message_and_1(paths: dict[str, Path], tmp_path: Path) -> None:
+    for args in (
+        ["inspect", tmp_path / "nowhere"],
+        ["verify", tmp_path / "nowhere"],
+        ["compress", tmp_path / "nowhere", paths["finetune"], "-o", tmp_path / "x"],
+        ["restore", paths["base"], tmp_path / "nowhere", "-o", tmp_path / "x"],
+        ["evaluate", paths["base"], paths["delta"], "--against", tmp_path / "no", "--data", paths["text.txt"]],
+        ["router", "evaluate", paths["base"], tmp_path / "nowhere", "--data", paths["prompts.jsonl"]],
+        ["generate", paths["base"], "--experts", tmp_path / "nowhere", "hi"],
+    ):
+        found = run(*args)
+        assert found.exit_code == 1, args
+        assert found.stdout == "" and "Error: " in found.stderr and "Traceback" not in found.stderr, args
+    assert not (tmp_path / "x").exists()
+
+
+def test_restore_writes_a_checkpoint(paths: dict[str, Path], tmp_path: Path) -> None:
+    found = run("restore", paths["base"], paths["delta"], "-o", tmp_path / "merged")
+    assert found.exit_code == 0 and found.stdout.strip() == str(tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_evaluate_measures(paths: dict[str, Path]) -> None:
+    given = ["evaluate", paths["base"], paths["delta"], "--against", paths["finetune"], "--data", paths["text.txt"]]
+    found = read(*given, "--max-tokens", "60")
+    assert found["tokens"] == 59 and set(found["expert"]) == {"nll", "perplexity", "kl", "top1_agreement"}
+    shown = run(*given)
+    assert shown.exit_code == 0 and "recovered share" in shown.stdout and "evaluating: 100%" in shown.stderr
+
+
+def test_an_interrupt_is_130(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("meswitch.compress.compress", interrupted)
+    found = run("compress", paths["base"], paths["finetune"], "-o", tmp_path / "x")
+    assert found.exit_code == 130 and "interrupted" in found.stderr and not (tmp_path / "x").exists()
+
+
+# --- generate -----------------------------------------------------------------------------------------------------
+
+
+class Stub:
+    """Stands in for the engine: what matters here is what the command asks and prints."""
+
+    asked: list[Any]
+
+    def __init__(self, base: str, experts: Any = None, router: Any = None) -> None:
+        type(self).asked = [(base, experts, router)]
+
+    def __enter__(self) -> Stub:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        type(self).asked.append("closed")
+
+    def answer(self, prompt: str, expert: str | None) -> Any:
+        if expert == "nobody":
+            raise ExpertNotFoundError("unknown expert: 'nobody'", hint="there are 'math'")
+        route = Route("math", {"math": 0.9, "base": 0.1}, False) if expert == "auto" else None
+        return SimpleNamespace(
+            text=f"{prompt}, said {expert}\u2713", token_ids=[1, 2], expert="math", route=route, finish_reason="stop"
+        )
+
+    def generate(self, prompts: list[str], expert: str | None, **options: Any) -> list[Any]:
+        type(self).asked.append(options)
+        return [self.answer(prompt, expert) for prompt in prompts]
+
+    def stream(self, prompt: str, expert: str | None, **options: Any) -> Any:
+        type(self).asked.append(options)
+        answer = self.answer(prompt, expert)
+
+        class Pieces:
+            def __iter__(self) -> Iterator[str]:
+                yield from answer.text
+
+        pieces: Any = Pieces()
+        pieces.answer = answer
+        return pieces
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> type[Stub]:
+    monkeypatch.setattr("meswitch.engine.Engine", Stub)
+    return Stub
+
+
+def test_one_prompt_streams_its_text_alone(stub: type[Stub], tmp_path: Path) -> None:
+    found = run("generate", "base", "--experts", tmp_path, "--expert", "math", "hi", "--seed", "3", "--stop", "x")
+    assert found.exit_code == 0 and found.stdout == "hi, said math\u2713\n" and "math" in found.stderr
+    assert stub.asked == [("base", tmp_path, None), {"max_new_tokens": 256, "seed": 3, "stop": ["x"]}, "closed"]
+
+
+def test_several_prompts_name_their_expert(stub: type[Stub]) -> None:
+    found = run("generate", "base", "one", "-", "--expert", "base", "--temperature", "0.5", stdin="two")
+    assert found.exit_code == 0
+    assert "> one\n[math] one, said base" in found.stdout and "> two\n[math] two, said base" in found.stdout
+    assert stub.asked[1] == {"max_new_tokens": 256, "temperature": 0.5}
+
+
+def test_generate_json(stub: type[Stub], tmp_path: Path) -> None:
+    [found] = read("generate", "base", "hi", "--expert", "auto", "--router", tmp_path)
+    assert found["expert"] == "math" and found["text"] == "hi, said auto\u2713" and found["token_ids"] == [1, 2]
+    assert found["route"] == {"expert": "math", "scores": {"math": 0.9, "base": 0.1}, "abstained": False}
+
+
+def test_a_delta_directory_stands_for_itself(stub: type[Stub], paths: dict[str, Path]) -> None:
+    assert run("generate", "base", "--experts", paths["delta"], "hi").exit_code == 0
+    assert stub.asked[0][1] == [paths["delta"]]
+
+
+def test_an_unknown_expert_is_1(stub: type[Stub]) -> None:
+    found = run("generate", "base", "hi", "--expert", "nobody")
+    assert found.exit_code == 1 and found.stdout == "" and stub.asked[-1] == "closed"
+    assert found.stderr.startswith("ExpertNotFoundError: unknown expert: 'nobody'\nhint: ")
+
+
+def test_generate_runs_the_engine(paths: dict[str, Path]) -> None:
+    given = ["--experts", paths["delta"], "--expert", "delta", "--max-new-tokens", "4"]
+    [found] = read("generate", paths["base"], "hi", *given)
+    assert found["expert"] == "delta" and 1 <= len(found["token_ids"]) <= 4
+    streamed = run("generate", paths["base"], "hi", *given)
+    assert streamed.exit_code == 0 and streamed.stdout == found["text"] + "\n"
+
+
+# --- routers, demo, doctor ----------------------------------------------------------------------------------------
+
+
+def test_router_train_and_evaluate(paths: dict[str, Path], tmp_path: Path) -> None:
+    trained = run("router", "train", paths["base"], "-o", tmp_path / "r", "--data", paths["prompts.jsonl"])
+    assert trained.exit_code == 0 and "base, code" in trained.stdout, trained.output
+    given = ["router", "evaluate", paths["base"], tmp_path / "r", "--data", paths["prompts.jsonl"]]
+    found = read(*given)
+    assert set(found) == {
+        *("accuracy", "abstained", "expected_calibration_error", "per_expert", "confusion", "misrouted")
+    }
+    shown = run(*given)
+    assert shown.exit_code == 0 and "accuracy" in shown.stdout
+    made = read(
+        "router", "train", paths["base"], "-o", tmp_path / "r", "--data", paths["prompts.jsonl"], "--threshold", "0.9"
+    )
+    assert made["experts"] == ["base", "code"] and made["threshold"] == 0.9
+
+
+def test_misrouted_prompts_are_listed(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = [
+        {"prompt": f"p{i}\n" * 60, "expert": "a", "sent": "b", "score": 0.6, "abstained": False} for i in range(12)
+    ]
+    row = {"prompts": 12, "recall": 0.0, "precision": None, "abstained": 0.0}
+    result = {"accuracy": 0.0, "abstained": 0.0, "expected_calibration_error": 0.6, "confusion": {}}
+    result |= {"per_expert": {"a": row}, "misrouted": wrong}
+    monkeypatch.setattr("meswitch.router.evaluate", lambda *_, **__: result)
+    found = run("router", "evaluate", "base", tmp_path, "--data", "x.jsonl")
+    assert found.stdout.count("a sent to b") == 10 and "2 more" in found.stdout
+
+
+def test_the_prompt_router_is_refused_clearly(paths: dict[str, Path], tmp_path: Path) -> None:
+    found = run(
+        "router", "train", paths["base"], "-o", tmp_path / "r", "--data", paths["prompts.jsonl"], "--kind", "prompt"
+    )
+    assert found.exit_code == 1 and "embedding" in found.stderr and "this version" in found.stderr
+
+
+def test_the_tour_gets_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("meswitch.demo.tour.run", lambda *args, **options: asked.append((args, options)))
+    assert run("demo").exit_code == 0
+    own = run(
+        "demo", "--model", "b", "--experts", "x=a/x", "--experts", "y=a=y", "--data", "d.jsonl", "-o", "out", "--json"
+    )
+    assert own.exit_code == 0
+    assert asked == [
+        ((None, None), {"family": "tiny", "data": None, "out": None, "json": False}),
+        (
+            ("b", {"x": "a/x", "y": "a=y"}),
+            {"family": "tiny", "data": Path("d.jsonl"), "out": Path("out"), "json": True},
+        ),
+    ]
+
+
+def test_doctor_says_what_is_here() -> None:
+    found = read("doctor")
+    assert found["version"]["torch"] != "not installed" and found["problems"] == []
+    assert found["cpu"]["count"] >= 1 and found["torch"]["threads"] >= 1 and found["torch"]["cuda"] in (True, False)
+    shown = run("doctor")
+    assert shown.exit_code == 0 and "cpu backend" in shown.stdout
+
+
+def test_doctor_survives_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import meswitch
+
+    monkeypatch.delattr(meswitch, "_native", raising=False)
+    monkeypatch.setitem(sys.modules, "meswitch._native", None)
+    found = run("doctor")
+    assert found.exit_code == 1 and "_native" in found.stdout
+
+
+# --- printing -----------------------------------------------------------------------------------------------------
+
+
+def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    step = cli._lines("working", every=0.0)
+    step(1, 4)
+    step(4, 4)
+    quiet = cli._lines("quiet", every=60.0)
+    quiet(1, 4)
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.splitlines()[0].startswith("working: 25%, ") and "left" in said.err
+    assert said.err.splitlines()[1].startswith("working: 100%, ") and "quiet" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (2.5e6, "2.5 MB"), (3.67e9, "3.67 GB")]
+)
+def test_sizes(count: float, text: str) -> None:
+    assert cli._size(count) == text
+
+
+def test_a_narrow_encoding_loses_a_letter_not_the_answer(
+    stub: type[Stub], paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Narrow:
+        encoding = "ascii"
+
+        def __init__(self) -> None:
+            self.said = ""
+
+        def write(self, text: str) -> None:
+            self.said += text.encode("ascii").decode()
+
+        def flush(self) -> None: ...
+
+    narrow = Narrow()
+    monkeypatch.setattr(sys, "stdout", narrow)
+    cli._write("2 \u2713\n")
+    assert narrow.said == "2 ?\n"
+
+
+def test_messages_data_goes_through_the_template(paths: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    assert tokenizer_of().chat_template is None
+    found = run("evaluate", paths["base"], paths["delta"], "--against", paths["finetune"], "--data", path)
+    assert found.exit_code == 1 and found.stderr.startswith("DataError: ") and f"{path}:1" in found.stderr
