@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,6 +170,22 @@ def test_interrupted_leaves_nothing(tmp_path: Path, interruption: type[BaseExcep
     with pytest.raises(interruption):
         compress(base, finetune, tmp_path / "delta", progress=stop)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "finetune"}
+
+
+def test_a_killed_writer_is_cleaned_up_after(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path)
+    script = (
+        "import os; from meswitch.compress import compress\n"
+        f"compress({str(base)!r}, {str(finetune)!r}, {str(tmp_path / 'delta')!r},"
+        " progress=lambda step: step.done and os.kill(os.getpid(), 9))"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert killed.returncode == -9
+    assert not (tmp_path / "delta").exists()
+    assert (tmp_path / ".delta.incomplete" / "delta.safetensors").exists()
+    compress(base, finetune, tmp_path / "delta")
+    Delta.open(tmp_path / "delta").verify(base)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "finetune", "delta"}
 
 
 def refused(tmp_path: Path, error: type[Exception], match: str) -> None:

@@ -16,7 +16,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from families import config_of, save_finetune, save_random  # noqa: E402
-
 from meswitch.compress import compress, restore  # noqa: E402
 
 

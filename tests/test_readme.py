@@ -1,0 +1,28 @@
+"""The README's example runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from meswitch.demo.family import Family
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_example(
+    block: str,
+    family: Family,  # trained before the example asks for it
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert block.count("\n") <= 20
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert all(said.count(f"{expert} '") == 1 for expert in ("maths", "code", "base"))
+    assert said.count("bits a weight") == 3
