@@ -89,6 +89,8 @@ def test_version() -> None:
         ["compress", "base", "finetune", "-o", "x", "--preset", "huge"],
         ["compress", "base", "finetune", "-o", "x", "--bits", "5"],
         ["compress", "base", "finetune", "-o", "x", "--bits", "two"],
+        ["compress", "base", "finetune", "-o", "x", "--embedding-bits", "7"],
+        ["compress", "base", "finetune", "-o", "x", "--distill"],
         ["inspect"],
         ["inspect", "a", "b"],
         ["verify"],
@@ -129,6 +131,13 @@ def test_compress_reports(paths: dict[str, Path], tmp_path: Path) -> None:
     assert found["preset"] == "default" and found["bytes"] > 0 and 1 < found["bpw"] < 16
     shown = run(*given, "--preset", "small")
     assert shown.exit_code == 0 and "bits a weight" in shown.stdout and "compressing: 100%" in shown.stderr
+
+
+def test_compress_distills(paths: dict[str, Path], tmp_path: Path) -> None:
+    given = ["compress", paths["base"], paths["finetune"], "-o", tmp_path / "delta", "--calibrate", paths["text.txt"]]
+    found = read(*given, "--distill")
+    assert 0 <= found["distilled"]["kl_after"] <= found["distilled"]["kl_before"]
+    assert run("verify", tmp_path / "delta", "--base", paths["base"]).exit_code == 0
 
 
 def test_inspect_shows_every_site(paths: dict[str, Path]) -> None:

@@ -2,6 +2,8 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, final
 
+__all__ = ["Checkpoint", "Delta", "Matrix", "backend", "compress", "cpu_features", "team"]
+
 _Memory = tuple[int, int]
 _Part = tuple[int, float, int, _Memory | None, _Memory, _Memory]
 _Rows = tuple[int, int, str]

@@ -64,7 +64,7 @@ def calibrate(
 
     path = resolve(model_path)
     tokenizer = load_tokenizer(path)
-    texts = _passages(read_texts(data, tokenizer), window * _CHARACTERS_A_TOKEN, seed)
+    texts = passages(read_texts(data, tokenizer), window * _CHARACTERS_A_TOKEN, seed)
     windows = token_chunks(texts, tokenizer, window, max_tokens=max_tokens)
     if not windows:
         raise DataError(f"expected text to calibrate on, found no token: {data}")
@@ -292,7 +292,7 @@ def check_vocabulary(ids: Tensor, vocabulary: int, data: str | Path) -> None:
         )
 
 
-def _passages(texts: list[str], size: int, seed: int) -> Iterator[str]:
+def passages(texts: list[str], size: int, seed: int) -> Iterator[str]:
     """The texts in pieces of at most `size` characters, in an order drawn by `seed`: any beginning covers them all."""
     pieces = [(text, start) for text in texts for start in range(0, len(text), size)]
     random.Random(seed).shuffle(pieces)

@@ -110,14 +110,19 @@ def compress(
         Path | None,
         typer.Option(metavar="FILE", help="Text (.txt, .jsonl) to weigh errors by what the model sees."),
     ] = None,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Tune the scales on the text of --calibrate: slower, much nearer.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a delta directory of a fine-tune.
 
     \b
       meswitch compress base/ math-finetune/ -o experts/math
-      meswitch compress base/ math-finetune/ -o experts/math --preset small --calibrate prompts.jsonl
+      meswitch compress base/ math-finetune/ -o experts/math --preset small --calibrate prompts.jsonl --distill
     """
+    if distill and calibrate is None:
+        raise typer.BadParameter("needs the text to tune on: --calibrate FILE", param_hint="--distill")
     _quiet()
     from meswitch.calibration import calibrate as observe
     from meswitch.compress import PRESETS
@@ -142,10 +147,12 @@ def compress(
             calibration=seen,
             progress=lambda p: step(p.done, p.total),
         )
-    result = {
-        name: getattr(made, name)
-        for name in ("preset", "bytes", "bpw", "seconds", "weights_per_second", "peak_rss_bytes")
-    }
+    result = made.to_json()
+    if distill and calibrate is not None:
+        from meswitch.distill import distill as tune
+
+        with _progress("distilling") as step:
+            result["distilled"] = tune(base, finetune, out, out, calibrate, progress=step).to_json()
     if as_json:
         _print_json(result)
     else:

@@ -127,7 +127,7 @@ def compress(
         if number not in (None, 1, 2, 3, 4, 8):
             raise ValueError(f"expected 1, 2, 3, 4 or 8 bits, found {number}")
     start, target = time.perf_counter(), Path(out)
-    _refuse_overwriting(target)
+    refuse_overwriting(target)
     base_checkpoint, finetune_checkpoint = Checkpoint.open(base), Checkpoint.open(finetune)
     rules = _override(PRESETS[preset], bits, embedding_bits)
     plans = list(_plans(base_checkpoint, finetune_checkpoint, rules, calibration))
@@ -164,7 +164,8 @@ def compress(
     )
 
 
-def _refuse_overwriting(target: Path) -> None:
+def refuse_overwriting(target: Path) -> None:
+    """Raises `FormatError` where something stands that is not a delta directory."""
     if target.exists() and not (target / "meswitch.json").is_file() and (target.is_file() or any(target.iterdir())):
         raise FormatError(
             f"expected a new folder or a delta directory to write to, found something else at {target}",

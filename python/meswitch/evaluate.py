@@ -105,8 +105,8 @@ def evaluate(
     with closing(Delta.open(delta_path)) as delta:
         checkpoint = Checkpoint.open(base)
         delta.check_base(checkpoint)
-        finetune, expert, kl, agreement = _compare(run, _load(against), _rebuild(checkpoint, delta), data)
-    likelihood = _score_base(run, _load(base))
+        finetune, expert, kl, agreement = _compare(run, load_model(against), rebuild(checkpoint, delta), data)
+    likelihood = _score_base(run, load_model(base))
     return Evaluation(run.scored, likelihood, finetune, expert, kl, agreement)
 
 
@@ -140,7 +140,8 @@ def _windows(data: str | Path, tokenizer: Any, window: int, max_tokens: int | No
     return windows
 
 
-def _load(path: Path) -> Any:
+def load_model(path: Path) -> Any:
+    """A checkpoint's model in float32. Raises `CheckpointError` where a weight is missing."""
     from transformers import AutoModelForCausalLM
 
     model, missing = _built(AutoModelForCausalLM, path)
@@ -169,7 +170,7 @@ class _Rebuilt:
         return weight.to(torch.float32, copy=True)
 
 
-def _rebuild(checkpoint: Checkpoint, delta: Delta) -> Any:
+def rebuild(checkpoint: Checkpoint, delta: Delta) -> Any:
     """The expert as a model of its own, built one weight at a time."""
     from transformers import AutoConfig
 

@@ -64,10 +64,7 @@ impl Folder {
     pub fn finish(self) -> Result<()> {
         sync(&self.partial)?;
         if self.target.exists() {
-            let old = self.partial.with_extension("old");
-            fs::rename(&self.target, &old).map_err(Error::io(&self.target))?;
-            fs::rename(&self.partial, &self.target).map_err(Error::io(&self.target))?;
-            fs::remove_dir_all(&old).map_err(Error::io(&old))?;
+            replace(&self.partial, &self.target)?;
         } else {
             fs::rename(&self.partial, &self.target).map_err(Error::io(&self.target))?;
         }
@@ -82,6 +79,35 @@ impl Drop for Folder {
             let _ = fs::remove_dir_all(&self.partial);
         }
     }
+}
+
+/// Puts a folder in another's place, which a reader never finds empty where the file system can exchange two names.
+fn replace(new: &Path, target: &Path) -> Result<()> {
+    if exchange(new, target).is_ok() {
+        return fs::remove_dir_all(new).map_err(Error::io(new));
+    }
+    let old = new.with_extension("old");
+    let _ = fs::remove_dir_all(&old); // a crash between the two renames below may have left one
+    fs::rename(target, &old).map_err(Error::io(target))?;
+    fs::rename(new, target).map_err(Error::io(target))?;
+    fs::remove_dir_all(&old).map_err(Error::io(&old))
+}
+
+#[cfg(target_os = "linux")]
+fn exchange(a: &Path, b: &Path) -> std::io::Result<()> {
+    use std::ffi::CString;
+    use std::os::unix::ffi::OsStrExt;
+
+    let (a, b) = (CString::new(a.as_os_str().as_bytes())?, CString::new(b.as_os_str().as_bytes())?);
+    // SAFETY: two C strings that outlive the call.
+    let failed =
+        unsafe { libc::renameat2(libc::AT_FDCWD, a.as_ptr(), libc::AT_FDCWD, b.as_ptr(), libc::RENAME_EXCHANGE) };
+    if failed == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn exchange(_: &Path, _: &Path) -> std::io::Result<()> {
+    Err(ErrorKind::Unsupported.into())
 }
 
 fn parent_of(path: &Path) -> &Path {
