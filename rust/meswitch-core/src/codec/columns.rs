@@ -1,8 +1,7 @@
-//! Scales of input channels.
+//! Scales of input channels, and the sums that they are made of.
 
 use half::f16;
 
-use super::quantize::Outcome;
 use super::sweep;
 
 /// One scale an input channel, with its inverse, or none.
@@ -62,4 +61,34 @@ impl Columns {
 /// As the file will hold it, away from zero.
 fn round(scale: f32) -> f32 {
     f16::from_f32(scale.clamp(1.0 / 64.0, 64.0)).to_f32()
+}
+
+/// Per column: the squared error that the codes leave, and the sums that a column's best scale is made of.
+pub(super) struct Outcome {
+    pub error: Vec<f64>,
+    pub cross: Vec<f64>,
+    pub level: Vec<f64>,
+}
+
+impl Outcome {
+    pub fn new(width: usize) -> Self {
+        Self { error: vec![0.0; width], cross: vec![0.0; width], level: vec![0.0; width] }
+    }
+
+    pub fn add(&mut self, other: &Self) {
+        for (sum, more) in
+            [(&mut self.error, &other.error), (&mut self.cross, &other.cross), (&mut self.level, &other.level)]
+        {
+            sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+        }
+    }
+
+    /// The errors after a refit: moving a column from scale `c` to `c·t` takes `c²·(t − 1)²·Σ(r·l)²` off at its best `t`.
+    pub fn correct(&mut self, before: &[f32], columns: &Columns) {
+        for (i, unit) in before.iter().enumerate() {
+            let step = f64::from(columns.scale(i) / unit);
+            let gain = 2.0 * (step - 1.0) * self.cross[i] - (step * step - 1.0) * self.level[i];
+            self.error[i] = (self.error[i] - f64::from(*unit).powi(2) * gain).max(0.0);
+        }
+    }
 }

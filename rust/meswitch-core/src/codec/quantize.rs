@@ -3,7 +3,7 @@
 use half::f16;
 use rayon::prelude::*;
 
-use super::columns::Columns;
+use super::columns::{Columns, Outcome};
 use super::low_rank::LowRank;
 use super::{Pair, fit, salient, sweep};
 use crate::error::Result;
@@ -362,36 +362,6 @@ impl Tally {
             error: self.error.iter().enumerate().map(|(i, error)| unit(i) * f64::from(*error)).collect(),
             cross: self.cross.iter().map(|cross| f64::from(*cross)).collect(),
             level: self.level.iter().map(|level| f64::from(*level)).collect(),
-        }
-    }
-}
-
-/// Per column: the squared error that the codes leave, and the sums that a column's best scale is made of.
-pub(super) struct Outcome {
-    pub error: Vec<f64>,
-    pub cross: Vec<f64>,
-    pub level: Vec<f64>,
-}
-
-impl Outcome {
-    fn new(width: usize) -> Self {
-        Self { error: vec![0.0; width], cross: vec![0.0; width], level: vec![0.0; width] }
-    }
-
-    fn add(&mut self, other: &Self) {
-        for (sum, more) in
-            [(&mut self.error, &other.error), (&mut self.cross, &other.cross), (&mut self.level, &other.level)]
-        {
-            sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
-        }
-    }
-
-    /// The errors after a refit: moving a column from scale `c` to `c·t` takes `c²·(t − 1)²·Σ(r·l)²` off at its best `t`.
-    fn correct(&mut self, before: &[f32], columns: &Columns) {
-        for (i, unit) in before.iter().enumerate() {
-            let step = f64::from(columns.scale(i) / unit);
-            let gain = 2.0 * (step - 1.0) * self.cross[i] - (step * step - 1.0) * self.level[i];
-            self.error[i] = (self.error[i] - f64::from(*unit).powi(2) * gain).max(0.0);
         }
     }
 }

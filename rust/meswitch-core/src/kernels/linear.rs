@@ -8,7 +8,7 @@ use super::{by_backend, team};
 use crate::layout;
 
 /// Fewer multiplications than this are not worth waking a team for.
-const ALONE: usize = 1 << 15;
+const ALONE: usize = 1 << 18;
 
 by_backend! {
     /// Unpacks one row into floats, `code − zero`.
