@@ -433,7 +433,13 @@ def demo(
         list[str] | None,
         typer.Option(metavar="NAME=FOLDER", help="A fine-tune of it; give one option for each."),
     ] = None,
-    family: Annotated[str, typer.Option(help="Models to train on the spot where none are given.")] = "tiny",
+    family: Annotated[
+        str,
+        typer.Option(
+            help="Models to train on the spot where none are given: tiny (two minutes), or smol, SmolLM2-135M and "
+            "fine-tunes of it (an hour, once; needs meswitch[smol])."
+        ),
+    ] = "tiny",
     data: Annotated[
         Path | None,
         typer.Option(metavar="FILE.jsonl", help='For your own models: {"prompt", "expert"[, "completion"]} a line.'),
@@ -449,6 +455,7 @@ def demo(
 
     \b
       meswitch demo
+      meswitch demo --family smol
       meswitch demo --model base/ --experts math=math-finetune/ --experts code=code-finetune/ --data prompts.jsonl
     """
     named = dict(_named(entry) for entry in experts or [])
