@@ -60,6 +60,7 @@ fn sites(c: &mut Criterion) {
         rank: 0,
         classes: Vec::new(),
         skip_unchanged_rows: false,
+        sparse: true,
     };
     let kinds = [
         ("2 bits", plain.clone()),

@@ -48,6 +48,7 @@ fn delta(root: &Path) -> Delta {
         rank: 0,
         classes: Vec::new(),
         skip_unchanged_rows: false,
+        sparse: true,
     };
     let plans: Vec<Plan> = finetune
         .names()

@@ -64,6 +64,7 @@ fn decode(buffer: &[u8], scales: &[f16], rows: usize, columns: usize, bits: u32,
             column_scales: None,
             salient: None,
             low_rank: None,
+            sparse: None,
         })
         .collect();
     let start = Instant::now();

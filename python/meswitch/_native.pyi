@@ -45,6 +45,7 @@ class Matrix:
         column_scales: _Memory | None,
         salient: tuple[_Memory, _Memory] | None,
         low_rank: tuple[_Memory, _Memory] | None,
+        sparse: tuple[_Memory, _Memory, _Memory] | None,
         keep: object,
     ) -> Matrix: ...
     def delta_linear(self, y: _Rows, x: _Rows, total: int, tokens: Sequence[int] | None, exact: bool) -> None: ...

@@ -181,7 +181,7 @@ def inspect(delta: DeltaDir, as_json: Json = False) -> None:
             site["name"],
             site["kind"],
             shape,
-            "" if site["bits"] is None else str(site["bits"]),
+            _bits(site),
             f"{site['bpw']:.2f}",
             f"{site['bytes']:,}",
             "" if error is None else f"{error:.4f}",
@@ -195,6 +195,12 @@ def inspect(delta: DeltaDir, as_json: Json = False) -> None:
         f" 16-bit copies weigh {_size(copies)}, {copies / max(found['bytes'], 1):.1f} times as much"
     )
     typer.echo(f"base: {found['base_fingerprint']}")
+
+
+def _bits(site: dict[str, Any]) -> str:
+    if site["density"] is not None:
+        return f"sparse {site['density']:.2%}"
+    return "" if site["bits"] is None else str(site["bits"])
 
 
 @app.command()

@@ -35,7 +35,8 @@ _HEAD = "lm_head.weight"
 class Rule:
     """How the sites of one role are stored. See DESIGN of the codec in docs/architecture.md.
 
-    `frequent` is the share of rows, the most frequent tokens first, that take `frequent_bits` a code.
+    `frequent` is the share of rows, the most frequent tokens first, that take `frequent_bits` a code. `sparse` keeps
+    changed weights one by one where that takes less than codes.
     """
 
     bits: int
@@ -48,6 +49,7 @@ class Rule:
     frequent: float = 0.0
     frequent_bits: int = 4
     skip_unchanged_rows: bool = False
+    sparse: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ PRESETS = {
         head=Rule(bits=1, column_scales=True, rank=1, frequent=0.2, frequent_bits=3, skip_unchanged_rows=True),
     ),
     # The two papers' own settings: embeddings and head stay at 16 bits there.
-    "me-switch": Preset(block=Rule(bits=2, zero="level", salient=8), embedding=None, head=None),
-    "bitdelta": Preset(block=Rule(bits=1, zero="symmetric", one_scale=True), embedding=None, head=None),
+    "me-switch": Preset(block=Rule(bits=2, zero="level", salient=8, sparse=False), embedding=None, head=None),
+    "bitdelta": Preset(block=Rule(bits=1, zero="symmetric", one_scale=True, sparse=False), embedding=None, head=None),
 }
 
 

@@ -1,7 +1,7 @@
 """A delta directory: open it, look into it, verify it, and rebuild the fine-tune's parameters from it.
 
     Delta ── sites ── Site ── parts ── Part      rows of one bit width
-      │                 └ column_scales, salient, u·v, whole, added
+      │                 └ column_scales, salient, u·v, sparse, whole, added
       └ manifest (meswitch.json), tensors (delta.safetensors), both laid out in docs/format.md
 
 Every tensor is a view of the mapped file: no copy until a kernel reads it. Never write to one.
@@ -41,6 +41,22 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """The changed weights of a site, one by one: row after row, by rising columns.
+
+    `starts int32 [out_features + 1]`: where each row's entries begin, and the last one's end. `gaps uint8 [entries]`:
+    columns between an entry and the one before it in its row, from column 0 to the first. `values float8_e5m2
+    [entries]`: in units of `2**exponent`; entries of one column add up, a value of 0 bridges a gap above 255.
+    `changed`: weights that they change, as the manifest says.
+    """
+
+    starts: Tensor
+    gaps: Tensor
+    values: Tensor
+    changed: int = 0
+
+
+@dataclass(frozen=True)
 class Site:
     """One parameter of the base that the fine-tune changed, by its name in the checkpoint.
 
@@ -59,6 +75,7 @@ class Site:
     salient: Tensor | None = None
     u: Tensor | None = None
     v: Tensor | None = None
+    sparse: Sparse | None = None
     added: Tensor | None = None
     whole: Tensor | None = None
     exponent: int = 0
@@ -91,6 +108,11 @@ class Site:
     def bits(self) -> int | None:
         """The bit width of most rows."""
         return max(self.parts, key=lambda part: part.codes.shape[0]).bits if self.parts else None
+
+    @property
+    def density(self) -> float | None:
+        """The share of weights that changed, where they are stored one by one."""
+        return None if self.sparse is None else self.sparse.changed / max(self.parameters, 1)
 
     def dense(self) -> Tensor:
         """Δ̂ as `float32 [out_features, in_features]`; zeros where the site is `shared`."""
@@ -194,6 +216,7 @@ class Delta:
                     "kind": site.kind,
                     "shape": list(site.shape),
                     "bits": site.bits,
+                    "density": site.density,
                     "bpw": site.bpw,
                     "bytes": site.nbytes,
                     "relative_error": site.relative_error,
@@ -233,12 +256,21 @@ class Delta:
             salient=tensor("salient", torch.float16, out, salient),
             u=tensor("u", torch.float16, out, rank),
             v=tensor("v", torch.float16, rank, columns),
+            sparse=self._sparse(name, out, entry.get("sparse")),
             added=tensor("added", dtype, entry.get("added", 0), columns),
             whole=tensor("whole", dtype, *entry["shape"]),
             exponent=entry.get("exponent", 0),
             nbytes=entry["bytes"],
             relative_error=entry["relative_error"],
         )
+
+    def _sparse(self, name: str, out: int, told: dict[str, int] | None) -> Sparse | None:
+        if told is None:
+            return None
+        roles = (("starts", torch.int32, out + 1), ("gaps", torch.uint8, -1), ("values", torch.float8_e5m2, -1))
+        tensors = [self._tensor(name, f"sparse_{role}", dtype, (length,)) for role, dtype, length in roles]
+        starts, gaps, values = (tensor for tensor in tensors if tensor is not None)
+        return Sparse(starts, gaps, values, told["changed"])
 
     def _tensor(self, site: str, role: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
         extent = self._native.extent(site, role)

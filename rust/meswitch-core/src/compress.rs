@@ -8,7 +8,9 @@ use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, View};
 use crate::codec::{Pair, Quantized, Settings, quantize};
-use crate::delta::{BaseEntry, Delta, Folder, Kind, Manifest, PartEntry, SiteEntry, TensorSpec, VERSION, Writer};
+use crate::delta::{
+    BaseEntry, Delta, Folder, Kind, Manifest, PartEntry, SiteEntry, SparseEntry, TensorSpec, VERSION, Writer,
+};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, sample};
 use crate::layout::row_bytes;
@@ -164,6 +166,9 @@ impl Job<'_> {
                     add(&format!("scales.{at}"), "F16", 2);
                     add(&format!("rows.{at}"), "I32", 1);
                 }
+                add("sparse_starts", "I32", 1);
+                add("sparse_gaps", "U8", 1);
+                add("sparse_values", "F8_E5M2", 1);
                 for role in ["column_scales", "salient_index", "salient", "u", "v", "added"] {
                     add(role, "F16", 2);
                 }
@@ -188,6 +193,7 @@ impl Job<'_> {
             column_scales: false,
             salient: 0,
             rank: 0,
+            sparse: None,
             added: 0,
             tensors: BTreeMap::new(),
         };
@@ -286,6 +292,10 @@ impl<'a> Tensors<'a> {
             if let Some((u, v)) = quantized.low_rank {
                 owned.push(halves(&u));
                 owned.push(halves(&v));
+            }
+            if let Some(sparse) = quantized.sparse {
+                draft.sparse = Some(SparseEntry { entries: sparse.gaps.len(), changed: sparse.changed });
+                owned.extend([indices(&sparse.starts), sparse.gaps, sparse.values]);
             }
         } else {
             // The rows that both have differ in dtype alone: a low-rank part of zeros would say the same at a cost.

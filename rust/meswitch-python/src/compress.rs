@@ -93,6 +93,7 @@ fn read_settings(plan: &Bound<'_, PyDict>, bits: u32) -> PyResult<Settings> {
         rank: required(plan, "rank")?,
         classes: classes.into_iter().map(|(bits, rows)| Class { bits, rows }).collect(),
         skip_unchanged_rows: required(plan, "skip_unchanged_rows")?,
+        sparse: required(plan, "sparse")?,
     })
 }
 

@@ -6,7 +6,9 @@ mod low_rank;
 pub mod pair;
 mod quantize;
 mod salient;
+mod sparse;
 mod sweep;
 
 pub use pair::Pair;
 pub use quantize::{Class, Part, Quantized, Settings, Zero, quantize};
+pub use sparse::Sparse;

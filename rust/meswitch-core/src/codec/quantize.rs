@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::columns::{Columns, Outcome};
 use super::low_rank::LowRank;
-use super::{Pair, fit, salient, sweep};
+use super::{Pair, Sparse, fit, salient, sweep};
 use crate::error::Result;
 use crate::layout::row_bytes;
 
@@ -50,6 +50,8 @@ pub struct Settings {
     pub classes: Vec<Class>,
     /// Whether rows without any change take no space.
     pub skip_unchanged_rows: bool,
+    /// Whether changed weights are kept one by one where that takes less than codes.
+    pub sparse: bool,
 }
 
 /// The rows of a site that share a bit width.
@@ -82,7 +84,9 @@ pub struct Quantized {
     pub salient: Vec<f16>,
     /// The low-rank part `[rows, rank]` · `[rank, columns]`.
     pub low_rank: Option<(Vec<f16>, Vec<f16>)>,
-    /// Scales, salient values and the left low-rank factor are in units of `2^exponent`.
+    /// The changed weights one by one, in place of all the rest.
+    pub sparse: Option<Sparse>,
+    /// Scales, salient values, the left low-rank factor and sparse values are in units of `2^exponent`.
     pub exponent: i32,
     /// `‖Δ − Δ̂‖ / ‖Δ‖`.
     pub relative_error: f64,
@@ -93,6 +97,8 @@ struct Statistics {
     row_energy: Vec<f32>,
     column_energy: Vec<f64>,
     magnitude: f64,
+    changed: u64,
+    largest: f32,
 }
 
 /// The rows of one part while they are being fitted.
@@ -115,10 +121,16 @@ pub fn quantize(pair: &Pair<'_>, moments: Option<&[f32]>, settings: &Settings) -
     if energy == 0.0 {
         return Ok(None);
     }
+    let mut drafts = drafts(pair, settings, &statistics);
+    if settings.sparse {
+        let limit = planned_bytes(pair, settings, &drafts);
+        if let Some((sparse, exponent, missed)) = Sparse::fit(pair, statistics.changed, statistics.largest, limit)? {
+            return Ok(Some(Quantized::of_sparse(sparse, exponent, (missed / energy).sqrt())));
+        }
+    }
     let importance = importance(moments, pair.columns);
     let low_rank = LowRank::fit(pair, &importance, settings.rank)?;
     let mut columns = Columns::first(settings.column_scales, &statistics.column_energy, pair.rows);
-    let mut drafts = drafts(pair, settings, &statistics);
     let source = Source { pair, low_rank: low_rank.as_ref(), importance: &importance };
     for draft in &mut drafts {
         draft.zero = source.choose_zero(draft, &columns, settings)?;
@@ -161,23 +173,34 @@ fn measure(pair: &Pair<'_>) -> Result<Statistics> {
         .par_chunks(pair.band_rows())
         .map_init(<(Vec<f32>, Vec<f32>)>::default, |(spare, tile), band| {
             let (mut row_energy, mut column_energy) = (Vec::with_capacity(band.len()), vec![0f32; pair.columns]);
-            let mut magnitude = 0.0;
+            let (mut magnitude, mut changed, mut largest) = (0.0, 0, 0f32);
             for rows in band.chunks(pair.tile_rows()) {
                 pair.read(rows, spare, tile)?;
                 for row in tile.chunks(pair.columns.max(1)) {
                     let (energy, absolute) = sweep::energies(row, &mut column_energy);
                     row_energy.push(energy);
                     magnitude += f64::from(absolute);
+                    let (count, most) = sweep::extent(row);
+                    changed += u64::from(count);
+                    largest = largest.max(most);
                 }
             }
-            Ok((row_energy, column_energy, magnitude))
+            Ok((row_energy, column_energy, magnitude, changed, largest))
         })
         .collect::<Result<_>>()?;
-    let mut all = Statistics { row_energy: Vec::new(), column_energy: vec![0.0; pair.columns], magnitude: 0.0 };
-    for (row_energy, column_energy, magnitude) in bands {
+    let mut all = Statistics {
+        row_energy: Vec::new(),
+        column_energy: vec![0.0; pair.columns],
+        magnitude: 0.0,
+        changed: 0,
+        largest: 0.0,
+    };
+    for (row_energy, column_energy, magnitude, changed, largest) in bands {
         all.row_energy.extend(row_energy);
         all.column_energy.iter_mut().zip(column_energy).for_each(|(sum, value)| *sum += f64::from(value));
         all.magnitude += magnitude;
+        all.changed += changed;
+        all.largest = all.largest.max(largest);
     }
     Ok(all)
 }
@@ -218,6 +241,18 @@ fn drafts(pair: &Pair<'_>, settings: &Settings, statistics: &Statistics) -> Vec<
             }
         })
         .collect()
+}
+
+/// Bytes of all tensors that the settings ask for.
+fn planned_bytes(pair: &Pair<'_>, settings: &Settings, drafts: &[Draft]) -> usize {
+    let rank = settings.rank.min(pair.rows).min(pair.columns);
+    let salient = settings.salient.min(pair.columns);
+    let parts = drafts.iter().map(|draft| {
+        let rows = if draft.all { 0 } else { 4 * draft.rows.len() };
+        draft.codes.len() + 2 * draft.scales.len() + rows
+    });
+    let columns = if settings.column_scales { 2 * pair.columns } else { 0 };
+    parts.sum::<usize>() + columns + salient * (4 + 2 * pair.rows) + 2 * rank * (pair.rows + pair.columns)
 }
 
 /// What the codes are fitted to.
@@ -399,7 +434,23 @@ fn finish(
         salient_index,
         salient: halves(residual),
         low_rank: low_rank.map(|part| part.halves(unit)),
+        sparse: None,
         exponent,
         relative_error,
+    }
+}
+
+impl Quantized {
+    fn of_sparse(sparse: Sparse, exponent: i32, relative_error: f64) -> Self {
+        Self {
+            parts: Vec::new(),
+            column_scales: None,
+            salient_index: Vec::new(),
+            salient: Vec::new(),
+            low_rank: None,
+            sparse: Some(sparse),
+            exponent,
+            relative_error,
+        }
     }
 }

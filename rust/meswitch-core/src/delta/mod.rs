@@ -5,7 +5,7 @@ mod reader;
 mod writer;
 
 pub use manifest::{
-    BaseEntry, FileEntry, Kind, MANIFEST, Manifest, PartEntry, SiteEntry, TENSORS, TensorSpec, VERSION,
+    BaseEntry, FileEntry, Kind, MANIFEST, Manifest, PartEntry, SiteEntry, SparseEntry, TENSORS, TensorSpec, VERSION,
 };
 pub use reader::Delta;
 pub use writer::{Folder, Writer, rewrite};

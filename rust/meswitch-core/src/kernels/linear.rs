@@ -4,6 +4,7 @@ use half::f16;
 
 use super::decode::{Steps, dot_row};
 use super::matrix::{Matrix, Part};
+use super::sparse::Packed;
 use super::{by_backend, team};
 use crate::layout;
 
@@ -54,12 +55,20 @@ struct Input {
     salient: Vec<f32>,
     /// `V · x`.
     inner: Vec<f32>,
+    /// Activations by column, for sparse entries.
+    packed: Option<Packed>,
 }
 
 impl Input {
     fn new(matrix: &Matrix<'_>, x: &[f32], exact: bool) -> Self {
         let tokens = x.len() / matrix.columns.max(1);
-        let mut input = Self { tokens, scaled: x.to_vec(), steps: None, salient: Vec::new(), inner: Vec::new() };
+        let mut input =
+            Self { tokens, scaled: Vec::new(), steps: None, salient: Vec::new(), inner: Vec::new(), packed: None };
+        if matrix.sparse.is_some() {
+            input.packed = (tokens > 0).then(|| Packed::of(x, matrix.columns));
+            return input;
+        }
+        input.scaled = x.to_vec();
         for row in input.scaled.chunks_mut(matrix.columns.max(1)) {
             for (value, scale) in row.iter_mut().zip(matrix.column_scales.unwrap_or_default()) {
                 *value *= scale.to_f32();
@@ -99,7 +108,7 @@ pub fn delta_linear(matrix: &Matrix<'_>, x: &[f32], exact: bool, add: &(dyn Fn(u
         let (start, end) = ((index * share).min(matrix.rows), ((index + 1) * share).min(matrix.rows));
         rows(matrix, &input, start, end, add);
     };
-    if matrix.rows * matrix.columns * input.tokens < ALONE {
+    if matrix.weights() * input.tokens < ALONE {
         work(0, 1);
     } else {
         team::parallel(&work);
@@ -117,6 +126,9 @@ fn rows(matrix: &Matrix<'_>, input: &Input, start: usize, end: usize, add: &(dyn
             Some(steps) if part.group >= matrix.columns => integers(matrix, part, steps, start, end, &mut sums),
             _ => floats(matrix, part, input, start, end, &mut sums),
         }
+    }
+    if let (Some(sparse), Some(x)) = (&matrix.sparse, &input.packed) {
+        sparse.multiply(x, matrix.unit, start, end, &mut sums);
     }
     side(matrix.salient.map(|(index, values)| (values, index.len())), &input.salient, start, count, &mut sums);
     side(matrix.low_rank.map(|(u, _)| (u, matrix.rank())), &input.inner, start, count, &mut sums);
@@ -183,6 +195,10 @@ pub fn dense(matrix: &Matrix<'_>, start: usize, out: &mut [f32]) {
 
 fn dense_row(matrix: &Matrix<'_>, row: usize, add: &mut dyn FnMut(usize, f32)) {
     let columns = matrix.columns;
+    if let Some(sparse) = &matrix.sparse {
+        sparse.each(row, columns, &mut |column, value| add(column, value * matrix.unit));
+        return;
+    }
     let (mut unpacked, mut level) = (vec![0u8; columns], vec![0f32; columns]);
     for part in &matrix.parts {
         let groups = columns.div_ceil(part.group).max(1);

@@ -2,6 +2,7 @@
 
 use half::f16;
 
+use super::sparse::Sparse;
 use crate::error::{Error, Result};
 use crate::layout::{BITS, row_bytes};
 
@@ -37,6 +38,8 @@ pub struct Matrix<'a> {
     pub salient: Option<(&'a [u32], &'a [f16])>,
     /// `[rows, rank]` and `[rank, columns]`.
     pub low_rank: Option<(&'a [f16], &'a [f16])>,
+    /// What is not zero, in place of all the rest.
+    pub sparse: Option<Sparse<'a>>,
 }
 
 impl Part<'_> {
@@ -77,6 +80,12 @@ impl Matrix<'_> {
                 self.rows, self.columns
             )))
         };
+        if let Some(sparse) = &self.sparse {
+            if !self.parts.is_empty() || self.salient.is_some() || self.low_rank.is_some() {
+                return refuse("parts beside sparse entries", 0, self.parts.len());
+            }
+            return sparse.check(self.rows);
+        }
         for part in &self.parts {
             if !BITS.contains(&part.bits) || part.group == 0 {
                 return refuse("known bits and a positive group", 1, part.bits as usize);
@@ -108,6 +117,13 @@ impl Matrix<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The weights that a product with one token reads.
+    #[must_use]
+    pub fn weights(&self) -> usize {
+        // An entry costs about what eight packed codes do.
+        self.sparse.as_ref().map_or(self.rows * self.columns, |sparse| 8 * sparse.gaps.len())
     }
 
     /// The rank of the low-rank part.

@@ -4,6 +4,7 @@ mod backend;
 pub mod decode;
 pub mod linear;
 pub mod matrix;
+pub mod sparse;
 pub mod team;
 
 pub use backend::{Backend, backend, features};
