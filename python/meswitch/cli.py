@@ -147,6 +147,10 @@ def compress(
             calibration=seen,
             progress=lambda p: step(p.done, p.total),
         )
+    for field, (ours, theirs) in made.config_changes.items():
+        typer.echo(f"warning: the fine-tune computes with another {field}: {theirs!r}, base {ours!r}", err=True)
+    if made.config_changes:
+        typer.echo("hint: the engine refuses such an expert; `meswitch restore` it, and serve it alone", err=True)
     result = made.to_json()
     if distill and calibrate is not None:
         from meswitch.distill import distill as tune
