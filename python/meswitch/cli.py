@@ -202,7 +202,7 @@ def inspect(delta: DeltaDir, as_json: Json = False) -> None:
 
 
 def _bits(site: dict[str, Any]) -> str:
-    if site["density"] is not None:
+    if "density" in site:
         return f"sparse {site['density']:.2%}"
     return "" if site["bits"] is None else str(site["bits"])
 

@@ -106,7 +106,8 @@ class CompressReport:
     config_changes: dict[str, tuple[Any, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields as they are, without `config_changes` where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "config_changes" or value}
 
 
 def compress(
