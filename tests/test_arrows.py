@@ -21,7 +21,7 @@ FLOORS = (
     ("layers", "evaluate"),
     ("ops", "calibration"),
     ("delta",),
-    ("reference", "checkpoint"),
+    ("reference", "checkpoint", "config"),
     ("errors", "_native"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -131,6 +132,15 @@ def test_compress_reports(paths: dict[str, Path], tmp_path: Path) -> None:
     assert found["preset"] == "default" and found["bytes"] > 0 and 1 < found["bpw"] < 16
     shown = run(*given, "--preset", "small")
     assert shown.exit_code == 0 and "bits a weight" in shown.stdout and "compressing: 100%" in shown.stderr
+
+
+def test_compress_warns_of_changed_settings(paths: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(paths["base"], tmp_path / "changed")
+    config = json.loads((tmp_path / "changed/config.json").read_text())
+    (tmp_path / "changed/config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    found = run("compress", paths["base"], tmp_path / "changed", "-o", tmp_path / "delta", "--json")
+    assert "warning: the fine-tune computes with another rms_norm_eps: 0.5, base 1e-06\nhint: " in found.stderr
+    assert json.loads(found.stdout)["config_changes"] == {"rms_norm_eps": [1e-06, 0.5]}
 
 
 def test_compress_distills(paths: dict[str, Path], tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_delta_that_is_mostly_zeros_is_sparse_and_exact(tmp_path: Path) -> Non
     assert {len(site.shape) for site in delta.sites.values() if site.sparse is None} <= {1}
     entries, changed = (sum(counts) for counts in zip(*((len(s.gaps), s.changed) for s in kept), strict=True))
     assert changed <= entries < 1.5 * changed
-    listed = {site["name"]: site["density"] for site in delta.inspect()["sites"]}
+    listed = {site["name"]: site.get("density") for site in delta.inspect()["sites"]}
     assert listed == {name: site.density for name, site in delta.sites.items()}
     codes = compress(base, finetune, tmp_path / "codes", preset="me-switch", embedding_bits=2)
     assert all(site.sparse is None for site in Delta.open(tmp_path / "codes").sites.values())

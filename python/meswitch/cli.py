@@ -147,6 +147,10 @@ def compress(
             calibration=seen,
             progress=lambda p: step(p.done, p.total),
         )
+    for field, (ours, theirs) in made.config_changes.items():
+        typer.echo(f"warning: the fine-tune computes with another {field}: {theirs!r}, base {ours!r}", err=True)
+    if made.config_changes:
+        typer.echo("hint: the engine refuses such an expert; `meswitch restore` it, and serve it alone", err=True)
     result = made.to_json()
     if distill and calibrate is not None:
         from meswitch.distill import distill as tune
@@ -198,7 +202,7 @@ def inspect(delta: DeltaDir, as_json: Json = False) -> None:
 
 
 def _bits(site: dict[str, Any]) -> str:
-    if site["density"] is not None:
+    if "density" in site:
         return f"sparse {site['density']:.2%}"
     return "" if site["bits"] is None else str(site["bits"])
 

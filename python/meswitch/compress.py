@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from meswitch import _native
 from meswitch.calibration import Calibration
 from meswitch.checkpoint import Checkpoint, skeleton
+from meswitch.config import config_changes, text_config
 from meswitch.delta import Delta
 from meswitch.errors import CheckpointError, FormatError
 
@@ -90,7 +91,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class CompressReport:
-    """What a compress made: the bytes of the delta's files, bits a weight, and what it took."""
+    """What a compress made: the bytes of the delta's files, bits a weight, and what it took.
+
+    `config_changes`: the fields of config.json by which the fine-tune computes differently, with base's and fine-tune's
+    value. The engine refuses an expert that has any; `restore` carries them.
+    """
 
     preset: str
     bytes: int
@@ -98,9 +103,11 @@ class CompressReport:
     seconds: float
     weights_per_second: float
     peak_rss_bytes: int
+    config_changes: dict[str, tuple[Any, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields as they are, without `config_changes` where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "config_changes" or value}
 
 
 def compress(
@@ -133,11 +140,12 @@ def compress(
     base_checkpoint, finetune_checkpoint = Checkpoint.open(base), Checkpoint.open(finetune)
     rules = _override(PRESETS[preset], bits, embedding_bits)
     plans = list(_plans(base_checkpoint, finetune_checkpoint, rules, calibration))
-    settings = {
+    settings: dict[str, Any] = {
         "preset": preset,
         "bits": bits,
         "embedding_bits": embedding_bits,
         "calibration_tokens": calibration.tokens if calibration else 0,
+        "config_changes": _config_changes(base_checkpoint, finetune_checkpoint),
     }
 
     def step(site: str, done: int, total: int) -> None:
@@ -163,7 +171,16 @@ def compress(
         seconds=seconds,
         weights_per_second=delta.parameters / seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        config_changes=settings["config_changes"],
     )
+
+
+def _config_changes(base: Checkpoint, finetune: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    try:
+        ours, theirs = (text_config(checkpoint.path).to_dict() for checkpoint in (base, finetune))
+    except (OSError, ValueError, KeyError):  # a model that transformers does not know: as the files say
+        ours, theirs = base.config, finetune.config
+    return config_changes(ours, theirs)
 
 
 def refuse_overwriting(target: Path) -> None:

@@ -194,7 +194,7 @@ class Delta:
         self.sites = {}
 
     def inspect(self) -> dict[str, Any]:
-        """What the directory holds, as `meswitch inspect --json` prints it."""
+        """What the directory holds, as `meswitch inspect --json` prints it; sparse sites alone have a `density`."""
         kinds: dict[str, dict[str, int]] = {}
         for site in self.sites.values():
             kind = kinds.setdefault(site.kind, {"sites": 0, "parameters": 0, "bytes": 0})
@@ -216,10 +216,10 @@ class Delta:
                     "kind": site.kind,
                     "shape": list(site.shape),
                     "bits": site.bits,
-                    "density": site.density,
                     "bpw": site.bpw,
                     "bytes": site.nbytes,
                     "relative_error": site.relative_error,
+                    **({} if site.density is None else {"density": site.density}),
                 }
                 for site in self.sites.values()
             ],
