@@ -20,7 +20,7 @@ FLOORS = (
     ("scheduling", "experts", "router", "moe", "compress"),
     ("layers", "evaluate"),
     ("ops", "calibration"),
-    ("delta",),
+    ("delta", "decoder"),
     ("reference", "checkpoint", "config"),
     ("errors", "_native"),
 )

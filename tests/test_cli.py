@@ -92,6 +92,7 @@ def test_version() -> None:
         ["compress", "base", "finetune", "-o", "x", "--bits", "two"],
         ["compress", "base", "finetune", "-o", "x", "--embedding-bits", "7"],
         ["compress", "base", "finetune", "-o", "x", "--distill"],
+        ["compress", "base", "finetune", "-o", "x", "--calibrate", "y", "--distill", "--distill-method", "half"],
         ["inspect"],
         ["inspect", "a", "b"],
         ["verify"],
@@ -145,8 +146,9 @@ def test_compress_warns_of_changed_settings(paths: dict[str, Path], tmp_path: Pa
 
 def test_compress_distills(paths: dict[str, Path], tmp_path: Path) -> None:
     given = ["compress", paths["base"], paths["finetune"], "-o", tmp_path / "delta", "--calibrate", paths["text.txt"]]
-    found = read(*given, "--distill")
-    assert 0 <= found["distilled"]["kl_after"] <= found["distilled"]["kl_before"]
+    for options, method in ((("--distill-method", "blocks"), "blocks"), ((), "whole")):
+        found = read(*given, "--distill", *options)["distilled"]
+        assert found["method"] == method and 0 <= found["kl_after"] <= found["kl_before"]
     assert run("verify", tmp_path / "delta", "--base", paths["base"]).exit_code == 0
 
 

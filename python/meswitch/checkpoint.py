@@ -16,6 +16,7 @@ from meswitch import _native
 from meswitch.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HEAD = "lm_head.weight"  # the name under which a tied checkpoint answers with its embedding
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -123,8 +124,10 @@ class Checkpoint:
         return tensor
 
 
-def skeleton(folder: Path) -> nn.Module:
+def skeleton(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The model of a checkpoint without its weights: its modules and parameter names, on the meta device.
+
+    `dtype` is its parameters', the config's own by default.
 
     Raises `CheckpointError` where transformers knows no such causal language model.
     """
@@ -133,7 +136,7 @@ def skeleton(folder: Path) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(
             f"expected the config.json of a causal language model in {folder}, found otherwise: {error}",

@@ -24,6 +24,7 @@ from meswitch import __version__
 from meswitch.errors import MeswitchError
 
 _BITS = (1, 2, 3, 4, 8)
+_METHODS = ("auto", "whole", "blocks")
 _SHOWN = 10  # misrouted prompts listed
 
 
@@ -113,6 +114,9 @@ def compress(
     distill: Annotated[
         bool, typer.Option("--distill", help="Tune the scales on the text of --calibrate: slower, much nearer.")
     ] = False,
+    distill_method: Annotated[
+        str, typer.Option(help="whole (both models in memory), blocks (one block of both), auto: whole where it fits.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Make a delta directory of a fine-tune.
@@ -129,6 +133,7 @@ def compress(
     from meswitch.compress import compress as write
 
     _choice("--preset", preset, PRESETS)
+    _choice("--distill-method", distill_method, _METHODS)
     for option, width in (("--bits", bits), ("--embedding-bits", embedding_bits)):
         if width is not None:
             _choice(option, width, _BITS)
@@ -156,7 +161,8 @@ def compress(
         from meswitch.distill import distill as tune
 
         with _progress("distilling") as step:
-            result["distilled"] = tune(base, finetune, out, out, calibrate, progress=step).to_json()
+            tuned = tune(base, finetune, out, out, calibrate, method=distill_method, progress=step)  # type: ignore[arg-type]
+            result["distilled"] = tuned.to_json()
     if as_json:
         _print_json(result)
     else:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from meswitch import _native
 from meswitch.calibration import Calibration
-from meswitch.checkpoint import Checkpoint, skeleton
+from meswitch.checkpoint import HEAD, Checkpoint, skeleton
 from meswitch.config import config_changes, text_config
 from meswitch.delta import Delta
 from meswitch.errors import CheckpointError, FormatError
@@ -29,7 +29,6 @@ _BESIDE = (
     "config.json generation_config.json chat_template.* tokenizer* special_tokens_map.json added_tokens.json "
     "vocab.* merges.txt *.tiktoken spiece.model sentencepiece*.model"
 ).split()
-_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -214,13 +213,13 @@ def _plans(
     """One plan a parameter, in the order in which the model runs them."""
     owners = _owners(finetune)
     names = set(finetune.names())
-    if _HEAD in base.names() and _HEAD not in names and _HEAD in finetune:
-        names.add(_HEAD)  # tied in the fine-tune alone: its head differs from the base's all the same
+    if HEAD in base.names() and HEAD not in names and HEAD in finetune:
+        names.add(HEAD)  # tied in the fine-tune alone: its head differs from the base's all the same
     order = {name: at for at, name in enumerate(owners)}
     for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
         role, transposed = owners.get(name, ("block", False))
         rule = {"block": preset.block, "embedding": preset.embedding, "head": preset.head}[role]
-        if name == _HEAD and _HEAD not in base.names():
+        if name == HEAD and HEAD not in base.names():
             rule = preset.head
         plan: dict[str, Any] = {"name": name, "transposed": transposed, "bits": None}
         if rule is not None and len(finetune.shape(name)) >= 2 and finetune.dtype(name).is_floating_point:
