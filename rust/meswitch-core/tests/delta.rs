@@ -101,6 +101,7 @@ fn settings(bits: u32) -> Settings {
         zero: Zero::Auto,
         one_scale: false,
         column_scales: true,
+        unbiased: false,
         salient: 2,
         rank: 1,
         classes: vec![Class { bits: 4, rows: vec![1, 5] }],
@@ -335,6 +336,7 @@ fn what_is_written_rebuilds_the_fine_tune() {
         unit: (site.exponent as f32).exp2(),
         parts: parts.collect(),
         column_scales: Some(&columns),
+        unbiased: false,
         salient: Some((&index, &salient)),
         low_rank: Some((&u, &v)),
     };
