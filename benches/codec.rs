@@ -56,6 +56,7 @@ fn sites(c: &mut Criterion) {
         zero: Zero::Auto,
         one_scale: false,
         column_scales: false,
+        unbiased: false,
         salient: 0,
         rank: 0,
         classes: Vec::new(),

@@ -44,6 +44,7 @@ fn delta(root: &Path) -> Delta {
         zero: Zero::Symmetric,
         one_scale: false,
         column_scales: false,
+        unbiased: false,
         salient: 0,
         rank: 0,
         classes: Vec::new(),

@@ -59,6 +59,17 @@ def test_the_manifest_tells_the_error_that_restore_leaves(tmp_path: Path, family
     AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
 
 
+def test_unbiased_scales_keep_a_delta_along_itself(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path)
+    ours, theirs = (load_file(folder / WEIGHTS) for folder in (base, finetune))
+    for preset, least, most in (("small", 0.97, 1.03), ("bitdelta", 0.5, 0.75)):
+        compress(base, finetune, tmp_path / preset, preset=preset)
+        for name, site in Delta.open(tmp_path / preset).sites.items():
+            if site.kind == "quantized":
+                delta = theirs[name] - ours[name]
+                assert least < float((site.dense() * delta).sum() / delta.square().sum()) < most, name
+
+
 def test_conv1d_weights_are_channels_by_output(tmp_path: Path) -> None:
     base, finetune = pair(tmp_path, "gpt2")
     compress(base, finetune, tmp_path / "delta")

@@ -2,7 +2,19 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, final
 
-__all__ = ["Checkpoint", "Delta", "Matrix", "backend", "compress", "cpu_features", "team"]
+__all__ = [
+    "Checkpoint",
+    "Delta",
+    "Matrix",
+    "backend",
+    "compress",
+    "cpu_features",
+    "energies",
+    "probe",
+    "same",
+    "team",
+    "weigh",
+]
 
 _Memory = tuple[int, int]
 _Part = tuple[int, float, int, _Memory | None, _Memory, _Memory]
@@ -65,6 +77,26 @@ def compress(
     base_name: str,
     progress: Callable[[str, int, int], object],
 ) -> None: ...
+def weigh(
+    base: Checkpoint,
+    finetune: Checkpoint,
+    plans: Sequence[dict[str, Any]],
+    shared: set[str],
+    files: Sequence[str | PathLike[str]],
+    settings: str,
+    base_name: str,
+) -> int: ...
+def same(base: Checkpoint, finetune: Checkpoint, name: str) -> bool: ...
+def energies(base: Checkpoint, finetune: Checkpoint, name: str, transposed: bool, moments: bytes | None) -> bytes: ...
+def probe(
+    base: Checkpoint,
+    finetune: Checkpoint,
+    name: str,
+    transposed: bool,
+    moments: bytes | None,
+    rows: Sequence[int],
+    candidates: Sequence[dict[str, Any]],
+) -> list[bytes]: ...
 def backend() -> str: ...
 def team() -> tuple[int, bool]: ...
 def cpu_features() -> dict[str, bool]: ...

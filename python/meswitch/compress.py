@@ -33,17 +33,19 @@ _BESIDE = (
 
 @dataclass(frozen=True)
 class Rule:
-    """How the sites of one role are stored. See DESIGN of the codec in docs/architecture.md.
+    """How the sites of one role are stored; docs/architecture.md says what the codec does with it.
 
-    `frequent` is the share of rows, the most frequent tokens first, that take `frequent_bits` a code. `sparse` keeps
-    changed weights one by one where that takes less than codes.
+    `unbiased` scales keep a delta whole along itself, where least squares shrinks it. `frequent` is the share of rows,
+    the most frequent tokens first, that take `frequent_bits` a code. `sparse` keeps changed weights one by one where
+    that takes less than codes.
     """
 
     bits: int
     zero: Literal["symmetric", "level", "auto"] = "auto"
     group_size: int | None = None
     one_scale: bool = False
-    column_scales: bool = False
+    column_scales: bool = True
+    unbiased: bool = True
     salient: int = 0
     rank: int = 0
     frequent: float = 0.0
@@ -63,18 +65,26 @@ class Preset:
 
 PRESETS = {
     "default": Preset(
-        block=Rule(bits=2, column_scales=True),
-        embedding=Rule(bits=2, column_scales=True, frequent=0.1, frequent_bits=4, skip_unchanged_rows=True),
-        head=Rule(bits=2, column_scales=True, rank=1, frequent=0.1, frequent_bits=4, skip_unchanged_rows=True),
+        block=Rule(bits=2),
+        embedding=Rule(bits=2, frequent=0.1, frequent_bits=4, skip_unchanged_rows=True),
+        head=Rule(bits=2, rank=1, frequent=0.1, frequent_bits=4, skip_unchanged_rows=True),
     ),
     "small": Preset(
-        block=Rule(bits=1, column_scales=True),
-        embedding=Rule(bits=1, column_scales=True, frequent=0.2, frequent_bits=3, skip_unchanged_rows=True),
-        head=Rule(bits=1, column_scales=True, rank=1, frequent=0.2, frequent_bits=3, skip_unchanged_rows=True),
+        block=Rule(bits=1),
+        embedding=Rule(bits=1, frequent=0.2, frequent_bits=3, skip_unchanged_rows=True),
+        head=Rule(bits=1, rank=1, frequent=0.2, frequent_bits=3, skip_unchanged_rows=True),
     ),
     # The two papers' own settings: embeddings and head stay at 16 bits there.
-    "me-switch": Preset(block=Rule(bits=2, zero="level", salient=8, sparse=False), embedding=None, head=None),
-    "bitdelta": Preset(block=Rule(bits=1, zero="symmetric", one_scale=True, sparse=False), embedding=None, head=None),
+    "me-switch": Preset(
+        block=Rule(bits=2, zero="level", column_scales=False, unbiased=False, salient=8, sparse=False),
+        embedding=None,
+        head=None,
+    ),
+    "bitdelta": Preset(
+        block=Rule(bits=1, zero="symmetric", one_scale=True, column_scales=False, unbiased=False, sparse=False),
+        embedding=None,
+        head=None,
+    ),
 }
 
 

@@ -166,6 +166,20 @@ pub struct TensorSpec {
     pub shape: Vec<usize>,
 }
 
+impl TensorSpec {
+    /// Its bytes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let element = match self.dtype.as_str() {
+            "F64" | "I64" | "U64" => 8,
+            "F32" | "I32" | "U32" => 4,
+            "F16" | "BF16" | "I16" | "U16" => 2,
+            _ => 1,
+        };
+        self.shape.iter().product::<usize>() * element
+    }
+}
+
 impl SiteEntry {
     /// Output and input channels of the delta's matrix, without added rows. None where the numbers do not allow it.
     #[must_use]

@@ -8,7 +8,7 @@ pub use manifest::{
     BaseEntry, FileEntry, Kind, MANIFEST, Manifest, PartEntry, SiteEntry, SparseEntry, TENSORS, TensorSpec, VERSION,
 };
 pub use reader::Delta;
-pub use writer::{Folder, Writer, rewrite};
+pub use writer::{Folder, Writer, rewrite, weigh};
 
 /// Bytes of a checksum: a BLAKE3 hash cut to 128 bits.
 const CHECKSUM_BYTES: usize = 16;
