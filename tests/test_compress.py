@@ -135,6 +135,29 @@ def test_what_did_not_change_costs_nothing(tmp_path: Path) -> None:
     assert embedding.nbytes < 0.7 * sites["lm_head.weight"].nbytes
 
 
+@pytest.mark.parametrize("tied", ["base", "finetune", "both"])
+def test_heads_tied_on_either_side(tmp_path: Path, tied: str) -> None:
+    base = save_random(tmp_path / "base", config_of("llama", tie_word_embeddings=tied != "finetune"))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if tied == "finetune":
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    other = AutoModelForCausalLM.from_config(config_of("llama", tie_word_embeddings=tied != "base"))
+    other.load_state_dict(state)
+    other.save_pretrained(tmp_path / "other")
+    finetune = save_finetune(tmp_path / "finetune", tmp_path / "other", 5, grow=2)
+    compress(base, finetune, tmp_path / "delta", bits=8)
+    Delta.open(tmp_path / "delta").verify(base)
+    restore(base, tmp_path / "delta", tmp_path / "restored")
+    ids = torch.tensor([[1, 2, VOCABULARY, VOCABULARY + 1]])
+    with torch.no_grad():
+        restored, wanted = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / f)(ids).logits for f in ("restored", "finetune")
+        )
+    assert restored.shape == wanted.shape
+    assert (restored - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
 def narrow_pair(root: Path, share: float) -> tuple[Path, Path]:
     """A bf16 base and a fine-tune that moved about `share` of each weight, mostly by a step or two."""
     base = save_random(root / "base", config_of("llama", tie_word_embeddings=False))

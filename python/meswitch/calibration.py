@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meswitch.checkpoint import resolve
+from meswitch.checkpoint import Checkpoint, moe_blocks, parameter_names, resolve
 from meswitch.errors import CheckpointError, DataError
 
 Progress = Callable[[int, int], None]
@@ -32,8 +32,9 @@ _CHARACTERS_A_TOKEN = 4
 class Calibration:
     """Statistics of one fine-tune over `tokens` tokens of text.
 
-    `second_moments`: E[x²] as `float32 [in_features]` by parameter name (`….weight`), one entry a linear module. An
-    embedding that is also the lm_head has the moments of the lm_head's input, under both names.
+    `second_moments`: E[x²] as `float32 [in_features]` by parameter name (`….weight`), one entry a linear module, and
+    one a gate or up projection of a MoE expert: of all that its block reads. An embedding that is also the lm_head has
+    the moments of the lm_head's input, under both names.
     `token_counts`: `int64 [vocabulary]`.
     """
 
@@ -105,6 +106,12 @@ class _Sums:
             elif isinstance(module, nn.Embedding) and head is not None and module.weight is head.weight:
                 head_name = next(n for n, m in model.named_modules() if m is head)
                 self._tied[f"{name}.weight"] = f"{head_name}.weight"
+        for name, block in moe_blocks(model):
+            experts = block.get_submodule("experts")
+            stacked = getattr(experts, "gate_up_proj", None)
+            if isinstance(stacked, Tensor) and stacked.dim() == 3 and not getattr(experts, "is_transposed", False):
+                hook = self._hook(f"{name}.experts.gate_up_proj", last_only=False)
+                self._handles.append(experts.register_forward_pre_hook(hook))
 
     def _hook(self, name: str, *, last_only: bool) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         def add(module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -135,15 +142,10 @@ class _Sums:
 
 
 def _checkpoint_names(moments: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tensor]:
-    """Add the names a checkpoint of the bare decoder uses (GPT-2's files say `h.0…`, its model `transformer.h.0…`)."""
-    from meswitch.checkpoint import Checkpoint
-
-    on_disk = set(Checkpoint.open(path).names())
-    prefix = f"{model.base_model_prefix}."
-    for name in list(moments):
-        short = name.removeprefix(prefix)
-        if name not in on_disk and short in on_disk:
-            moments[short] = moments[name]
+    """Add the names that the checkpoint has for them (GPT-2's files say `h.0…`, its model `transformer.h.0…`)."""
+    for name, parameter in parameter_names(model, Checkpoint.open(path).names()).items():
+        if parameter in moments:
+            moments.setdefault(name, moments[parameter])
     return moments
 
 

@@ -6,10 +6,11 @@ What each site gets is decided here, from the preset and the module that owns th
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from meswitch import _native
 from meswitch.calibration import Calibration
-from meswitch.checkpoint import HEAD, Checkpoint, skeleton
+from meswitch.checkpoint import HEAD, Checkpoint, moe_blocks, parameter_names, skeleton
 from meswitch.config import config_changes, text_config
 from meswitch.delta import Delta
 from meswitch.errors import CheckpointError, FormatError
@@ -56,7 +57,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Preset:
-    """A rule for block linears, embeddings and the head each; none means stored whole."""
+    """A rule for block linears, embeddings and the head each; none means stored whole, as gates of MoE blocks are."""
 
     block: Rule
     embedding: Rule | None
@@ -221,25 +222,36 @@ def _plans(
     base: Checkpoint, finetune: Checkpoint, preset: Preset, calibration: Calibration | None
 ) -> Iterator[dict[str, Any]]:
     """One plan a parameter, in the order in which the model runs them."""
-    owners = _owners(finetune)
     names = set(finetune.names())
     if HEAD in base.names() and HEAD not in names and HEAD in finetune:
         names.add(HEAD)  # tied in the fine-tune alone: its head differs from the base's all the same
-    order = {name: at for at, name in enumerate(owners)}
-    for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
-        role, transposed = owners.get(name, ("block", False))
-        rule = {"block": preset.block, "embedding": preset.embedding, "head": preset.head}[role]
+    owners = _owners(finetune, names)
+    rules = {"block": preset.block, "embedding": preset.embedding, "head": preset.head, "gate": None}
+    last = _Owner("block", False, (len(names) + len(owners), 0))
+    for name in sorted(names, key=lambda name: (owners.get(name, last).order, _natural(name))):
+        owner = owners.get(name, last)
+        rule = rules[owner.role]
         if name == HEAD and HEAD not in base.names():
             rule = preset.head
-        plan: dict[str, Any] = {"name": name, "transposed": transposed, "bits": None}
+        plan: dict[str, Any] = {"name": name, "transposed": owner.transposed, "bits": None}
         if rule is not None and len(finetune.shape(name)) >= 2 and finetune.dtype(name).is_floating_point:
             plan |= {key: value for key, value in asdict(rule).items() if not key.startswith("frequent")}
-            plan["classes"] = _classes(rule, finetune.shape(name)[0], calibration) if role != "block" else []
+            outer = owner.role in ("embedding", "head")
+            plan["classes"] = _classes(rule, finetune.shape(name)[0], calibration) if outer else []
         yield plan
 
 
-def _owners(finetune: Checkpoint) -> dict[str, tuple[str, bool]]:
-    """The role of each parameter, and whether it is stored transposed, by its name in the checkpoint."""
+@dataclass(frozen=True)
+class _Owner:
+    """What the model says of a parameter: its role, whether it is stored transposed, when it runs."""
+
+    role: Literal["block", "embedding", "head", "gate"]
+    transposed: bool
+    order: tuple[int, int]
+
+
+def _owners(finetune: Checkpoint, names: Iterable[str]) -> dict[str, _Owner]:
+    """The owners of the parameters that transformers knows, by their names in the checkpoint."""
     from transformers.pytorch_utils import Conv1D
 
     try:
@@ -248,17 +260,23 @@ def _owners(finetune: Checkpoint) -> dict[str, tuple[str, bool]]:
         finetune.config  # noqa: B018  a missing one is an error; a model that transformers does not know is not
         return {}
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    owners: dict[str, tuple[str, bool]] = {}
-    for module_name, module in model.named_modules():
-        role = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "block"
-        for parameter in dict(module.named_parameters(recurse=False)):
-            name = f"{module_name}.{parameter}" if module_name else parameter
-            entry = (role, isinstance(module, Conv1D) and parameter == "weight")
-            owners[name] = entry
-            if name.startswith(prefix):
-                owners.setdefault(name[len(prefix) :], entry)
-    return owners
+    gates = {id(gate) for _, block in moe_blocks(model) for gate in block.children() if not [*gate.children()]}
+    owners: dict[str, _Owner] = {}
+    for at, (module_name, module) in enumerate(model.named_modules()):
+        role: Literal["block", "embedding", "head", "gate"] = "gate" if id(module) in gates else "block"
+        if module is head or isinstance(module, nn.Embedding):
+            role = "head" if module is head else "embedding"
+        for number, (leaf, parameter) in enumerate(module.named_parameters(recurse=False)):
+            # Stacked MoE experts lie one after another, each whole.
+            order = (at, 0 if parameter.dim() > 2 else number)
+            transposed = isinstance(module, Conv1D) and leaf == "weight"
+            owners[f"{module_name}.{leaf}" if module_name else leaf] = _Owner(role, transposed, order)
+    return {name: owners[parameter] for name, parameter in parameter_names(model, names).items()}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts expert 10 after expert 2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _classes(rule: Rule, rows: int, calibration: Calibration | None) -> list[tuple[int, list[int]]]:
