@@ -58,7 +58,9 @@ class Decoder:
     """The blocks of the model in `folder`, whose checkpoint holds parameters of these `names`.
 
     `embedding` and `head` are those two parameters' names in the checkpoint (the same one where the model ties them).
-    Hidden states are `dtype [windows, length, hidden]`, and so are the parameters that blocks are run with.
+    `embedding_parameter`, `head_parameter` are the model's own names, `on_disk` says the checkpoint's of any of them,
+    and `path` is where the blocks stand in the model. Hidden states are `dtype [windows, length, hidden]`, and so are
+    the parameters that blocks are run with; none means the config's own type.
 
     Raises `UnsupportedModelError` for a model whose files name other parameters than its modules (fused MoE experts),
     or whose blocks are not a plain sequence; `CheckpointError` where transformers knows no such model.
@@ -69,14 +71,14 @@ class Decoder:
         self._model = model.eval().requires_grad_(False)
         self._type = type(self._model).__name__
         _fill_buffers(self._model)
-        on_disk = _by_parameter(self._model, names)
+        self.on_disk = on_disk = _by_parameter(self._model, names)
         table, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         if not isinstance(table, nn.Embedding) or not isinstance(head, nn.Linear):
             raise UnsupportedModelError(f"expected an embedding and a linear head, found otherwise: {self._type}")
         self.vocabulary, self.dtype = table.num_embeddings, table.weight.dtype
         table.padding_idx = None  # the table that it runs with has other rows
         modules = {id(module): name for name, module in self._model.named_modules()}
-        self._table, own_head = f"{modules[id(table)]}.weight", f"{modules[id(head)]}.weight"
+        self.embedding_parameter, self.head_parameter = f"{modules[id(table)]}.weight", f"{modules[id(head)]}.weight"
         parameters = [name for name, _ in self._model.named_parameters()]
         missing = [name for name in parameters if name not in on_disk]
         if missing:
@@ -85,17 +87,20 @@ class Decoder:
                 f"{len(missing)} of {len(parameters)}: {missing[0]}",
                 hint=_HINT,
             )
-        self.embedding, self.head = on_disk[self._table], on_disk[own_head if own_head in parameters else self._table]
+        self.embedding, self.head = (
+            on_disk[self.embedding_parameter],
+            on_disk[self.head_parameter if self.head_parameter in parameters else self.embedding_parameter],
+        )
         self._head_bias = on_disk.get(f"{modules[id(head)]}.bias")
         self._take_out(modules, head)
         # Persistent buffers come from the checkpoint as well.
         self._outer = {
             name: on_disk[name]
             for name in self._model.state_dict()
-            if name in on_disk and name not in (self._table, own_head)
+            if name in on_disk and name not in (self.embedding_parameter, self.head_parameter)
         }
         self._inner = [
-            {name: there for name in block.state_dict() if (there := on_disk.get(f"{self._list}.{at}.{name}"))}
+            {name: there for name in block.state_dict() if (there := on_disk.get(f"{self.path}.{at}.{name}"))}
             for at, block in enumerate(self._blocks)
         ]
         self._calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -114,6 +119,12 @@ class Decoder:
         """The block itself, on the meta device."""
         return self._blocks[block]
 
+    @property
+    def around(self) -> nn.Module:
+        """The model without its blocks and head, on the meta device."""
+        model: nn.Module = self._model
+        return model
+
     def block(self, block: int, weights: Weights) -> dict[str, Tensor]:
         """What `run` needs of a block's parameters: copies."""
         return _copies(self._blocks[block], self._inner[block], weights)
@@ -121,10 +132,6 @@ class Decoder:
     def outer(self, weights: Weights) -> dict[str, Tensor]:
         """The parameters that belong to no block, without embedding and head: norms, learned positions."""
         return _copies(self._model, self._outer, weights)
-
-    def outer_names(self) -> dict[str, str]:
-        """Those parameters' names in the checkpoint, by their names in the model."""
-        return self._outer
 
     # --- passes -------------------------------------------------------------------------------------------------------
 
@@ -185,7 +192,7 @@ class Decoder:
             raise UnsupportedModelError(
                 f"expected one list of {depth} blocks in {self._type}, found {len(found)}", hint=_HINT
             )
-        self._list, self._blocks = modules[id(found[0])], list(found[0])
+        self.path, self._blocks = modules[id(found[0])], list(found[0])
         self._answers: list[Callable[[Tensor], Any]] = [lambda hidden: hidden] * len(self._blocks)
         self._at_block: Callable[..., Any] = lambda at, hidden: hidden
         self._at_head: Callable[[Tensor], Any] = lambda x: x
@@ -193,7 +200,7 @@ class Decoder:
         def place(at: int) -> Callable[..., Any]:
             return lambda *args, **kwargs: self._at_block(at, *args, **kwargs)
 
-        owner, _, name = self._list.rpartition(".")
+        owner, _, name = self.path.rpartition(".")
         stand_ins = nn.ModuleList([_StandIn(block, place(at)) for at, block in enumerate(self._blocks)])
         self._model.get_submodule(owner)._modules[name] = stand_ins
         owner, _, name = modules[id(head)].rpartition(".")
@@ -209,11 +216,13 @@ class Decoder:
     ) -> Tensor:
         """Runs what is left of the model; returns what was reached, or the logits."""
         if table is None:
-            table = self._zeros(self._table)[:1]
+            table = self._zeros(self.embedding_parameter)[:1]
         self._at_block, self._at_head = at_block, at_head
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         try:
-            logits: Tensor = functional_call(self._model, {**outer, self._table: table}, kwargs=inputs).logits
+            logits: Tensor = functional_call(
+                self._model, {**outer, self.embedding_parameter: table}, kwargs=inputs
+            ).logits
             return logits
         except _Reached as reached:
             return reached.hidden
@@ -253,7 +262,7 @@ class Decoder:
             return self._answers[at](hidden + value)
 
         ids = torch.zeros(shape, dtype=torch.int64)
-        self._pass(self._nothing(value), self._zeros(self._table, value)[:1], ids, note)
+        self._pass(self._nothing(value), self._zeros(self.embedding_parameter, value)[:1], ids, note)
         if len(calls) != len(self._blocks):
             raise UnsupportedModelError(
                 f"expected {len(self._blocks)} blocks to run one after the other, found {len(calls)}: {self._type}",

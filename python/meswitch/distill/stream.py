@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meswitch.decoder import Decoder
 
-_MEMORY = 2**30  # bytes
+_MEMORY = 2**28  # bytes
 
 
 class Stream:
@@ -52,7 +52,7 @@ class Stream:
 
 
 def room(shape: tuple[int, ...], folder: Path) -> Tensor:
-    """Space for `float32` numbers: in memory, or from a gibibyte on in a file of `folder` that has no name any more."""
+    """Space for `float32` numbers: in memory, or from 256 MiB on in a file of `folder` that has no name any more."""
     if 4 * prod(shape) <= _MEMORY:
         return torch.empty(shape)
     path = folder / "stream"
