@@ -2,7 +2,7 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, final
 
-__all__ = ["Checkpoint", "Delta", "Matrix", "backend", "compress", "cpu_features", "team"]
+__all__ = ["Checkpoint", "Delta", "Matrix", "backend", "compress", "cpu_features", "team", "write"]
 
 _Memory = tuple[int, int]
 _Part = tuple[int, float, int, _Memory | None, _Memory, _Memory]
@@ -59,6 +59,16 @@ def compress(
     out: str | PathLike[str],
     plans: Sequence[dict[str, Any]],
     moments: dict[str, bytes],
+    files: Sequence[str | PathLike[str]],
+    settings: str,
+    base_name: str,
+    progress: Callable[[str, int, int], object],
+) -> None: ...
+def write(
+    base: Checkpoint,
+    out: str | PathLike[str],
+    sites: Sequence[str],
+    tensors: Callable[[str], Sequence[bytes]],
     files: Sequence[str | PathLike[str]],
     settings: str,
     base_name: str,

@@ -8,9 +8,8 @@ use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, View};
 use crate::codec::{Pair, Quantized, Settings, quantize};
-use crate::delta::{BaseEntry, Delta, Folder, Kind, Manifest, PartEntry, SiteEntry, TensorSpec, VERSION, Writer};
+use crate::delta::{Assembly, Delta, Kind, PartEntry, Progress, SiteEntry, TensorSpec, Writer};
 use crate::error::{Error, Result};
-use crate::fingerprint::{Fingerprint, sample};
 use crate::layout::row_bytes;
 
 /// What is to be done with one site.
@@ -44,17 +43,6 @@ pub struct Job<'a> {
     pub base_name: &'a str,
 }
 
-/// How far a job is.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress<'a> {
-    /// The site that is next.
-    pub site: &'a str,
-    /// Weights done.
-    pub done: u64,
-    /// Weights in all.
-    pub total: u64,
-}
-
 impl Job<'_> {
     /// Runs the job. `progress` is asked before every site and stops the job by returning false.
     ///
@@ -62,46 +50,23 @@ impl Job<'_> {
     /// [`Error::Architecture`] before any work where the two do not match; [`Error::NonFinite`], [`Error::Io`],
     /// [`Error::Interrupted`]; nothing is left behind then.
     pub fn run(&self, progress: &mut dyn FnMut(Progress<'_>) -> bool) -> Result<Delta> {
-        let total = self.check()?;
-        let folder = Folder::create(self.out)?;
-        let mut writer = Writer::create(folder.path(), &self.specs()?)?;
-        let (mut sites, mut fingerprint, mut done) = (Vec::new(), Fingerprint::default(), 0);
-        for plan in self.plans {
-            if !progress(Progress { site: &plan.name, done, total }) {
-                return Err(Error::Interrupted);
-            }
-            let site = self.site(plan, &mut writer)?;
-            if self.base.names().binary_search(&plan.name).is_ok() {
-                fingerprint.add(&plan.name, &self.base.view(&plan.name)?);
-            }
-            done += site.parameters().unwrap_or(0);
-            sites.push(site);
-        }
-        for name in self.base.names().iter().filter(|name| !fingerprint.has(name)).cloned().collect::<Vec<_>>() {
-            fingerprint.add(&name, &self.base.view(&name)?);
-        }
-        for file in self.files {
-            writer.copy(file)?;
-        }
-        writer.finish(Manifest {
-            format_version: VERSION,
-            writer: format!("meswitch {}", env!("CARGO_PKG_VERSION")),
-            base: BaseEntry {
-                fingerprint: fingerprint.finish(),
-                sample: sample(self.base)?,
-                name: self.base_name.to_owned(),
-            },
+        self.check()?;
+        let assembly = Assembly {
+            base: self.base,
+            out: self.out,
+            files: self.files,
             settings: self.settings.clone(),
-            files: BTreeMap::new(),
-            sites,
-        })?;
-        folder.finish()?;
-        progress(Progress { site: "", done, total });
-        Delta::open(self.out)
+            base_name: self.base_name,
+        };
+        let sizes =
+            self.plans.iter().map(|plan| Ok((plan.name.as_str(), self.finetune.view(&plan.name)?.len() as u64)));
+        assembly.write(&sizes.collect::<Result<Vec<_>>>()?, &self.specs()?, progress, &mut |at, writer| {
+            self.site(&self.plans[at], writer)
+        })
     }
 
-    /// Everything that can be refused before any work. Returns the number of weights.
-    fn check(&self) -> Result<u64> {
+    /// Everything that can be refused before any work.
+    fn check(&self) -> Result<()> {
         let planned: HashSet<&str> = self.plans.iter().map(|plan| plan.name.as_str()).collect();
         if let Some(name) = self.finetune.names().iter().find(|name| !planned.contains(name.as_str())) {
             return Err(Error::Argument(format!("expected a plan for every parameter, found none for {name}")));
@@ -111,10 +76,8 @@ impl Job<'_> {
                 "expected the base's parameter {name} in the fine-tune, found none"
             )));
         }
-        let mut total = 0;
         for plan in self.plans {
             let finetune = self.finetune.view(&plan.name)?;
-            total += finetune.len() as u64;
             if !self.base.has(&plan.name) {
                 return Err(Error::Architecture(format!(
                     "expected only parameters of the base, found {} in the fine-tune",
@@ -142,7 +105,7 @@ impl Job<'_> {
                 )));
             }
         }
-        Ok(total)
+        Ok(())
     }
 
     /// The tensors that may come, for the header's room.
@@ -192,7 +155,7 @@ impl Job<'_> {
             tensors: BTreeMap::new(),
         };
         if base.dtype == finetune.dtype && base.shape == finetune.shape && equal(base.data, finetune.data) {
-            finite(&plan.name, &base)?;
+            base.finite(&plan.name)?;
             return Ok(entry);
         }
         if let Some(settings) = &plan.quantize {
@@ -203,7 +166,7 @@ impl Job<'_> {
                 return Ok(entry);
             }
         }
-        finite(&plan.name, &finetune)?;
+        finetune.finite(&plan.name)?;
         entry.kind = Kind::Replaced;
         entry.transposed = false;
         writer.site(&mut entry, &[finetune.data])?;
@@ -221,27 +184,6 @@ fn grown(base: &View<'_>, finetune: &View<'_>) -> bool {
 fn equal(a: &[u8], b: &[u8]) -> bool {
     use rayon::prelude::*;
     a.par_chunks(1 << 20).zip(b.par_chunks(1 << 20)).all(|(a, b)| a == b)
-}
-
-/// # Errors
-/// [`Error::NonFinite`] where a float of the tensor is.
-fn finite(name: &str, view: &View<'_>) -> Result<()> {
-    if !view.is_float() {
-        return Ok(());
-    }
-    let mut values = vec![0f32; 1 << 14];
-    for start in (0..view.len()).step_by(values.len()) {
-        let count = values.len().min(view.len() - start);
-        view.read(start, &mut values[..count]);
-        if let Some(at) = values[..count].iter().position(|value| !value.is_finite()) {
-            return Err(Error::NonFinite(format!(
-                "expected finite weights, found {} in {name} at element {}",
-                values[at],
-                start + at
-            )));
-        }
-    }
-    Ok(())
 }
 
 /// A quantized site's tensors as the bytes that go to disk, in the order of its entry's specs.
