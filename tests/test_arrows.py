@@ -16,10 +16,10 @@ PACKAGE = HOUSE / "python" / "meswitch"
 FLOORS = (
     ("cli", "serve"),
     ("demo",),
-    ("engine", "distill"),
+    ("engine", "distill", "adapter"),
     ("scheduling", "experts", "router", "moe", "compress"),
     ("layers", "evaluate"),
-    ("ops", "calibration"),
+    ("ops", "calibration", "low_rank"),
     ("delta", "decoder"),
     ("reference", "checkpoint", "config"),
     ("errors", "_native"),

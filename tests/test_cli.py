@@ -18,8 +18,9 @@ from families import config_of, save_finetune, save_random, tokenizer_of
 from meswitch import cli
 from meswitch.errors import ExpertNotFoundError
 from meswitch.router import Route
+from test_adapter import save_adapter
 
-COMMANDS = ("compress", "inspect", "verify", "restore", "evaluate", "generate", "demo", "doctor", "router")
+COMMANDS = ("compress", "import", "inspect", "verify", "restore", "evaluate", "generate", "demo", "doctor", "router")
 
 
 def run(*args: object, stdin: str | None = None) -> Any:
@@ -93,6 +94,8 @@ def test_version() -> None:
         ["compress", "base", "finetune", "-o", "x", "--embedding-bits", "7"],
         ["compress", "base", "finetune", "-o", "x", "--distill"],
         ["compress", "base", "finetune", "-o", "x", "--calibrate", "y", "--distill", "--distill-method", "half"],
+        ["import", "base", "-o", "x"],
+        ["import", "base", "adapter"],
         ["inspect"],
         ["inspect", "a", "b"],
         ["verify"],
@@ -210,6 +213,21 @@ def test_evaluate_measures(paths: dict[str, Path]) -> None:
     assert found["tokens"] == 59 and set(found["expert"]) == {"nll", "perplexity", "kl", "top1_agreement"}
     shown = run(*given)
     assert shown.exit_code == 0 and "recovered share" in shown.stdout and "evaluating: 100%" in shown.stderr
+    assert "svd" not in found and "SVD" not in shown.stdout
+    rival = read(*given, "--max-tokens", "60", "--svd")
+    assert set(rival) - set(found) == {"svd"} and rival["svd"]["rank"] > 0
+    assert "SVD of rank" in run(*given, "--svd").stdout
+
+
+def test_import_reports(paths: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_adapter(paths["base"], tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    found = read("import", paths["base"], adapter, "-o", tmp_path / "delta")
+    assert set(found) == {"bytes", "bpw", "seconds", "low_rank", "replaced", "shared"}
+    shown = run("import", paths["base"], adapter, "-o", tmp_path / "delta")
+    assert shown.exit_code == 0 and "2 low-rank sites" in shown.stdout and "importing: 100%" in shown.stderr
+    assert read("inspect", tmp_path / "delta")["kinds"]["low_rank"]["sites"] == 2
+    refused = run("import", paths["base"], paths["finetune"], "-o", tmp_path / "other")
+    assert refused.exit_code == 1 and "adapter_config.json" in refused.stderr and not (tmp_path / "other").exists()
 
 
 def test_an_interrupt_is_130(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "same",
     "team",
     "weigh",
+    "write",
 ]
 
 _Memory = tuple[int, int]
@@ -97,6 +98,16 @@ def probe(
     rows: Sequence[int],
     candidates: Sequence[dict[str, Any]],
 ) -> list[bytes]: ...
+def write(
+    base: Checkpoint,
+    out: str | PathLike[str],
+    sites: Sequence[str],
+    tensors: Callable[[str], Sequence[bytes]],
+    files: Sequence[str | PathLike[str]],
+    settings: str,
+    base_name: str,
+    progress: Callable[[str, int, int], object],
+) -> None: ...
 def backend() -> str: ...
 def team() -> tuple[int, bool]: ...
 def cpu_features() -> dict[str, bool]: ...

@@ -169,6 +169,29 @@ def compress(
         typer.echo(f"{out}: {_size(made.bytes)}, {made.bpw:.2f} bits a weight, in {made.seconds:.1f} s")
 
 
+@app.command("import")
+def import_(
+    base: Base,
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A LoRA adapter of peft: a folder or a hub id.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="The delta directory to write.")],
+    as_json: Json = False,
+) -> None:
+    """Make a delta directory of a LoRA adapter.
+
+    \b
+      meswitch import base/ math-lora/ -o experts/math
+    """
+    _quiet()
+    from meswitch.adapter import import_adapter
+
+    with _progress("importing") as step:
+        made = import_adapter(base, adapter, out, progress=lambda p: step(p.done, p.total))
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        typer.echo(f"{out}: {_size(made.bytes)}, {made.low_rank} low-rank sites, {made.replaced} replaced")
+
+
 @app.command()
 def inspect(delta: DeltaDir, as_json: Json = False) -> None:
     """Show what a delta directory holds, site by site.
@@ -259,6 +282,9 @@ def evaluate(
     data: Annotated[Path, typer.Option(metavar="FILE", help="Held-out text: .txt or .jsonl.")],
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Stop after so many tokens.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens seen at a time.")] = 512,
+    svd: Annotated[
+        bool, typer.Option("--svd", help="Also measure truncated SVDs of equal bytes in the quantized sites' place.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure how much of the fine-tune a delta keeps.
@@ -270,18 +296,25 @@ def evaluate(
     from meswitch.evaluate import evaluate as measure
 
     with _progress("evaluating") as step:
-        found = measure(base, delta, against, data, max_tokens=max_tokens, window=window, progress=step).to_json()
+        found = measure(
+            base, delta, against, data, max_tokens=max_tokens, window=window, svd=svd, progress=step
+        ).to_json()
     if as_json:
         _print_json(found)
         return
     table = _table("model", "nll >", "perplexity >")
-    for name in ("base", "finetune", "expert"):
-        score = found[name]
-        table.add_row(name, _number(score["nll"], "{:.4f}"), _number(score["perplexity"], "{:.3f}"))
+    for name in ("base", "finetune", "expert", "svd"):
+        if score := found.get(name):
+            table.add_row(name, _number(score["nll"], "{:.4f}"), _number(score["perplexity"], "{:.3f}"))
     _stdout().print(table)
-    expert = found["expert"]
+    expert, rival = found["expert"], found.get("svd")
     typer.echo(f"KL(fine-tune, expert) {expert['kl']:.5f} nats a token, top-1 agreement {expert['top1_agreement']:.2%}")
     typer.echo(f"recovered share {_number(found['recovered_share'], '{:.2%}')} over {found['tokens']:,} tokens")
+    if rival:
+        typer.echo(
+            f"SVD of rank {_number(rival['rank'], '{:g}')} in {_size(rival['bytes'])}: KL {rival['kl']:.5f}, top-1"
+            f" agreement {rival['top1_agreement']:.2%}, recovered share {_number(rival['recovered_share'], '{:.2%}')}"
+        )
 
 
 # --- serving ------------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def compress(
         target,
         plans,
         _moments(plans, calibration),
-        sorted({file for pattern in _BESIDE for file in finetune_checkpoint.path.glob(pattern) if file.is_file()}),
+        sorted(small_files(finetune_checkpoint.path).values()),
         json.dumps(settings),
         str(base_checkpoint.config.get("_name_or_path") or base_checkpoint.path.name),
         step,
@@ -191,6 +191,11 @@ def _config_changes(base: Checkpoint, finetune: Checkpoint) -> dict[str, tuple[A
     except (OSError, ValueError, KeyError):  # a model that transformers does not know: as the files say
         ours, theirs = base.config, finetune.config
     return config_changes(ours, theirs)
+
+
+def small_files(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint that lie beside a delta's tensors, by name."""
+    return {file.name: file for pattern in _BESIDE for file in folder.glob(pattern) if file.is_file()}
 
 
 def refuse_overwriting(target: Path) -> None:
@@ -349,7 +354,8 @@ def _write_shards(
         tensors: dict[str, Tensor] = {}
         for name in names:
             progress(done, total)
-            tensors[name] = parameter(delta, base, name).contiguous()
+            # A copy: safetensors refuses tensors that share memory, as views of one mapped file do.
+            tensors[name] = delta.sites[name].rebuild(base).clone(memory_format=torch.contiguous_format)
             done += delta.sites[name].parameters
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
@@ -370,11 +376,3 @@ def _shards(delta: Delta, shard_bytes: int) -> list[list[str]]:
             size = site.parameters * site.dtype.itemsize
         shards[-1].append(name)
     return shards
-
-
-def parameter(delta: Delta, base: Checkpoint, name: str) -> Tensor:
-    """One parameter of the fine-tune, rebuilt on the base."""
-    site = delta.sites[name]
-    if site.whole is not None:
-        return site.whole.clone()
-    return site.restore(base.tensor(name))

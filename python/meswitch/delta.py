@@ -133,6 +133,10 @@ class Site:
         weight = (known + delta.view(known.shape)).to(self.dtype)
         return weight if self.added is None else torch.cat([weight, self.added])
 
+    def rebuild(self, base: Checkpoint) -> Tensor:
+        """`restore` on the base's own parameter, which only a replaced site can do without. May be a mapped view."""
+        return self.whole if self.whole is not None else self.restore(base.tensor(self.name))
+
 
 class Delta:
     """An opened delta directory.

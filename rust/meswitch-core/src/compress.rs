@@ -9,11 +9,10 @@ use serde_json::Value;
 use crate::checkpoint::{Checkpoint, View};
 use crate::codec::{Pair, Quantized, Settings, quantize};
 use crate::delta::{
-    BaseEntry, Delta, FileEntry, Folder, Kind, Manifest, PartEntry, SiteEntry, SparseEntry, TensorSpec, VERSION,
-    Writer, checksum, weigh,
+    Assembly, BaseEntry, Delta, FileEntry, Kind, PartEntry, Progress, SiteEntry, SparseEntry, TensorSpec, Writer,
+    checksum, weigh,
 };
 use crate::error::{Error, Result};
-use crate::fingerprint::{Fingerprint, sample};
 use crate::layout::row_bytes;
 
 /// What is to be done with one site.
@@ -47,17 +46,6 @@ pub struct Job<'a> {
     pub base_name: &'a str,
 }
 
-/// How far a job is.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress<'a> {
-    /// The site that is next.
-    pub site: &'a str,
-    /// Weights done.
-    pub done: u64,
-    /// Weights in all.
-    pub total: u64,
-}
-
 impl Job<'_> {
     /// Runs the job. `progress` is asked before every site and stops the job by returning false.
     ///
@@ -65,40 +53,15 @@ impl Job<'_> {
     /// [`Error::Architecture`] before any work where the two do not match; [`Error::NonFinite`], [`Error::Io`],
     /// [`Error::Interrupted`]; nothing is left behind then.
     pub fn run(&self, progress: &mut dyn FnMut(Progress<'_>) -> bool) -> Result<Delta> {
-        let total = self.check()?;
-        let folder = Folder::create(self.out)?;
-        let mut writer = Writer::create(folder.path(), &self.specs()?)?;
-        let (mut sites, mut fingerprint, mut done) = (Vec::new(), Fingerprint::default(), 0);
-        for plan in self.plans {
-            if !progress(Progress { site: &plan.name, done, total }) {
-                return Err(Error::Interrupted);
-            }
-            let site = self.site(plan, &mut writer)?;
-            if self.base.names().binary_search(&plan.name).is_ok() {
-                fingerprint.add(&plan.name, &self.base.view(&plan.name)?);
-            }
-            done += site.parameters().unwrap_or(0);
-            sites.push(site);
-        }
-        for name in self.base.names().iter().filter(|name| !fingerprint.has(name)).cloned().collect::<Vec<_>>() {
-            fingerprint.add(&name, &self.base.view(&name)?);
-        }
-        for file in self.files {
-            writer.copy(file)?;
-        }
-        let base = BaseEntry {
-            fingerprint: fingerprint.finish(),
-            sample: sample(self.base)?,
-            name: self.base_name.to_owned(),
-        };
-        writer.finish(self.manifest(base, BTreeMap::new(), sites))?;
-        folder.finish()?;
-        progress(Progress { site: "", done, total });
-        Delta::open(self.out)
+        self.check()?;
+        let sizes =
+            self.plans.iter().map(|plan| Ok((plan.name.as_str(), self.finetune.view(&plan.name)?.len() as u64)));
+        let sizes = sizes.collect::<Result<Vec<_>>>()?;
+        self.assembly().write(&sizes, &self.specs()?, progress, &mut |at, writer| self.site(&self.plans[at], writer))
     }
 
-    /// Everything that can be refused before any work. Returns the number of weights.
-    fn check(&self) -> Result<u64> {
+    /// Everything that can be refused before any work.
+    fn check(&self) -> Result<()> {
         let planned: HashSet<&str> = self.plans.iter().map(|plan| plan.name.as_str()).collect();
         if let Some(name) = self.finetune.names().iter().find(|name| !planned.contains(name.as_str())) {
             return Err(Error::Argument(format!("expected a plan for every parameter, found none for {name}")));
@@ -108,10 +71,8 @@ impl Job<'_> {
                 "expected the base's parameter {name} in the fine-tune, found none"
             )));
         }
-        let mut total = 0;
         for plan in self.plans {
             let finetune = self.finetune.view(&plan.name)?;
-            total += finetune.len() as u64;
             if !self.base.has(&plan.name) {
                 return Err(Error::Architecture(format!(
                     "expected only parameters of the base, found {} in the fine-tune",
@@ -139,7 +100,7 @@ impl Job<'_> {
                 )));
             }
         }
-        Ok(total)
+        Ok(())
     }
 
     /// What the job's files will weigh, but for a few bytes too much, if the sites named in `shared` are bit-equal and no
@@ -164,7 +125,7 @@ impl Job<'_> {
             files.insert(name, FileEntry { bytes, checksum: checksum(&[]) });
         }
         let base = BaseEntry { fingerprint: "0".repeat(64), sample: "0".repeat(64), name: self.base_name.to_owned() };
-        weigh(self.manifest(base, files, sites), &self.specs()?)
+        weigh(self.assembly().manifest(base, files, sites), &self.specs()?)
     }
 
     /// The entry that a site will have, but for what only its weights say.
@@ -178,14 +139,13 @@ impl Job<'_> {
         Ok(if size < whole { entry } else { replaced })
     }
 
-    fn manifest(&self, base: BaseEntry, files: BTreeMap<String, FileEntry>, sites: Vec<SiteEntry>) -> Manifest {
-        Manifest {
-            format_version: VERSION,
-            writer: format!("meswitch {}", env!("CARGO_PKG_VERSION")),
-            base,
+    fn assembly(&self) -> Assembly<'_> {
+        Assembly {
+            base: self.base,
+            out: self.out,
+            files: self.files,
             settings: self.settings.clone(),
-            files,
-            sites,
+            base_name: self.base_name,
         }
     }
 
@@ -229,7 +189,7 @@ impl Job<'_> {
         let (base, finetune) = (self.base.view(&plan.name)?, self.finetune.view(&plan.name)?);
         let mut entry = blank(plan, &finetune);
         if same(&base, &finetune) {
-            finite(&plan.name, &base)?;
+            base.finite(&plan.name)?;
             return Ok(entry);
         }
         if let Some(settings) = &plan.quantize {
@@ -240,7 +200,7 @@ impl Job<'_> {
                 return Ok(entry);
             }
         }
-        finite(&plan.name, &finetune)?;
+        finetune.finite(&plan.name)?;
         entry.kind = Kind::Replaced;
         entry.transposed = false;
         writer.site(&mut entry, &[finetune.data])?;
@@ -323,27 +283,6 @@ fn settle(entry: &mut SiteEntry) {
     } else if entry.parts.is_empty() && entry.sparse.is_none() {
         entry.parts.push(NOTHING);
     }
-}
-
-/// # Errors
-/// [`Error::NonFinite`] where a float of the tensor is.
-fn finite(name: &str, view: &View<'_>) -> Result<()> {
-    if !view.is_float() {
-        return Ok(());
-    }
-    let mut values = vec![0f32; 1 << 14];
-    for start in (0..view.len()).step_by(values.len()) {
-        let count = values.len().min(view.len() - start);
-        view.read(start, &mut values[..count]);
-        if let Some(at) = values[..count].iter().position(|value| !value.is_finite()) {
-            return Err(Error::NonFinite(format!(
-                "expected finite weights, found {} in {name} at element {}",
-                values[at],
-                start + at
-            )));
-        }
-    }
-    Ok(())
 }
 
 /// A quantized site's tensors as the bytes that go to disk, in the order of its entry's specs.

@@ -1,4 +1,4 @@
-//! The compress job.
+//! Delta directories written: compressed from a fine-tune, or of sites that are given.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use meswitch_core::Error;
 use meswitch_core::codec::{self, Class, Pair, Settings, Zero};
 use meswitch_core::compress::{Job, Plan};
+use meswitch_core::delta::{Assembly, Progress, SiteEntry};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -39,19 +40,56 @@ pub fn compress(
     let mut raised = None;
     let outcome = py.detach(|| {
         let job = Job { base, finetune, plans: &plans, out: &out, files: &files, settings, base_name };
-        job.run(&mut |step| {
-            let call = Python::attach(|py| {
-                py.check_signals()?;
-                progress.call1(py, (step.site, step.done, step.total)).map(|_| ())
-            });
-            raised = call.err();
-            raised.is_none()
+        job.run(&mut |step| tell(&progress, step, &mut raised))
+    });
+    raised.map_or_else(|| outcome.map(drop).map_err(to_python), Err)
+}
+
+/// Writes a delta directory of sites that are given.
+///
+/// `sites` are entries of the manifest (docs/format.md) in JSON, one a parameter in execution order, without `tensors`
+/// and with `bytes` and `bpw` of 0; `tensors(name)` gives a site's tensors in the format's order;
+/// `progress(site, done, total)` is called before every site.
+#[pyfunction]
+#[pyo3(signature = (base, out, sites, tensors, files, settings, base_name, progress))]
+#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // the signature that Python sees
+pub fn write(
+    py: Python<'_>,
+    base: &Checkpoint,
+    out: PathBuf,
+    sites: Vec<String>,
+    tensors: Py<PyAny>,
+    files: Vec<PathBuf>,
+    settings: &str,
+    base_name: &str,
+    progress: Py<PyAny>,
+) -> PyResult<()> {
+    let entries = sites.iter().map(|site| serde_json::from_str(site)).collect::<Result<Vec<SiteEntry>, _>>();
+    let entries = entries.map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let settings = read_json(settings)?;
+    let base = &base.0;
+    let (mut raised, mut refused) = (None, None);
+    let outcome = py.detach(|| {
+        let assembly = Assembly { base, out: &out, files: &files, settings, base_name };
+        assembly.write_given(&entries, &mut |step| tell(&progress, step, &mut raised), &mut |entry| {
+            let given = Python::attach(|py| tensors.call1(py, (&entry.name,))?.extract(py));
+            given.map_err(|error| {
+                refused = Some(error);
+                Error::Interrupted
+            })
         })
     });
-    match (raised, outcome) {
-        (Some(error), _) => Err(error),
-        (None, outcome) => outcome.map(|_| ()).map_err(to_python),
-    }
+    raised.or(refused).map_or_else(|| outcome.map(drop).map_err(to_python), Err)
+}
+
+/// Calls Python's `progress`; false where it raised, or a signal did.
+fn tell(progress: &Py<PyAny>, step: Progress<'_>, raised: &mut Option<PyErr>) -> bool {
+    let call = Python::attach(|py| {
+        py.check_signals()?;
+        progress.call1(py, (step.site, step.done, step.total)).map(drop)
+    });
+    *raised = call.err();
+    raised.is_none()
 }
 
 /// What `compress` would write, in bytes and a few too many, if the sites in `shared` are bit-equal and no others.

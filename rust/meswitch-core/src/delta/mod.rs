@@ -1,9 +1,11 @@
 //! A delta directory: `meswitch.json` (the manifest) and `delta.safetensors` (the tensors), laid out in docs/format.md.
 
+mod assemble;
 mod manifest;
 mod reader;
 mod writer;
 
+pub use assemble::{Assembly, Progress};
 pub use manifest::{
     BaseEntry, FileEntry, Kind, MANIFEST, Manifest, PartEntry, SiteEntry, SparseEntry, TENSORS, TensorSpec, VERSION,
 };

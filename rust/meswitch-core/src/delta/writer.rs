@@ -324,6 +324,20 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
 }
 
+/// The tensors that entries promise, by full name.
+///
+/// # Errors
+/// [`Error::Format`] where an entry's fields contradict each other.
+pub(super) fn full_specs(sites: &[SiteEntry]) -> Result<Vec<TensorSpec>> {
+    let mut specs = Vec::new();
+    for site in sites {
+        specs.extend(
+            site.specs()?.into_iter().map(|spec| TensorSpec { role: format!("{}/{}", site.name, spec.role), ..spec }),
+        );
+    }
+    Ok(specs)
+}
+
 /// Writes a delta directory anew with some tensors replaced by others of the same size.
 ///
 /// `tensors` are by `SITE/ROLE`, `errors` the new relative errors by site, and `settings` takes the old one's place.
@@ -347,14 +361,8 @@ pub fn rewrite(
             )));
         }
     }
-    let mut specs = Vec::new();
-    for site in &manifest.sites {
-        specs.extend(
-            site.specs()?.into_iter().map(|spec| TensorSpec { role: format!("{}/{}", site.name, spec.role), ..spec }),
-        );
-    }
     let folder = Folder::create(out)?;
-    let mut writer = Writer::create(folder.path(), &specs)?;
+    let mut writer = Writer::create(folder.path(), &full_specs(&manifest.sites)?)?;
     let mut sites = manifest.sites.clone();
     for site in &mut sites {
         let slices: Vec<&[u8]> = site
