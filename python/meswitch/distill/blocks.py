@@ -18,7 +18,6 @@ from torch import Tensor
 
 from meswitch.calibration import Progress
 from meswitch.checkpoint import HEAD, Checkpoint
-from meswitch.compress import parameter
 from meswitch.decoder import Decoder
 from meswitch.delta import Delta
 from meswitch.distill.descent import Recipe, descend
@@ -48,8 +47,12 @@ class Blocks:
         self._tied = self._head == decoder.embedding
         self.learners = learners(delta.sites.values())
         self._theirs = decoder.outer(finetune.tensor)
-        self._ours = decoder.outer(partial(parameter, delta, base))
-        self._biases = decoder.head_bias(finetune.tensor), decoder.head_bias(partial(parameter, delta, base))
+
+        def rebuilt(name: str) -> Tensor:
+            return delta.sites[name].rebuild(base)
+
+        self._ours = decoder.outer(rebuilt)
+        self._biases = decoder.head_bias(finetune.tensor), decoder.head_bias(rebuilt)
         self._ids = torch.cat([windows.train, windows.heldout])
         self._heldout = torch.arange(len(windows.train), len(self._ids))
         self._tokens = min(recipe.batch, len(windows.train)) * self._ids.shape[1]  # of a step

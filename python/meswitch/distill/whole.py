@@ -14,7 +14,6 @@ from torch.func import functional_call
 
 from meswitch.calibration import Progress
 from meswitch.checkpoint import HEAD, Checkpoint
-from meswitch.compress import parameter
 from meswitch.delta import Delta
 from meswitch.distill.descent import Recipe, descend
 from meswitch.distill.learner import Learner, Weight, learners
@@ -92,7 +91,7 @@ def _untie(expert: Any, delta: Delta, base: Checkpoint) -> None:
     """A head with a site of its own is served on its own, whatever the fine-tune's config ties."""
     head, table = expert.get_output_embeddings(), expert.get_input_embeddings()
     if HEAD in delta.sites and head is not None and head.weight is table.weight:
-        weight = parameter(delta, base, HEAD).to(torch.float32, copy=True)
+        weight = delta.sites[HEAD].rebuild(base).to(torch.float32, copy=True)
         head.weight = nn.Parameter(weight, requires_grad=False)
 
 
