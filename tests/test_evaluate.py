@@ -257,11 +257,13 @@ def test_a_broken_fine_tune_is_refused(trio: dict[str, Path], tmp_path: Path) ->
 
 def test_two_bits_keep_most_of_a_real_fine_tune(family: Any, tmp_path: Path) -> None:
     finetune = family.experts["maths"]
-    shares = []
+    shares, divergences = [], []
     for bits in (1, 2, 4):
         compress(family.base, finetune, tmp_path / str(bits), bits=bits)
         found = evaluate(family.base, tmp_path / str(bits), finetune, family.heldout["maths"], max_tokens=600)
         assert found.base is not None and found.recovered_share is not None
         assert found.finetune.nll < found.base.nll - 0.05
         shares.append(found.recovered_share)
-    assert shares == sorted(shares) and shares[1] > 0.9 and shares[2] > 0.99
+        divergences.append(found.kl)
+    # A share may pass one by chance; the divergence cannot.
+    assert divergences == sorted(divergences, reverse=True) and shares[1] > 0.9 and abs(shares[2] - 1) < 0.01
