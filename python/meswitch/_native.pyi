@@ -2,7 +2,19 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, final
 
-__all__ = ["Checkpoint", "Delta", "Matrix", "backend", "compress", "cpu_features", "energies", "probe", "same", "team", "weigh"]
+__all__ = [
+    "Checkpoint",
+    "Delta",
+    "Matrix",
+    "backend",
+    "compress",
+    "cpu_features",
+    "energies",
+    "probe",
+    "same",
+    "team",
+    "weigh",
+]
 
 _Memory = tuple[int, int]
 _Part = tuple[int, float, int, _Memory | None, _Memory, _Memory]
@@ -74,9 +86,7 @@ def weigh(
     base_name: str,
 ) -> int: ...
 def same(base: Checkpoint, finetune: Checkpoint, name: str) -> bool: ...
-def energies(
-    base: Checkpoint, finetune: Checkpoint, name: str, transposed: bool, moments: bytes | None
-) -> bytes: ...
+def energies(base: Checkpoint, finetune: Checkpoint, name: str, transposed: bool, moments: bytes | None) -> bytes: ...
 def probe(
     base: Checkpoint,
     finetune: Checkpoint,

@@ -26,6 +26,7 @@ Progress = Callable[[int, int], None]
 _FORMS = '{"text"}, {"prompt"[, "completion"]} or {"messages"}'
 _BATCH_TOKENS = 2048
 _CHARACTERS_A_TOKEN = 4
+_UNSEEN = 0.05  # of the tokens to come, at the least
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,26 @@ def calibrate(
                 progress(done, total)
     finally:
         sums.remove()
-    return Calibration(_checkpoint_names(sums.means(), model, path), counts, total)
+    return Calibration(checkpoint_names(sums.means(), model, path), counts, total)
+
+
+def frequencies(counts: Tensor) -> Tensor:
+    """How likely each token is, from how often it was seen: `float64`, summing to 1.
+
+    What was seen once says how much was not seen (Good and Turing), but never less than a twentieth, since other text
+    has other tokens; unseen tokens share that evenly.
+
+    >>> frequencies(torch.tensor([6, 1, 1, 0, 0])).tolist()
+    [0.5625, 0.09375, 0.09375, 0.125, 0.125]
+    """
+    seen, unseen = counts.double(), counts == 0
+    total = seen.sum()
+    if not bool(unseen.any()):
+        return seen / total
+    if not float(total):
+        return torch.full_like(seen, 1 / len(seen))
+    missing = ((counts == 1).sum() / total).clamp_min(_UNSEEN)
+    return torch.where(unseen, missing / unseen.sum(), seen / total * (1 - missing))
 
 
 class _Sums:
@@ -134,7 +154,7 @@ class _Sums:
             handle.remove()
 
 
-def _checkpoint_names(moments: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tensor]:
+def checkpoint_names(moments: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tensor]:
     """Add the names a checkpoint of the bare decoder uses (GPT-2's files say `h.0…`, its model `transformer.h.0…`)."""
     from meswitch.checkpoint import Checkpoint
 

@@ -6,11 +6,13 @@ What each site gets is decided here, from the preset and the module that owns th
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from meswitch import _native
-from meswitch.calibration import Calibration
+from meswitch.allocation import Allocation, Costs, allocate
+from meswitch.calibration import Calibration, frequencies
 from meswitch.checkpoint import Checkpoint, skeleton
-from meswitch.delta import Delta
+from meswitch.delta import TENSORS, Delta
 from meswitch.errors import CheckpointError, FormatError
 
 # The small files of a checkpoint that lie beside a delta's tensors.
@@ -29,6 +32,7 @@ _BESIDE = (
     "vocab.* merges.txt *.tiktoken spiece.model sentencepiece*.model"
 ).split()
 _HEAD = "lm_head.weight"
+METHODS = ("preset", "auto")
 
 
 @dataclass(frozen=True)
@@ -96,14 +100,21 @@ class Progress:
 
 @dataclass(frozen=True)
 class CompressReport:
-    """What a compress made: the bytes of the delta's files, bits a weight, and what it took."""
+    """What a compress made: the bytes of manifest and tensors, bits a weight, and what it took.
+
+    `chosen` says what method `auto` did, one entry a role and form: `{role, form, sites, bytes_share, loss_share}`;
+    none otherwise. `predicted_kl` is its guess at KL(fine-tune ‖ expert) in nats a token, where sensitivity was given.
+    """
 
     preset: str
+    method: str
     bytes: int
     bpw: float
     seconds: float
     weights_per_second: float
     peak_rss_bytes: int
+    chosen: list[dict[str, Any]] | None = None
+    predicted_kl: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -117,29 +128,32 @@ def compress(
     preset: str = "default",
     bits: int | None = None,
     embedding_bits: int | None = None,
+    method: str = "preset",
+    bpw: float | None = None,
+    target_bytes: int | None = None,
     calibration: Calibration | None = None,
+    sensitivity: dict[str, Tensor] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CompressReport:
     """Writes the delta directory of a fine-tune against its base.
 
-    `bits` (1, 2, 3, 4 or 8) overrides the preset for every site, `embedding_bits` for embeddings and head.
-    `calibration` weighs errors by what the model sees. An interrupted run leaves nothing at `out`; one that finishes
-    replaces the delta directory that stood there.
+    `bits` (1, 2, 3, 4 or 8) overrides the preset for every site, `embedding_bits` for embeddings and head. Method
+    `auto` chooses bits, rank, groups and salient channels site by site instead, so that manifest and tensors weigh at
+    most `target_bytes`, or `bpw` bits a weight (either means `auto`), or what the preset would (docs/architecture.md).
+    `calibration` weighs errors by what the model sees, `sensitivity` (`sensitivity.sense`) sites and rows by what an
+    error there costs. An interrupted run leaves nothing at `out`; one that finishes replaces the delta directory that
+    stood there.
 
-    Raises `CheckpointError`, `ArchitectureError` or `NonFiniteError`; `OSError` where the disk says no; `ValueError`
-    for an unknown preset or number of bits.
+    Raises `CheckpointError`, `ArchitectureError` or `NonFiniteError`; `BudgetError` for a target that cannot be met;
+    `OSError` where the disk says no; `ValueError` for an unknown preset, method or number of bits, or two targets.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"expected a preset of {', '.join(PRESETS)}, found {preset!r}")
-    for number in (bits, embedding_bits):
-        if number not in (None, 1, 2, 3, 4, 8):
-            raise ValueError(f"expected 1, 2, 3, 4 or 8 bits, found {number}")
+    auto = _check_choices(preset, method, (bits, embedding_bits), bpw, target_bytes)
     start, target = time.perf_counter(), Path(out)
     refuse_overwriting(target)
-    base_checkpoint, finetune_checkpoint = Checkpoint.open(base), Checkpoint.open(finetune)
+    job = _Job(Checkpoint.open(base), Checkpoint.open(finetune), calibration)
     rules = _override(PRESETS[preset], bits, embedding_bits)
-    plans = list(_plans(base_checkpoint, finetune_checkpoint, rules, calibration))
-    settings = {
+    plans = list(_plans(job.base, job.finetune, rules, calibration))
+    settings: dict[str, Any] = {
         "preset": preset,
         "bits": bits,
         "embedding_bits": embedding_bits,
@@ -150,26 +164,101 @@ def compress(
         if progress is not None:
             progress(Progress(site, done, total, time.perf_counter() - start))
 
-    _native.compress(
-        base_checkpoint.native,
-        finetune_checkpoint.native,
-        target,
-        plans,
-        _moments(plans, calibration),
-        sorted({file for pattern in _BESIDE for file in finetune_checkpoint.path.glob(pattern) if file.is_file()}),
-        json.dumps(settings),
-        str(base_checkpoint.config.get("_name_or_path") or base_checkpoint.path.name),
-        step,
-    )
+    found = None
+    if auto:
+        if bpw is not None:
+            target_bytes = math.floor(bpw * job.parameters / 8)
+        settings |= {"method": "auto", "target_bytes": target_bytes}
+        found = job.allocate(plans, settings, sensitivity or {}, lambda site, done, total: step(site, done, 2 * total))
+        plans = found.plans
+        settings["chosen"] = found.summary()
+
+    def write(site: str, done: int, total: int) -> None:
+        step(site, total + done, 2 * total) if auto else step(site, done, total)
+
+    _native.compress(*job.pair, target, plans, job.moments(plans), job.files, json.dumps(settings), job.name, write)
     seconds, delta = time.perf_counter() - start, Delta.open(target)
     return CompressReport(
         preset=preset,
+        method="auto" if auto else "preset",
         bytes=delta.nbytes,
         bpw=delta.bpw,
         seconds=seconds,
         weights_per_second=delta.parameters / seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        chosen=None if found is None else found.summary(),
+        predicted_kl=None if found is None or not sensitivity else found.loss,
     )
+
+
+def _check_choices(
+    preset: str, method: str, widths: tuple[int | None, ...], bpw: float | None, target_bytes: int | None
+) -> bool:
+    """Whether sites are to be chosen for one by one."""
+    if preset not in PRESETS:
+        raise ValueError(f"expected a preset of {', '.join(PRESETS)}, found {preset!r}")
+    if method not in METHODS:
+        raise ValueError(f"expected a method of {', '.join(METHODS)}, found {method!r}")
+    for number in widths:
+        if number not in (None, 1, 2, 3, 4, 8):
+            raise ValueError(f"expected 1, 2, 3, 4 or 8 bits, found {number}")
+    if bpw is not None and target_bytes is not None:
+        raise ValueError(f"expected bits a weight or bytes, found both: {bpw}, {target_bytes}")
+    if (bpw is not None and not 0 < bpw < math.inf) or (target_bytes is not None and target_bytes < 1):
+        raise ValueError(f"expected a target above 0, found {bpw if target_bytes is None else target_bytes}")
+    auto = method == "auto" or bpw is not None or target_bytes is not None
+    if auto and any(number is not None for number in widths):
+        raise ValueError(f"expected a target or numbers of bits, found both: bits {widths[0]}, embeddings' {widths[1]}")
+    return auto
+
+
+class _Job:
+    """Base, fine-tune and what is said of them to the native half."""
+
+    def __init__(self, base: Checkpoint, finetune: Checkpoint, calibration: Calibration | None) -> None:
+        self.base, self.finetune, self._calibration = base, finetune, calibration
+        self.pair = base.native, finetune.native
+        self.parameters = sum(prod(finetune.shape(name)) for name in finetune.names())
+        self.files = sorted({file for pattern in _BESIDE for file in finetune.path.glob(pattern) if file.is_file()})
+        self.name = str(base.config.get("_name_or_path") or base.path.name)
+
+    def moments(self, plans: list[dict[str, Any]]) -> dict[str, bytes]:
+        """E[x²] of the sites that are quantized, as the native half takes it."""
+        if self._calibration is None:
+            return {}
+        seen = self._calibration.second_moments
+        wanted = (plan["name"] for plan in plans if plan["bits"] is not None)
+        return {name: seen[name].float().contiguous().numpy().tobytes() for name in wanted if name in seen}
+
+    def allocate(
+        self,
+        plans: list[dict[str, Any]],
+        settings: dict[str, Any],
+        sensitivity: dict[str, Tensor],
+        progress: Callable[[str, int, int], None],
+    ) -> Allocation:
+        """Every matrix at what it is worth, within `settings["target_bytes"]` or else what `plans` would weigh."""
+        shared = {plan["name"] for plan in plans if _native.same(*self.pair, plan["name"])}
+
+        def weigh(plans: list[dict[str, Any]], summary: list[dict[str, Any]]) -> int:
+            # The longest number: what is least possible must not depend on what was asked for.
+            said = json.dumps({**settings, "target_bytes": 10**15, "chosen": summary})
+            return _native.weigh(*self.pair, plans, shared, self.files, said, self.name)
+
+        if settings["target_bytes"] is None:
+            settings["target_bytes"] = weigh(plans, [])
+        seen = self._calibration
+        costs = Costs() if seen is None else Costs(seen.second_moments, sensitivity, frequencies(seen.token_counts))
+        every = _plans(self.base, self.finetune, PRESETS["default"], None)
+        return allocate(
+            self.base,
+            self.finetune,
+            [{**plan, "shared": plan["name"] in shared} for plan in every],
+            costs,
+            settings["target_bytes"],
+            lambda found: weigh(found.plans, found.summary()),
+            progress,
+        )
 
 
 def refuse_overwriting(target: Path) -> None:
@@ -209,9 +298,7 @@ def _plans(
     for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
         role, transposed = owners.get(name, ("block", False))
         rule = {"block": preset.block, "embedding": preset.embedding, "head": preset.head}[role]
-        if name == _HEAD and _HEAD not in base.names():
-            rule = preset.head
-        plan: dict[str, Any] = {"name": name, "transposed": transposed, "bits": None}
+        plan: dict[str, Any] = {"name": name, "role": role, "transposed": transposed, "bits": None}
         if rule is not None and len(finetune.shape(name)) >= 2 and finetune.dtype(name).is_floating_point:
             plan |= {key: value for key, value in asdict(rule).items() if not key.startswith("frequent")}
             plan["classes"] = _classes(rule, finetune.shape(name)[0], calibration) if role != "block" else []
@@ -254,17 +341,6 @@ def _classes(rule: Rule, rows: int, calibration: Calibration | None) -> list[tup
     return [(rule.frequent_bits, sorted(frequent.tolist()))]
 
 
-def _moments(plans: list[dict[str, Any]], calibration: Calibration | None) -> dict[str, bytes]:
-    if calibration is None:
-        return {}
-    moments: dict[str, bytes] = {}
-    for plan in plans:
-        seen = calibration.second_moments.get(plan["name"])
-        if seen is not None and plan["bits"] is not None:
-            moments[plan["name"]] = seen.float().contiguous().numpy().tobytes()
-    return moments
-
-
 def restore(
     base: str | Path,
     delta: str | Path,
@@ -287,7 +363,7 @@ def restore(
     partial.mkdir(parents=True)
     try:
         for file in opened.manifest["files"]:
-            if file != "delta.safetensors":
+            if file != TENSORS:
                 shutil.copyfile(opened.path / file, partial / file)
         _write_shards(partial, opened, checkpoint, shard_bytes, progress or (lambda done, total: None))
         if target.exists():
