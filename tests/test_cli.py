@@ -96,6 +96,12 @@ def test_version() -> None:
         ["compress", "base", "finetune", "-o", "x", "--calibrate", "y", "--distill", "--distill-method", "half"],
         ["import", "base", "-o", "x"],
         ["import", "base", "adapter"],
+        ["compress", "base", "finetune", "-o", "x", "--method", "magic"],
+        ["compress", "base", "finetune", "-o", "x", "--bpw", "2", "--target-size", "1GB"],
+        ["compress", "base", "finetune", "-o", "x", "--target-size", "2 furlongs"],
+        ["compress", "base", "finetune", "-o", "x", "--bpw", "0"],
+        ["compress", "base", "finetune", "-o", "x", "--bpw", "nan"],
+        ["compress", "base", "finetune", "-o", "x", "--bpw", "2", "--bits", "1"],
         ["inspect"],
         ["inspect", "a", "b"],
         ["verify"],
@@ -132,7 +138,8 @@ def test_wrong_usage_is_2(args: list[str], tmp_path: Path, monkeypatch: pytest.M
 def test_compress_reports(paths: dict[str, Path], tmp_path: Path) -> None:
     given = ["compress", paths["base"], paths["finetune"], "-o", tmp_path / "delta", "--bits", "1"]
     found = read(*given, "--calibrate", paths["text.txt"])
-    assert set(found) == {"preset", "bytes", "bpw", "seconds", "weights_per_second", "peak_rss_bytes"}
+    assert {"preset", "bytes", "bpw", "seconds", "weights_per_second", "peak_rss_bytes"} <= set(found)
+    assert found["method"] == "preset" and found["chosen"] is None
     assert found["preset"] == "default" and found["bytes"] > 0 and 1 < found["bpw"] < 16
     shown = run(*given, "--preset", "small")
     assert shown.exit_code == 0 and "bits a weight" in shown.stdout and "compressing: 100%" in shown.stderr
@@ -145,6 +152,17 @@ def test_compress_warns_of_changed_settings(paths: dict[str, Path], tmp_path: Pa
     found = run("compress", paths["base"], tmp_path / "changed", "-o", tmp_path / "delta", "--json")
     assert "warning: the fine-tune computes with another rms_norm_eps: 0.5, base 1e-06\nhint: " in found.stderr
     assert json.loads(found.stdout)["config_changes"] == {"rms_norm_eps": [1e-06, 0.5]}
+
+
+def test_compress_meets_a_target(paths: dict[str, Path], tmp_path: Path) -> None:
+    given = ["compress", paths["base"], paths["finetune"], "-o", tmp_path / "delta"]
+    found = read(*given, "--target-size", "60kB", "--calibrate", paths["text.txt"])
+    assert found["method"] == "auto" and found["bytes"] <= 60_000 and found["predicted_kl"] > 0
+    assert sum(row["sites"] for row in found["chosen"]) > 10
+    shown = run(*given, "--bpw", "9")
+    assert shown.exit_code == 0 and "no --calibrate" in shown.stderr and "of the predicted loss" in shown.stderr
+    small = run(*given, "--target-size", "1kB")
+    assert small.exit_code == 1 and "BudgetError: expected a target of at least" in small.stderr
 
 
 def test_compress_distills(paths: dict[str, Path], tmp_path: Path) -> None:

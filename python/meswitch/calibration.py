@@ -29,6 +29,7 @@ Progress = Callable[[int, int], None]
 _FORMS = '{"text"}, {"prompt"[, "completion"]} or {"messages"}'
 _BATCH_TOKENS = 2048
 _CHARACTERS_A_TOKEN = 4
+_UNSEEN = 0.05  # of the tokens to come, at the least
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,33 @@ def _whole(model: Any, checkpoint: Checkpoint, windows: list[Tensor], told: Call
     if head is not None and head.weight is model.get_input_embeddings().weight:
         modules = {id(module): f"{name}.weight" for name, module in model.named_modules()}
         moments[modules[id(model.get_input_embeddings())]] = moments[modules[id(head)]]
-    # GPT-2's files say `h.0…` where its model says `transformer.h.0…`, and have MoE experts one by one.
+    return checkpoint_names(moments, model, checkpoint)
+
+
+def checkpoint_names(values: dict[str, Tensor], model: Any, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What belongs to a model's parameters, also under the names of its files: GPT-2's say `h.0…` where its model says
+    `transformer.h.0…`, and have MoE experts one by one."""
     names = parameter_names(model, checkpoint.names())
-    return moments | {name: moments[parameter] for name, parameter in names.items() if parameter in moments}
+    return values | {name: values[parameter] for name, parameter in names.items() if parameter in values}
+
+
+def frequencies(counts: Tensor) -> Tensor:
+    """How likely each token is, from how often it was seen: `float64`, summing to 1.
+
+    What was seen once says how much was not seen (Good and Turing), but never less than a twentieth, since other text
+    has other tokens; unseen tokens share that evenly.
+
+    >>> frequencies(torch.tensor([6, 1, 1, 0, 0])).tolist()
+    [0.5625, 0.09375, 0.09375, 0.125, 0.125]
+    """
+    seen, unseen = counts.double(), counts == 0
+    total = seen.sum()
+    if not bool(unseen.any()):
+        return seen / total
+    if not float(total):
+        return torch.full_like(seen, 1 / len(seen))
+    missing = ((counts == 1).sum() / total).clamp_min(_UNSEEN)
+    return torch.where(unseen, missing / unseen.sum(), seen / total * (1 - missing))
 
 
 class _Sums:

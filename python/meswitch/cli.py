@@ -107,6 +107,18 @@ def compress(
     embedding_bits: Annotated[
         int | None, typer.Option(help="1, 2, 3, 4 or 8: bits of embeddings and head, whatever the preset.")
     ] = None,
+    method: Annotated[
+        str, typer.Option(metavar="preset|auto", help="auto: each matrix gets what it is worth, in the preset's size.")
+    ] = "preset",
+    bpw: Annotated[
+        float | None, typer.Option(metavar="BITS", help="Method auto at this many bits a weight, all included.")
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Method auto in at most this: 1.8GB, 900MiB, … of meswitch.json and delta.safetensors."
+        ),
+    ] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Text (.txt, .jsonl) to weigh errors by what the model sees."),
@@ -124,9 +136,15 @@ def compress(
     \b
       meswitch compress base/ math-finetune/ -o experts/math
       meswitch compress base/ math-finetune/ -o experts/math --preset small --calibrate prompts.jsonl --distill
+      meswitch compress base/ math-finetune/ -o experts/math --bpw 1.5 --calibrate prompts.jsonl
     """
     if distill and calibrate is None:
         raise typer.BadParameter("needs the text to tune on: --calibrate FILE", param_hint="--distill")
+    _choice("--method", method, ("preset", "auto"))
+    target_bytes = _target(bpw, target_size)
+    auto = method == "auto" or bpw is not None or target_bytes is not None
+    if auto and (bits or embedding_bits):
+        raise typer.BadParameter("bits are chosen by --method auto, --bpw and --target-size", param_hint="--bits")
     _quiet()
     from meswitch.calibration import calibrate as observe
     from meswitch.compress import PRESETS
@@ -137,10 +155,17 @@ def compress(
     for option, width in (("--bits", bits), ("--embedding-bits", embedding_bits)):
         if width is not None:
             _choice(option, width, _BITS)
-    seen = None
+    seen, sensitivity = None, None
     if calibrate is not None:
         with _progress("calibrating") as step:
             seen = observe(finetune, calibrate, progress=step)
+        if auto:
+            from meswitch.sensitivity import sense
+
+            with _progress("measuring what errors cost") as step:
+                sensitivity = sense(finetune, calibrate, seen, progress=step)
+    elif auto:
+        typer.echo("no --calibrate: the same relative error counts alike in every matrix, a weight a weight", err=True)
     with _progress("compressing") as step:
         made = write(
             base,
@@ -149,7 +174,11 @@ def compress(
             preset=preset,
             bits=bits,
             embedding_bits=embedding_bits,
+            method=method,
+            bpw=bpw,
+            target_bytes=target_bytes,
             calibration=seen,
+            sensitivity=sensitivity,
             progress=lambda p: step(p.done, p.total),
         )
     for field, (ours, theirs) in made.config_changes.items():
@@ -166,7 +195,34 @@ def compress(
     if as_json:
         _print_json(result)
     else:
+        _show_chosen(made.chosen)
         typer.echo(f"{out}: {_size(made.bytes)}, {made.bpw:.2f} bits a weight, in {made.seconds:.1f} s")
+
+
+def _target(bpw: float | None, size: str | None) -> int | None:
+    """The bytes of --target-size; with --bpw that is wrong usage, as no unit or a wrong one is."""
+    from meswitch.errors import RequestError
+    from meswitch.experts import parse_bytes
+
+    if bpw is not None and size is not None:
+        raise typer.BadParameter("says the same as --target-size: give one", param_hint="--bpw")
+    if bpw is not None and not 0 < bpw < 64:
+        raise typer.BadParameter(f"expected bits a weight above 0 and below 64, found {bpw}", param_hint="--bpw")
+    try:
+        return parse_bytes(size, "--target-size")
+    except RequestError as error:
+        raise typer.BadParameter(str(error), param_hint="--target-size") from error
+
+
+def _show_chosen(chosen: list[dict[str, Any]] | None) -> None:
+    """What method auto chose, on stderr."""
+    if not chosen:
+        return
+    table = _table("role", "form", "sites >", "of the bytes >", "of the predicted loss >")
+    for row in chosen:
+        shares = [_number(row[key], "{:.1%}") for key in ("bytes_share", "loss_share")]
+        table.add_row(row["role"], row["form"], str(row["sites"]), *shares)
+    Console(stderr=True, soft_wrap=True).print(table)
 
 
 @app.command("import")

@@ -6,12 +6,14 @@ What each site gets is decided here, from the preset and the module that owns th
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from meswitch import _native
-from meswitch.calibration import Calibration
+from meswitch.allocation import Allocation, Costs, allocate
+from meswitch.calibration import Calibration, frequencies
 from meswitch.checkpoint import HEAD, Checkpoint, moe_blocks, parameter_names, skeleton
 from meswitch.config import config_changes, text_config
-from meswitch.delta import Delta
+from meswitch.delta import TENSORS, Delta
 from meswitch.errors import CheckpointError, FormatError
 
 # The small files of a checkpoint that lie beside a delta's tensors.
@@ -30,6 +33,7 @@ _BESIDE = (
     "config.json generation_config.json chat_template.* tokenizer* special_tokens_map.json added_tokens.json "
     "vocab.* merges.txt *.tiktoken spiece.model sentencepiece*.model"
 ).split()
+METHODS = ("preset", "auto")
 
 
 @dataclass(frozen=True)
@@ -101,19 +105,24 @@ class Progress:
 
 @dataclass(frozen=True)
 class CompressReport:
-    """What a compress made: the bytes of the delta's files, bits a weight, and what it took.
+    """What a compress made: the bytes of manifest and tensors, bits a weight, and what it took.
 
     `config_changes`: the fields of config.json by which the fine-tune computes differently, with base's and fine-tune's
-    value. The engine refuses an expert that has any; `restore` carries them.
+    value. The engine refuses an expert that has any; `restore` carries them. `chosen` says what method `auto` did, one
+    entry a role and form: `{role, form, sites, bytes_share, loss_share}`; none otherwise. `predicted_kl` is its guess
+    at KL(fine-tune ‖ expert) in nats a token, where sensitivity was given.
     """
 
     preset: str
+    method: str
     bytes: int
     bpw: float
     seconds: float
     weights_per_second: float
     peak_rss_bytes: int
     config_changes: dict[str, tuple[Any, Any]]
+    chosen: list[dict[str, Any]] | None = None
+    predicted_kl: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields as they are, without `config_changes` where there are none."""
@@ -128,60 +137,68 @@ def compress(
     preset: str = "default",
     bits: int | None = None,
     embedding_bits: int | None = None,
+    method: str = "preset",
+    bpw: float | None = None,
+    target_bytes: int | None = None,
     calibration: Calibration | None = None,
+    sensitivity: dict[str, Tensor] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CompressReport:
     """Writes the delta directory of a fine-tune against its base.
 
-    `bits` (1, 2, 3, 4 or 8) overrides the preset for every site, `embedding_bits` for embeddings and head.
-    `calibration` weighs errors by what the model sees. An interrupted run leaves nothing at `out`; one that finishes
-    replaces the delta directory that stood there.
+    `bits` (1, 2, 3, 4 or 8) overrides the preset for every site, `embedding_bits` for embeddings and head. Method
+    `auto` chooses bits, rank, groups and salient channels site by site instead, so that manifest and tensors weigh at
+    most `target_bytes`, or `bpw` bits a weight (either means `auto`), or what the preset would (docs/architecture.md).
+    `calibration` weighs errors by what the model sees, `sensitivity` (`sensitivity.sense`) sites and rows by what an
+    error there costs. An interrupted run leaves nothing at `out`; one that finishes replaces the delta directory that
+    stood there.
 
-    Raises `CheckpointError`, `ArchitectureError` or `NonFiniteError`; `OSError` where the disk says no; `ValueError`
-    for an unknown preset or number of bits.
+    Raises `CheckpointError`, `ArchitectureError` or `NonFiniteError`; `BudgetError` for a target that cannot be met;
+    `OSError` where the disk says no; `ValueError` for an unknown preset, method or number of bits, or two targets.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"expected a preset of {', '.join(PRESETS)}, found {preset!r}")
-    for number in (bits, embedding_bits):
-        if number not in (None, 1, 2, 3, 4, 8):
-            raise ValueError(f"expected 1, 2, 3, 4 or 8 bits, found {number}")
+    auto = _check_choices(preset, method, (bits, embedding_bits), bpw, target_bytes)
     start, target = time.perf_counter(), Path(out)
     refuse_overwriting(target)
-    base_checkpoint, finetune_checkpoint = Checkpoint.open(base), Checkpoint.open(finetune)
+    job = _Job(Checkpoint.open(base), Checkpoint.open(finetune), calibration)
     rules = _override(PRESETS[preset], bits, embedding_bits)
-    plans = list(_plans(base_checkpoint, finetune_checkpoint, rules, calibration))
+    plans = list(_plans(job.base, job.finetune, rules, calibration))
     settings: dict[str, Any] = {
         "preset": preset,
         "bits": bits,
         "embedding_bits": embedding_bits,
         "calibration_tokens": calibration.tokens if calibration else 0,
-        "config_changes": _config_changes(base_checkpoint, finetune_checkpoint),
+        "config_changes": _config_changes(job.base, job.finetune),
     }
 
     def step(site: str, done: int, total: int) -> None:
         if progress is not None:
             progress(Progress(site, done, total, time.perf_counter() - start))
 
-    _native.compress(
-        base_checkpoint.native,
-        finetune_checkpoint.native,
-        target,
-        plans,
-        _moments(plans, calibration),
-        sorted(small_files(finetune_checkpoint.path).values()),
-        json.dumps(settings),
-        str(base_checkpoint.config.get("_name_or_path") or base_checkpoint.path.name),
-        step,
-    )
+    found = None
+    if auto:
+        if bpw is not None:
+            target_bytes = math.floor(bpw * job.parameters / 8)
+        settings |= {"method": "auto", "target_bytes": target_bytes}
+        found = job.allocate(plans, settings, sensitivity or {}, lambda site, done, total: step(site, done, 2 * total))
+        plans = found.plans
+        settings["chosen"] = found.summary()
+
+    def write(site: str, done: int, total: int) -> None:
+        step(site, total + done, 2 * total) if auto else step(site, done, total)
+
+    _native.compress(*job.pair, target, plans, job.moments(plans), job.files, json.dumps(settings), job.name, write)
     seconds, delta = time.perf_counter() - start, Delta.open(target)
     return CompressReport(
         preset=preset,
+        method="auto" if auto else "preset",
         bytes=delta.nbytes,
         bpw=delta.bpw,
         seconds=seconds,
         weights_per_second=delta.parameters / seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         config_changes=settings["config_changes"],
+        chosen=None if found is None else found.summary(),
+        predicted_kl=None if found is None or not sensitivity else found.loss,
     )
 
 
@@ -196,6 +213,76 @@ def _config_changes(base: Checkpoint, finetune: Checkpoint) -> dict[str, tuple[A
 def small_files(folder: Path) -> dict[str, Path]:
     """The files of a checkpoint that lie beside a delta's tensors, by name."""
     return {file.name: file for pattern in _BESIDE for file in folder.glob(pattern) if file.is_file()}
+
+
+def _check_choices(
+    preset: str, method: str, widths: tuple[int | None, ...], bpw: float | None, target_bytes: int | None
+) -> bool:
+    """Whether sites are to be chosen for one by one."""
+    if preset not in PRESETS:
+        raise ValueError(f"expected a preset of {', '.join(PRESETS)}, found {preset!r}")
+    if method not in METHODS:
+        raise ValueError(f"expected a method of {', '.join(METHODS)}, found {method!r}")
+    for number in widths:
+        if number not in (None, 1, 2, 3, 4, 8):
+            raise ValueError(f"expected 1, 2, 3, 4 or 8 bits, found {number}")
+    if bpw is not None and target_bytes is not None:
+        raise ValueError(f"expected bits a weight or bytes, found both: {bpw}, {target_bytes}")
+    if (bpw is not None and not 0 < bpw < math.inf) or (target_bytes is not None and target_bytes < 1):
+        raise ValueError(f"expected a target above 0, found {bpw if target_bytes is None else target_bytes}")
+    auto = method == "auto" or bpw is not None or target_bytes is not None
+    if auto and any(number is not None for number in widths):
+        raise ValueError(f"expected a target or numbers of bits, found both: bits {widths[0]}, embeddings' {widths[1]}")
+    return auto
+
+
+class _Job:
+    """Base, fine-tune and what is said of them to the native half."""
+
+    def __init__(self, base: Checkpoint, finetune: Checkpoint, calibration: Calibration | None) -> None:
+        self.base, self.finetune, self._calibration = base, finetune, calibration
+        self.pair = base.native, finetune.native
+        self.parameters = sum(prod(finetune.shape(name)) for name in finetune.names())
+        self.files = sorted(small_files(finetune.path).values())
+        self.name = str(base.config.get("_name_or_path") or base.path.name)
+
+    def moments(self, plans: list[dict[str, Any]]) -> dict[str, bytes]:
+        """E[x²] of the sites that are quantized, as the native half takes it."""
+        if self._calibration is None:
+            return {}
+        seen = self._calibration.second_moments
+        wanted = (plan["name"] for plan in plans if plan["bits"] is not None)
+        return {name: seen[name].float().contiguous().numpy().tobytes() for name in wanted if name in seen}
+
+    def allocate(
+        self,
+        plans: list[dict[str, Any]],
+        settings: dict[str, Any],
+        sensitivity: dict[str, Tensor],
+        progress: Callable[[str, int, int], None],
+    ) -> Allocation:
+        """Every matrix at what it is worth, within `settings["target_bytes"]` or else what `plans` would weigh."""
+        shared = {plan["name"] for plan in plans if _native.same(*self.pair, plan["name"])}
+
+        def weigh(plans: list[dict[str, Any]], summary: list[dict[str, Any]]) -> int:
+            # The longest number: what is least possible must not depend on what was asked for.
+            said = json.dumps({**settings, "target_bytes": 10**15, "chosen": summary})
+            return _native.weigh(*self.pair, plans, shared, self.files, said, self.name)
+
+        if settings["target_bytes"] is None:
+            settings["target_bytes"] = weigh(plans, [])
+        seen = self._calibration
+        costs = Costs() if seen is None else Costs(seen.second_moments, sensitivity, frequencies(seen.token_counts))
+        every = _plans(self.base, self.finetune, PRESETS["default"], None)
+        return allocate(
+            self.base,
+            self.finetune,
+            [{**plan, "shared": plan["name"] in shared} for plan in every],
+            costs,
+            settings["target_bytes"],
+            lambda found: weigh(found.plans, found.summary()),
+            progress,
+        )
 
 
 def refuse_overwriting(target: Path) -> None:
@@ -236,9 +323,7 @@ def _plans(
     for name in sorted(names, key=lambda name: (owners.get(name, last).order, _natural(name))):
         owner = owners.get(name, last)
         rule = rules[owner.role]
-        if name == HEAD and HEAD not in base.names():
-            rule = preset.head
-        plan: dict[str, Any] = {"name": name, "transposed": owner.transposed, "bits": None}
+        plan: dict[str, Any] = {"name": name, "role": owner.role, "transposed": owner.transposed, "bits": None}
         if rule is not None and len(finetune.shape(name)) >= 2 and finetune.dtype(name).is_floating_point:
             plan |= {key: value for key, value in asdict(rule).items() if not key.startswith("frequent")}
             outer = owner.role in ("embedding", "head")
@@ -297,17 +382,6 @@ def _classes(rule: Rule, rows: int, calibration: Calibration | None) -> list[tup
     return [(rule.frequent_bits, sorted(frequent.tolist()))]
 
 
-def _moments(plans: list[dict[str, Any]], calibration: Calibration | None) -> dict[str, bytes]:
-    if calibration is None:
-        return {}
-    moments: dict[str, bytes] = {}
-    for plan in plans:
-        seen = calibration.second_moments.get(plan["name"])
-        if seen is not None and plan["bits"] is not None:
-            moments[plan["name"]] = seen.float().contiguous().numpy().tobytes()
-    return moments
-
-
 def restore(
     base: str | Path,
     delta: str | Path,
@@ -330,7 +404,7 @@ def restore(
     partial.mkdir(parents=True)
     try:
         for file in opened.manifest["files"]:
-            if file != "delta.safetensors":
+            if file != TENSORS:
                 shutil.copyfile(opened.path / file, partial / file)
         _write_shards(partial, opened, checkpoint, shard_bytes, progress or (lambda done, total: None))
         if target.exists():
