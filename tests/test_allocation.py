@@ -209,7 +209,7 @@ def test_sensitivity_is_the_cost_of_noise(tmp_path: Path, name: str) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 60)
     calibration = calibrate(folder, tmp_path / "text.txt", window=64)
     found = sense(folder, tmp_path / "text.txt", calibration, max_tokens=2048, window=64)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)  # some sites cost a billionth of a nat
     ids = calibration_ids(folder, tmp_path / "text.txt")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_sensitivity_is_the_cost_of_noise(tmp_path: Path, name: str) -> None:
                 measured.append(float((right.exp() * (right - wrong)).sum() / ids.numel()))
                 parameter.copy_(before)
             predicted = float((found[site][:, None] * moments * 4e-6).sum())
-            assert predicted == pytest.approx(sum(measured) / len(measured), rel=0.6), site
+            assert 0.5 < predicted / (sum(measured) / len(measured)) < 2, site
 
 
 def calibration_ids(folder: Path, data: Path) -> torch.Tensor:
