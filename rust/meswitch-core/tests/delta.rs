@@ -437,7 +437,6 @@ fn what_is_written_rebuilds_the_fine_tune() {
         unit: (site.exponent as f32).exp2(),
         parts: parts.collect(),
         column_scales: Some(&columns),
-        unbiased: false,
         salient: Some((&index, &salient)),
         low_rank: Some((&u, &v)),
         sparse: None,
