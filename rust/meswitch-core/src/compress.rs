@@ -28,6 +28,9 @@ pub struct Plan {
     pub moments: Option<Vec<f32>>,
 }
 
+/// What gives the values of a [`crate::codec::Factor`], by a site's name.
+pub type FactorOf<'a> = dyn FnMut(&str) -> Result<Option<Vec<f32>>> + 'a;
+
 /// The whole job.
 pub struct Job<'a> {
     /// The base.
@@ -47,17 +50,19 @@ pub struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Runs the job. `progress` is asked before every site and stops the job by returning false.
+    /// Runs the job. `progress` is asked before every site and stops the job by returning false; `factor` gives the
+    /// values of a [`crate::codec::Factor`] for a site that takes codes, or none.
     ///
     /// # Errors
     /// [`Error::Architecture`] before any work where the two do not match; [`Error::NonFinite`], [`Error::Io`],
-    /// [`Error::Interrupted`]; nothing is left behind then.
-    pub fn run(&self, progress: &mut dyn FnMut(Progress<'_>) -> bool) -> Result<Delta> {
+    /// [`Error::Interrupted`], those of `factor`; nothing is left behind then.
+    pub fn run(&self, progress: &mut dyn FnMut(Progress<'_>) -> bool, factor: &mut FactorOf<'_>) -> Result<Delta> {
         self.check()?;
         let sizes =
             self.plans.iter().map(|plan| Ok((plan.name.as_str(), self.finetune.view(&plan.name)?.len() as u64)));
         let sizes = sizes.collect::<Result<Vec<_>>>()?;
-        self.assembly().write(&sizes, &self.specs()?, progress, &mut |at, writer| self.site(&self.plans[at], writer))
+        self.assembly()
+            .write(&sizes, &self.specs()?, progress, &mut |at, writer| self.site(&self.plans[at], writer, factor))
     }
 
     /// Everything that can be refused before any work.
@@ -185,7 +190,7 @@ impl Job<'_> {
         Ok(specs)
     }
 
-    fn site(&self, plan: &Plan, writer: &mut Writer) -> Result<SiteEntry> {
+    fn site(&self, plan: &Plan, writer: &mut Writer, factor: &mut FactorOf<'_>) -> Result<SiteEntry> {
         let (base, finetune) = (self.base.view(&plan.name)?, self.finetune.view(&plan.name)?);
         let mut entry = blank(plan, &finetune);
         if same(&base, &finetune) {
@@ -194,7 +199,7 @@ impl Job<'_> {
         }
         if let Some(settings) = &plan.quantize {
             let pair = Pair::new(&plan.name, base, finetune.clone(), plan.transposed)?;
-            let quantized = quantize(&pair, plan.moments.as_deref(), settings)?;
+            let quantized = quantize(&pair, plan.moments.as_deref(), settings, &mut || factor(&plan.name))?;
             if let Some(tensors) = Tensors::of(&mut entry, &pair, quantized, finetune.data.len()) {
                 writer.site(&mut entry, &tensors.slices())?;
                 return Ok(entry);

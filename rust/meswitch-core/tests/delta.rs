@@ -90,7 +90,7 @@ impl Family {
             settings: json!({"preset": "test"}),
             base_name: "test base",
         }
-        .run(&mut |_| true)
+        .run(&mut |_| true, &mut |_| Ok(None))
     }
 }
 
@@ -396,10 +396,13 @@ fn an_interrupted_job_leaves_nothing() {
         settings: json!({}),
         base_name: "",
     };
-    let stopped = job.run(&mut |_| {
-        steps += 1;
-        steps < 3
-    });
+    let stopped = job.run(
+        &mut |_| {
+            steps += 1;
+            steps < 3
+        },
+        &mut |_| Ok(None),
+    );
     assert!(matches!(stopped, Err(Error::Interrupted)));
     assert!(!family.path(".delta.incomplete").exists());
     assert_eq!(before, fs::read(family.path("delta").join(TENSORS)).unwrap());
