@@ -2,11 +2,11 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, final
 
-__all__ = ["Checkpoint", "Delta", "Matrix", "backend", "compress", "cpu_features", "team"]
+__all__ = ["Checkpoint", "Delta", "Matrix", "Rows", "Table", "backend", "backends", "compress", "cpu_features", "team"]
 
 _Memory = tuple[int, int]
 _Part = tuple[int, float, int, _Memory | None, _Memory, _Memory]
-_Rows = tuple[int, int, str]
+_Tensor = tuple[int, int, int, str]
 
 @final
 class Checkpoint:
@@ -47,11 +47,20 @@ class Matrix:
         low_rank: tuple[_Memory, _Memory] | None,
         keep: object,
     ) -> Matrix: ...
-    def delta_linear(self, y: _Rows, x: _Rows, total: int, tokens: Sequence[int] | None, exact: bool) -> None: ...
     def delta_embedding(
-        self, y: _Rows, total: int, tokens: Sequence[int], ids: Sequence[int], scale: float
+        self, y: _Tensor, tokens: Sequence[int], ids: Sequence[int], scale: float
     ) -> None: ...
     def dense(self, start: int, count: int, address: int) -> None: ...
+
+@final
+class Rows:
+    def __new__(cls, slots: Sequence[int]) -> Rows: ...
+
+@final
+class Table:
+    def __new__(cls, rows: int, columns: int) -> Table: ...
+    def set(self, slot: int, matrix: Matrix | None) -> None: ...
+    def delta_linear(self, y: _Tensor, x: _Tensor, rows: Rows, exact: bool) -> None: ...
 
 def compress(
     base: Checkpoint,
@@ -65,5 +74,6 @@ def compress(
     progress: Callable[[str, int, int], object],
 ) -> None: ...
 def backend() -> str: ...
+def backends() -> list[str]: ...
 def team() -> tuple[int, bool]: ...
 def cpu_features() -> dict[str, bool]: ...
