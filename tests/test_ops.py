@@ -147,8 +147,10 @@ def test_a_wider_output_keeps_its_other_columns() -> None:
 def test_wrong_shapes_are_refused() -> None:
     table = ops.SiteTable(8, 40)
     table.set(0, plain_site())
-    with pytest.raises(ValueError, match="expected a tensor of 2 x 40"):
+    with pytest.raises(ValueError, match="expected rows of 40 elements"):
         ops.delta_linear(torch.zeros(2, 8), torch.zeros(2, 39), ops.Rows([0, 0]), table)
+    with pytest.raises(ValueError, match="expected 3 rows, found 2"):
+        ops.delta_linear(torch.zeros(2, 8), torch.zeros(2, 40), ops.Rows([0, 0, 0]), table)
     with pytest.raises(ValueError, match="neighbouring"):
         ops.delta_linear(torch.zeros(8, 2).T, torch.zeros(2, 40), ops.Rows([0, 0]), table)
     with pytest.raises(ValueError, match="float32"):

@@ -41,6 +41,12 @@ class Rows:
         return _native.Rows(self.slots)
 
     @cached_property
+    def only(self) -> int | None:
+        """The one slot that every token belongs to, if there is one."""
+        first = next(iter(self.tokens), None)
+        return first if first is not None and len(self.tokens[first]) == len(self.slots) else None
+
+    @cached_property
     def most(self) -> int:
         """The tokens of the slot that has most of them."""
         return max(map(len, self.tokens.values()), default=0)
@@ -55,7 +61,7 @@ class Rows:
         """The slots, `int64 [tokens]`."""
         return torch.tensor(self.slots, dtype=torch.int64)
 
-    @property
+    @cached_property
     def any(self) -> bool:
         """Whether any token belongs to an expert."""
         return bool(self.tokens)
@@ -116,20 +122,21 @@ def matrix(site: Site) -> _native.Matrix:
 def delta_linear(y: Tensor, x: Tensor, rows: Rows, table: SiteTable, *, exact: bool = False) -> None:
     """`y[t] += Δ̂ of its slot · x[t]`, in place.
 
-    `x [T, in_features]`, `y [T, >= out_features]`, float32, bfloat16 or float16, on the CPU. With `exact` the
-    arithmetic is the reference's, in float32; else activations are rounded to 8 bits (an error of half a per cent of what
-    the delta adds, and at most one), which lets them run on integers, unless scales change within 64 columns.
+    `x [..., in_features]`, `y [..., >= out_features]`, a row a token, float32, bfloat16 or float16, on the CPU. With
+    `exact` the arithmetic is the reference's, in float32; else activations are rounded to 8 bits (an error of half a
+    per cent of what the delta adds, and at most one), which lets them run on integers, unless scales change within 64
+    columns.
     Raises `ValueError` where shapes, dtypes or devices do not fit.
     """
-    _check(y, rows, table.out_features)
-    _check(x, rows, table.in_features)
-    if exact and rows.most >= PREFILL:
-        for slot, tokens in rows.tokens.items():
-            delta = table.matrix(slot)
-            if delta is not None:
-                _prefill(y, x, tokens, delta, table)
-    else:
-        table.native.delta_linear(_rows(y), _rows(x), rows.native, exact)
+    native_y, native_x = _rows(y, table.out_features), _rows(x, table.in_features)
+    if not exact or rows.most < PREFILL:
+        table.native.delta_linear(native_y, native_x, rows.native, exact)
+        return
+    x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    for slot, tokens in rows.tokens.items():
+        delta = table.matrix(slot)
+        if delta is not None:
+            _prefill(y, x, tokens, delta, table)
 
 
 def _prefill(y: Tensor, x: Tensor, tokens: list[int], delta: _native.Matrix, table: SiteTable) -> None:
@@ -150,28 +157,29 @@ def delta_embedding(y: Tensor, ids: Tensor, rows: Rows, table: SiteTable, *, sca
 
     `ids [T]` of integers, `y [T, in_features]`. Raises `ValueError` where shapes or dtypes do not fit.
     """
-    _check(y, rows, table.in_features)
+    native_y = _rows(y, table.in_features)
     if ids.shape != (len(rows.slots),):
         raise ValueError(f"expected {len(rows.slots)} ids, found {tuple(ids.shape)}")
     for slot, tokens in rows.tokens.items():
         delta = table.matrix(slot)
         if delta is not None:
             own = ids.tolist() if len(tokens) == len(rows.slots) else ids[tokens].tolist()
-            delta.delta_embedding(_rows(y), tokens, own, scale)
+            delta.delta_embedding(native_y, tokens, own, scale)
 
 
-def _check(tensor: Tensor, rows: Rows, width: int) -> None:
+def _rows(tensor: Tensor, width: int) -> tuple[int, int, int, str]:
+    """A tensor `[..., >= width]` as the kernels see it: address, rows, elements from one to the next, dtype."""
     shape = tensor.shape
-    if len(shape) != 2 or shape[0] != len(rows.slots) or shape[1] < width:
-        raise ValueError(f"expected a tensor of {len(rows.slots)} x {width}, found {tuple(shape)}")
-    if not tensor.is_cpu or tensor.stride(1) != 1:
-        raise ValueError(f"expected rows of neighbouring elements on the CPU, found {tensor.device} {tensor.stride()}")
-
-
-def _rows(tensor: Tensor) -> tuple[int, int, int, str]:
-    count, width = tensor.shape
-    # The stride of a single row may be anything.
-    stride = tensor.stride(0) if count > 1 else width
+    full = shape[-1] if shape else 0
+    if tensor.is_contiguous():
+        count, stride = (tensor.numel() // full if full else 0), full
+    elif len(shape) == 2 and tensor.stride(1) == 1:
+        count = shape[0]
+        stride = tensor.stride(0) if count > 1 else full  # the stride of a single row may be anything
+    else:
+        raise ValueError(f"expected rows of neighbouring elements, found strides {tensor.stride()}")
+    if full < width or not tensor.is_cpu:
+        raise ValueError(f"expected rows of {width} elements on the CPU, found {tuple(shape)} on {tensor.device}")
     return tensor.data_ptr(), count, stride, _NAMES.get(tensor.dtype, str(tensor.dtype))
 
 
