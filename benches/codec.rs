@@ -56,10 +56,12 @@ fn sites(c: &mut Criterion) {
         zero: Zero::Auto,
         one_scale: false,
         column_scales: false,
+        unbiased: false,
         salient: 0,
         rank: 0,
         classes: Vec::new(),
         skip_unchanged_rows: false,
+        sparse: true,
     };
     let kinds = [
         ("2 bits", plain.clone()),

@@ -44,10 +44,12 @@ fn delta(root: &Path) -> Delta {
         zero: Zero::Symmetric,
         one_scale: false,
         column_scales: false,
+        unbiased: false,
         salient: 0,
         rank: 0,
         classes: Vec::new(),
         skip_unchanged_rows: false,
+        sparse: true,
     };
     let plans: Vec<Plan> = finetune
         .names()

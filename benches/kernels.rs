@@ -132,6 +132,7 @@ fn measure(
         column_scales: None,
         salient: None,
         low_rank: None,
+        sparse: None,
     };
     let all: Vec<Matrix<'_>> = buffer.chunks_exact(size).map(matrix).collect();
     let count = PASS.div_ceil(size);
@@ -158,9 +159,9 @@ fn measure(
         let pass = (f64::midpoint(before, after), bytes / spent);
         let quiet = preemptions() == taken && before.min(after) > QUICK * *best;
         if quiet {
-            counted.push(pass)
+            counted.push(pass);
         } else {
-            others.push(pass)
+            others.push(pass);
         }
         before = after;
     }

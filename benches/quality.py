@@ -1,52 +1,191 @@
-"""Recovered share and KL of every preset on the tiny family's held-out text, with and without distillation.
+"""What deltas keep of their fine-tunes against what they weigh, on the held-out text of real families.
 
-    python benches/quality.py [--preset default --preset small] [--seed 0] [--tokens 16384] [--no-distill]
+    python benches/quality.py [--family tiny --family smol] [--seed 0 --seed 1 --seed 2] [--way default --way small]
+                              [--tokens 12288] [--no-distill] [--calibrate-on DOMAIN] [--results FILE] [--plot FILE.png]
 
-Trains the family if it is not cached. Prints a markdown table: bits a weight, recovered share in per cent and
-KL(fine-tune ‖ expert) in thousandths of a nat per token, for each domain.
+Ways are presets and sizes in bits a weight (`2.1`: as `meswitch compress --bpw 2.1`); each is measured as compressed
+and after `distill`, beside truncated SVDs of equal bytes. Families are trained if they are not cached. Every number
+goes to the results file (JSON lines) as soon as it is known and is not measured again; tables and plot are made from
+that file, as means over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
-from meswitch.calibration import calibrate
+from meswitch.calibration import Calibration, calibrate
 from meswitch.compress import PRESETS, compress
-from meswitch.demo.family import family
+from meswitch.demo.family import Family, family
 from meswitch.distill import distill
 from meswitch.evaluate import evaluate
+
+WAYS = (*PRESETS, "1.1", "1.6", "2.1", "3.1")
+FORMS = ("compressed", "distilled", "svd")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One delta on one domain's held-out text; `share` and `kl` (nats a token) against its fine-tune."""
+
+    family: str
+    seed: int
+    domain: str
+    way: str
+    form: str  # one of FORMS
+    calibrated_on: str
+    bpw: float
+    share: float
+    kl: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.family, self.seed, self.domain, self.way, self.form, self.calibrated_on
+
+
+class Results:
+    """The results file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows = [Measured(**json.loads(line)) for line in lines]
+
+    def __contains__(self, key: tuple[object, ...]) -> bool:
+        return any(row.key == key for row in self.rows)
+
+    def add(self, row: Measured) -> None:
+        self.rows.append(row)
+        with self._path.open("a") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+        print(f"{row.key}: {row.bpw:.3f} bpw, {100 * row.share:.2f} %, KL {row.kl:.5f}", flush=True)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and where it is written."""
+
+    results: Results
+    ways: list[str]
+    tokens: int
+    distilled: bool
+    source: str | None  # the domain whose text calibrates, where that is not the expert's own
+
+    def run(self, name: str, seed: int) -> None:
+        made = family(name, seed=seed)
+        forms = ("compressed", "svd", "distilled") if self.distilled else ("compressed", "svd")
+        for domain in made.experts:
+            source = self.source or domain
+            left = [
+                way
+                for way in self.ways
+                if any((name, seed, domain, way, form, source) not in self.results for form in forms)
+            ]
+            seen = calibrate(made.experts[domain], made.calibration[source]) if left else None
+            for way in left:
+                for form, bpw, share, kl in self._measure(made, domain, source, way, seen, seed):
+                    row = Measured(name, seed, domain, way, form, source, bpw, share or 0.0, kl)
+                    if row.key not in self.results:
+                        self.results.add(row)
+
+    def _measure(
+        self, made: Family, domain: str, source: str, way: str, seen: Calibration | None, seed: int
+    ) -> Iterator[tuple[str, float, float | None, float]]:
+        """(form, bits a weight, recovered share, KL)."""
+        finetune, heldout = made.experts[domain], made.heldout[domain]
+        with tempfile.TemporaryDirectory() as folder:
+            delta = Path(folder) / "delta"
+            size: dict[str, Any] = {"preset": way} if way in PRESETS else {"bpw": float(way)}
+            report = compress(made.base, finetune, delta, calibration=seen, **size)
+            found = evaluate(made.base, delta, finetune, heldout, max_tokens=self.tokens, svd=True)
+            yield "compressed", report.bpw, found.recovered_share, found.kl
+            rival = found.to_json()["svd"]
+            yield "svd", report.bpw * rival["bytes"] / report.bytes, rival["recovered_share"], rival["kl"]
+            if self.distilled:
+                distill(made.base, finetune, delta, delta, made.calibration[source], seed=seed)
+                found = evaluate(made.base, delta, finetune, heldout, max_tokens=self.tokens)
+                yield "distilled", report.bpw, found.recovered_share, found.kl
+
+
+def groups(results: Results) -> dict[str, list[Measured]]:
+    """The rows by family, and by where the calibration text came from if that was another domain."""
+    found: dict[str, list[Measured]] = {}
+    for row in results.rows:
+        own = row.calibrated_on == row.domain
+        found.setdefault(row.family if own else f"{row.family}, calibrated on {row.calibrated_on}", []).append(row)
+    return found
+
+
+def table(title: str, rows: list[Measured]) -> str:
+    """Markdown: a line for each way and form, a column for each domain, means over seeds."""
+    domains = sorted({row.domain for row in rows})
+    columns = ["way", "form", "bits a weight", *domains, "mean", "KL, 1e-3 nats"]
+    lines = [f"### {title}, seeds {sorted({row.seed for row in rows})}", "", f"| {' | '.join(columns)} |"]
+    lines.append("|---" * len(columns) + "|")
+    for way in (way for way in WAYS if any(row.way == way for row in rows)):
+        for form in FORMS:
+            own = [row for row in rows if (row.way, row.form) == (way, form)]
+            if own:
+                shares = [[row.share for row in own if row.domain == domain] for domain in domains]
+                cells = [f"{100 * mean(some):.2f} %" if some else "-" for some in shares]
+                cells += [f"{100 * mean(row.share for row in own):.2f} %", f"{1000 * mean(row.kl for row in own):.3f}"]
+                lines.append(f"| {way} | {form} | {mean(row.bpw for row in own):.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, list[Measured]], path: Path) -> None:
+    """KL and lost share against bits a weight, a row of axes for each family."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(found), 2, figsize=(11, 4.2 * len(found)), squeeze=False)
+    marks = {"compressed": "o", "distilled": "*", "svd": "x"}
+    for pair, (title, rows) in zip(axes, found.items(), strict=True):
+        for axis, label in zip(pair, ("KL(fine-tune ‖ expert), nats a token", "share of the gain lost"), strict=True):
+            axis.set(title=title, xlabel="bits a weight, everything included", ylabel=label, yscale="log", xscale="log")
+            axis.grid(alpha=0.3, which="both")
+        for color, way in enumerate(way for way in WAYS if any(row.way == way for row in rows)):
+            for form, mark in marks.items():
+                own = [row for row in rows if (row.way, row.form) == (way, form)]
+                if own:
+                    bpw, kl = mean(row.bpw for row in own), mean(row.kl for row in own)
+                    lost = max(1e-5, 1 - mean(row.share for row in own))
+                    label = f"{way}, {form}" if form != "svd" else None
+                    for axis, value in zip(pair, (kl, lost), strict=True):
+                        axis.plot(bpw, value, mark, color=f"C{color}", label=label, markersize=9)
+        pair[1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", action="append", choices=PRESETS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--family", action="append")
+    parser.add_argument("--seed", action="append", type=int)
+    parser.add_argument("--way", action="append", choices=WAYS)
+    parser.add_argument("--tokens", type=int, default=12288)
     parser.add_argument("--no-distill", action="store_true")
-    arguments = parser.parse_args()
-    tiny = family("tiny", seed=arguments.seed)
-    seen = {name: calibrate(path, tiny.calibration[name]) for name, path in tiny.experts.items()}
-    print(f"| preset | {' | '.join(tiny.experts)} | mean |")
-    print("|---|" + "---|" * (len(tiny.experts) + 1))
-    with tempfile.TemporaryDirectory() as folder:
-        for preset in arguments.preset or PRESETS:
-            rows: dict[str, list[tuple[float, float, float]]] = {}
-            for name, finetune in tiny.experts.items():
-                delta = Path(folder) / preset / name
-                report = compress(tiny.base, finetune, delta, preset=preset, calibration=seen[name])
-                for label in ("", ", distilled")[: 1 if arguments.no_distill else 2]:
-                    if label:
-                        distill(tiny.base, finetune, delta, delta, tiny.calibration[name], seed=arguments.seed)
-                    found = evaluate(tiny.base, delta, finetune, tiny.heldout[name], max_tokens=arguments.tokens)
-                    row = (report.bpw, 100 * (found.recovered_share or 0.0), 1000 * found.kl)
-                    rows.setdefault(preset + label, []).append(row)
-            for label, row in rows.items():
-                cells = [f"{bpw:.2f} bpw, {share:.2f} %, {kl:.2f}" for bpw, share, kl in row]
-                mean = [sum(column) / len(row) for column in zip(*row, strict=True)]
-                cells.append(f"{mean[0]:.2f} bpw, {mean[1]:.2f} %")
-                print(f"| {label} | {' | '.join(cells)} |", flush=True)
+    parser.add_argument("--calibrate-on", metavar="DOMAIN")
+    parser.add_argument("--results", type=Path, default=Path("target/quality.jsonl"))
+    parser.add_argument("--plot", type=Path)
+    given = parser.parse_args()
+    results = Results(given.results)
+    bench = Bench(results, given.way or list(WAYS), given.tokens, not given.no_distill, given.calibrate_on)
+    for name in given.family or ["tiny"]:
+        for seed in given.seed or [0]:
+            bench.run(name, seed)
+    found = groups(results)
+    print("\n\n".join(table(title, rows) for title, rows in found.items()))
+    if given.plot:
+        plot(found, given.plot)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from meswitch import reference
-from meswitch.delta import Part, Site
+from meswitch.delta import Part, Site, Sparse
 
 VOCABULARY = 264  # 256 bytes and eight special tokens
 
@@ -121,6 +121,17 @@ def quantize(name: str, base: Tensor, tuned: Tensor, *, transposed: bool) -> Sit
     size = 4 * part.codes.numel() + 2 * scales.numel()
     shape = tuple(tuned.shape)
     return Site(name, "quantized", shape, tuned.dtype, transposed=transposed, parts=(part,), added=added, nbytes=size)
+
+
+def sparse(name: str, base: Tensor, tuned: Tensor, *, transposed: bool) -> Site:
+    """Every second column's change of a narrow matrix, entry by entry."""
+    delta = (tuned - base).T if transposed else tuned - base
+    out, kept = delta.shape[0], delta[:, 1::2]
+    gaps = torch.tensor([1] + [2] * (kept.shape[1] - 1), dtype=torch.uint8).repeat(out)
+    starts = torch.arange(out + 1, dtype=torch.int32) * kept.shape[1]
+    entries = Sparse(starts, gaps, kept.flatten().to(torch.float8_e5m2), kept.numel())
+    shape, size = tuple(tuned.shape), 4 * (out + 1) + 2 * kept.numel()
+    return Site(name, "quantized", shape, tuned.dtype, transposed=transposed, sparse=entries, nbytes=size)
 
 
 @dataclass

@@ -16,12 +16,12 @@ PACKAGE = HOUSE / "python" / "meswitch"
 FLOORS = (
     ("cli", "serve"),
     ("demo",),
-    ("engine", "distill"),
+    ("engine", "distill", "adapter"),
     ("scheduling", "experts", "router", "moe", "compress"),
-    ("layers", "evaluate"),
-    ("ops", "calibration"),
-    ("delta",),
-    ("reference", "checkpoint"),
+    ("layers", "evaluate", "sensitivity"),
+    ("ops", "calibration", "allocation", "low_rank"),
+    ("delta", "decoder"),
+    ("reference", "checkpoint", "config"),
     ("errors", "_native"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

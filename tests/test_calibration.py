@@ -167,7 +167,9 @@ def by_hand(model: Any, windows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "opt", "phi3", "gpt_neox"])
 def test_moments_are_those_of_the_inputs(tmp_path: Path, architecture: str) -> None:
-    folder = save_random(tmp_path / "model", config_of(architecture))
+    # OPT with linear modules before and after its blocks.
+    narrow = {"word_embed_proj_dim": 16} if architecture == "opt" else {}
+    folder = save_random(tmp_path / "model", config_of(architecture, **narrow))
     (tmp_path / "a.txt").write_text(TEXT[:100])
     found = calibrate(folder, tmp_path / "a.txt", window=32)
     windows = token_chunks([TEXT[:100]], tokenizer_of_once(), 32)
@@ -178,6 +180,32 @@ def test_moments_are_those_of_the_inputs(tmp_path: Path, architecture: str) -> N
     assert expected.keys() <= found.second_moments.keys()
     for name, moments in expected.items():
         torch.testing.assert_close(found.second_moments[name], moments)
+
+
+def test_what_cannot_be_streamed_is_run_whole(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", config_of("mixtral", tie_word_embeddings=True))
+    (tmp_path / "a.txt").write_text(TEXT[:100])
+    found = calibrate(folder, tmp_path / "a.txt", window=32).second_moments
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, moments in by_hand(model, token_chunks([TEXT[:100]], tokenizer_of_once(), 32)).items():
+        torch.testing.assert_close(found[name], moments)
+    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+
+
+def test_the_models_own_type(tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "model", config_of("llama"))
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "a.txt").write_text(TEXT[:100])
+    wanted = by_hand(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
+        token_chunks([TEXT[:100]], tokenizer_of_once(), 32),
+    )
+    for change in ({}, {"dtype": None}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        found = calibrate(folder, tmp_path / "a.txt", window=32).second_moments
+        for name, moments in wanted.items():
+            torch.testing.assert_close(found[name], moments, rtol=1e-4, atol=1e-6)
 
 
 def test_a_tied_embedding_has_the_moments_of_the_head(tmp_path: Path) -> None:

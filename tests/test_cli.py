@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from families import config_of, save_finetune, save_random, tokenizer_of
 from meswitch import cli
 from meswitch.errors import ExpertNotFoundError
 from meswitch.router import Route
+from test_adapter import save_adapter
 
-COMMANDS = ("compress", "inspect", "verify", "restore", "evaluate", "generate", "demo", "doctor", "router")
+COMMANDS = ("compress", "import", "inspect", "verify", "restore", "evaluate", "generate", "demo", "doctor", "router")
 
 
 def run(*args: object, stdin: str | None = None) -> Any:
@@ -91,6 +93,15 @@ def test_version() -> None:
         ["compress", "base", "finetune", "-o", "x", "--bits", "two"],
         ["compress", "base", "finetune", "-o", "x", "--embedding-bits", "7"],
         ["compress", "base", "finetune", "-o", "x", "--distill"],
+        ["compress", "base", "finetune", "-o", "x", "--calibrate", "y", "--distill", "--distill-method", "half"],
+        ["import", "base", "-o", "x"],
+        ["import", "base", "adapter"],
+        ["compress", "base", "finetune", "-o", "x", "--method", "magic"],
+        ["compress", "base", "finetune", "-o", "x", "--bpw", "2", "--target-size", "1GB"],
+        ["compress", "base", "finetune", "-o", "x", "--target-size", "2 furlongs"],
+        ["compress", "base", "finetune", "-o", "x", "--bpw", "0"],
+        ["compress", "base", "finetune", "-o", "x", "--bpw", "nan"],
+        ["compress", "base", "finetune", "-o", "x", "--bpw", "2", "--bits", "1"],
         ["inspect"],
         ["inspect", "a", "b"],
         ["verify"],
@@ -127,16 +138,38 @@ def test_wrong_usage_is_2(args: list[str], tmp_path: Path, monkeypatch: pytest.M
 def test_compress_reports(paths: dict[str, Path], tmp_path: Path) -> None:
     given = ["compress", paths["base"], paths["finetune"], "-o", tmp_path / "delta", "--bits", "1"]
     found = read(*given, "--calibrate", paths["text.txt"])
-    assert set(found) == {"preset", "bytes", "bpw", "seconds", "weights_per_second", "peak_rss_bytes"}
+    assert {"preset", "bytes", "bpw", "seconds", "weights_per_second", "peak_rss_bytes"} <= set(found)
+    assert found["method"] == "preset" and found["chosen"] is None
     assert found["preset"] == "default" and found["bytes"] > 0 and 1 < found["bpw"] < 16
     shown = run(*given, "--preset", "small")
     assert shown.exit_code == 0 and "bits a weight" in shown.stdout and "compressing: 100%" in shown.stderr
 
 
+def test_compress_warns_of_changed_settings(paths: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(paths["base"], tmp_path / "changed")
+    config = json.loads((tmp_path / "changed/config.json").read_text())
+    (tmp_path / "changed/config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    found = run("compress", paths["base"], tmp_path / "changed", "-o", tmp_path / "delta", "--json")
+    assert "warning: the fine-tune computes with another rms_norm_eps: 0.5, base 1e-06\nhint: " in found.stderr
+    assert json.loads(found.stdout)["config_changes"] == {"rms_norm_eps": [1e-06, 0.5]}
+
+
+def test_compress_meets_a_target(paths: dict[str, Path], tmp_path: Path) -> None:
+    given = ["compress", paths["base"], paths["finetune"], "-o", tmp_path / "delta"]
+    found = read(*given, "--target-size", "60kB", "--calibrate", paths["text.txt"])
+    assert found["method"] == "auto" and found["bytes"] <= 60_000 and found["predicted_kl"] > 0
+    assert sum(row["sites"] for row in found["chosen"]) > 10
+    shown = run(*given, "--bpw", "9")
+    assert shown.exit_code == 0 and "no --calibrate" in shown.stderr and "of the predicted loss" in shown.stderr
+    small = run(*given, "--target-size", "1kB")
+    assert small.exit_code == 1 and "BudgetError: expected a target of at least" in small.stderr
+
+
 def test_compress_distills(paths: dict[str, Path], tmp_path: Path) -> None:
     given = ["compress", paths["base"], paths["finetune"], "-o", tmp_path / "delta", "--calibrate", paths["text.txt"]]
-    found = read(*given, "--distill")
-    assert 0 <= found["distilled"]["kl_after"] <= found["distilled"]["kl_before"]
+    for options, method in ((("--distill-method", "blocks"), "blocks"), ((), "whole")):
+        found = read(*given, "--distill", *options)["distilled"]
+        assert found["method"] == method and 0 <= found["kl_after"] <= found["kl_before"]
     assert run("verify", tmp_path / "delta", "--base", paths["base"]).exit_code == 0
 
 
@@ -198,6 +231,21 @@ def test_evaluate_measures(paths: dict[str, Path]) -> None:
     assert found["tokens"] == 59 and set(found["expert"]) == {"nll", "perplexity", "kl", "top1_agreement"}
     shown = run(*given)
     assert shown.exit_code == 0 and "recovered share" in shown.stdout and "evaluating: 100%" in shown.stderr
+    assert "svd" not in found and "SVD" not in shown.stdout
+    rival = read(*given, "--max-tokens", "60", "--svd")
+    assert set(rival) - set(found) == {"svd"} and rival["svd"]["rank"] > 0
+    assert "SVD of rank" in run(*given, "--svd").stdout
+
+
+def test_import_reports(paths: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_adapter(paths["base"], tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    found = read("import", paths["base"], adapter, "-o", tmp_path / "delta")
+    assert set(found) == {"bytes", "bpw", "seconds", "low_rank", "replaced", "shared"}
+    shown = run("import", paths["base"], adapter, "-o", tmp_path / "delta")
+    assert shown.exit_code == 0 and "2 low-rank sites" in shown.stdout and "importing: 100%" in shown.stderr
+    assert read("inspect", tmp_path / "delta")["kinds"]["low_rank"]["sites"] == 2
+    refused = run("import", paths["base"], paths["finetune"], "-o", tmp_path / "other")
+    assert refused.exit_code == 1 and "adapter_config.json" in refused.stderr and not (tmp_path / "other").exists()
 
 
 def test_an_interrupt_is_130(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,6 +57,17 @@ def test_the_manifest_tells_the_error_that_restore_leaves(tmp_path: Path, family
         assert missed == pytest.approx(site.relative_error, abs=3e-3), name
         assert found[name].dtype == theirs[name].dtype
     AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
+
+
+def test_unbiased_scales_keep_a_delta_along_itself(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path)
+    ours, theirs = (load_file(folder / WEIGHTS) for folder in (base, finetune))
+    for preset, least, most in (("small", 0.97, 1.03), ("bitdelta", 0.5, 0.75)):
+        compress(base, finetune, tmp_path / preset, preset=preset)
+        for name, site in Delta.open(tmp_path / preset).sites.items():
+            if site.kind == "quantized":
+                delta = theirs[name] - ours[name]
+                assert least < float((site.dense() * delta).sum() / delta.square().sum()) < most, name
 
 
 def test_conv1d_weights_are_channels_by_output(tmp_path: Path) -> None:
@@ -121,6 +133,91 @@ def test_what_did_not_change_costs_nothing(tmp_path: Path) -> None:
     embedding = sites["model.embed_tokens.weight"]
     assert not embedding.dense()[half:].any()
     assert embedding.nbytes < 0.7 * sites["lm_head.weight"].nbytes
+
+
+@pytest.mark.parametrize("tied", ["base", "finetune", "both"])
+def test_heads_tied_on_either_side(tmp_path: Path, tied: str) -> None:
+    base = save_random(tmp_path / "base", config_of("llama", tie_word_embeddings=tied != "finetune"))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if tied == "finetune":
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    other = AutoModelForCausalLM.from_config(config_of("llama", tie_word_embeddings=tied != "base"))
+    other.load_state_dict(state)
+    other.save_pretrained(tmp_path / "other")
+    finetune = save_finetune(tmp_path / "finetune", tmp_path / "other", 5, grow=2)
+    compress(base, finetune, tmp_path / "delta", bits=8)
+    Delta.open(tmp_path / "delta").verify(base)
+    restore(base, tmp_path / "delta", tmp_path / "restored")
+    ids = torch.tensor([[1, 2, VOCABULARY, VOCABULARY + 1]])
+    with torch.no_grad():
+        restored, wanted = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / f)(ids).logits for f in ("restored", "finetune")
+        )
+    assert restored.shape == wanted.shape
+    assert (restored - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def narrow_pair(root: Path, share: float) -> tuple[Path, Path]:
+    """A bf16 base and a fine-tune that moved about `share` of each weight, mostly by a step or two."""
+    base = save_random(root / "base", config_of("llama", tie_word_embeddings=False))
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(base / WEIGHTS).items()}
+    generator = torch.Generator().manual_seed(3)
+    tuned = {}
+    for name, tensor in tensors.items():
+        moved = torch.rand(tensor.shape, generator=generator) < share
+        step = (1 + 4 * torch.randn(tensor.shape, generator=generator).square()) / 128
+        tuned[name] = tensor.where(~moved, (tensor.float() * (1 + step)).bfloat16())
+    shutil.copytree(base, root / "finetune")
+    for folder, state in ((base, tensors), (root / "finetune", tuned)):
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    return base, root / "finetune"
+
+
+def test_a_delta_that_is_mostly_zeros_is_sparse_and_exact(tmp_path: Path) -> None:
+    base, finetune = narrow_pair(tmp_path, 0.02)
+    sparse = compress(base, finetune, tmp_path / "delta")
+    delta = Delta.open(tmp_path / "delta")
+    delta.verify(base)
+    restore(base, tmp_path / "delta", tmp_path / "restored")
+    ours, theirs, found = (load_file(f / WEIGHTS) for f in (base, finetune, tmp_path / "restored"))
+    for name, site in delta.sites.items():
+        assert torch.equal(found[name], theirs[name]), name
+        if site.sparse is not None:
+            assert site.sparse.changed == int((ours[name] != theirs[name]).sum())
+    kept = [site.sparse for site in delta.sites.values() if site.sparse is not None]
+    assert {len(site.shape) for site in delta.sites.values() if site.sparse is None} <= {1}
+    entries, changed = (sum(counts) for counts in zip(*((len(s.gaps), s.changed) for s in kept), strict=True))
+    assert changed <= entries < 1.5 * changed
+    listed = {site["name"]: site.get("density") for site in delta.inspect()["sites"]}
+    assert listed == {name: site.density for name, site in delta.sites.items()}
+    codes = compress(base, finetune, tmp_path / "codes", preset="me-switch", embedding_bits=2)
+    assert all(site.sparse is None for site in Delta.open(tmp_path / "codes").sites.values())
+    assert sparse.bytes < codes.bytes
+
+
+def test_a_delta_with_too_many_changes_is_not_sparse(tmp_path: Path) -> None:
+    base, finetune = narrow_pair(tmp_path, 0.3)
+    compress(base, finetune, tmp_path / "delta")
+    assert all(site.sparse is None for site in Delta.open(tmp_path / "delta").sites.values())
+
+
+def test_bytes_go_with_the_layers_that_changed(tmp_path: Path) -> None:
+    base, finetune = pair(tmp_path)
+    ours, theirs = load_file(base / WEIGHTS), load_file(finetune / WEIGHTS)
+    layer = "model.layers.1."
+    save_file(
+        {name: theirs[name] if name.startswith(layer) else tensor for name, tensor in ours.items()},
+        finetune / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    compress(base, finetune, tmp_path / "delta")
+    delta = Delta.open(tmp_path / "delta")
+    for name, site in delta.sites.items():
+        assert (site.nbytes > 0) == name.startswith(layer), name
+    changed = sum(site.nbytes for site in delta.sites.values())
+    header = len(delta.sites) * 400
+    assert (tmp_path / "delta" / "delta.safetensors").stat().st_size < changed + header
 
 
 def test_more_bits_are_nearer(tmp_path: Path) -> None:

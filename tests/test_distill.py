@@ -5,20 +5,29 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from families import config_of, save_finetune, save_random, tokenizer_of
+from meswitch.checkpoint import Checkpoint
 from meswitch.compress import compress, restore
+from meswitch.decoder import Decoder
 from meswitch.delta import Delta, Site
-from meswitch.distill import Distillation, _Learner, distill
-from meswitch.errors import BaseMismatchError, DataError, FormatError, NonFiniteError
+from meswitch.distill import Distillation, distill
+from meswitch.distill.head import Heads
+from meswitch.distill.learner import Learner, Rows, Weight, relative_error
+from meswitch.distill.sensitivity import Sensitivity
+from meswitch.distill.stream import Stream
+from meswitch.errors import BaseMismatchError, DataError, FormatError, NonFiniteError, UnsupportedModelError
 
 FAST: dict[str, Any] = {"steps": 16, "window": 16, "batch": 8, "rate": 0.02}
+both = pytest.mark.parametrize("method", ["whole", "blocks"])
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +76,7 @@ def divergence(base: Path, delta: Path, finetune: Path) -> float:
     return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
 
+@both
 @pytest.mark.parametrize(
     ("family", "preset", "grow"),
     [
@@ -78,15 +88,17 @@ def divergence(base: Path, delta: Path, finetune: Path) -> float:
         ("llama", "bitdelta", 3),
     ],
 )
-def test_the_scales_learn_and_the_codes_stay(tmp_path: Path, family: str, preset: str, grow: int) -> None:
+def test_the_scales_learn_and_the_codes_stay(tmp_path: Path, family: str, preset: str, grow: int, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path, family, preset, grow=grow)
-    done = distill(base, finetune, delta, out, data, **FAST)
+    done = distill(base, finetune, delta, out, data, method=method, **FAST)
     assert done.kl_after < done.kl_before
-    assert (done.steps, done.tokens) == (16, 16 * 8 * 16)
+    stages = 1 if method == "whole" else 2 + (preset in ("default", "small")) * (1 if family == "llama" else 0.5) * 2
+    assert (done.method, done.steps, done.tokens) == (method, 16 * stages, 16 * stages * 8 * 16)
     before, after = Delta.open(delta), Delta.open(out)
     after.verify(base)
     assert after.nbytes == pytest.approx(before.nbytes, rel=0.05)
     moved = 0
+    assert not list(tmp_path.glob(".*"))
     for name, site in before.sites.items():
         then = after.sites[name]
         assert all(torch.equal(a, b) for a, b in zip(frozen(site), frozen(then), strict=True))
@@ -114,8 +126,8 @@ def test_a_learner_rebuilds_what_the_reference_does(tmp_path: Path) -> None:
     _, _, delta, _, _ = case(tmp_path, "gpt2", "default")
     for site in Delta.open(delta).sites.values():
         if site.parts:
-            torch.testing.assert_close(_Learner(site).delta(rounded=True), site.dense())
-            torch.testing.assert_close(_Learner(site).delta(rounded=False).detach(), site.dense())
+            torch.testing.assert_close(Rows(Learner(site)).delta(rounded=True), site.dense())
+            torch.testing.assert_close(Rows(Learner(site)).delta(rounded=False).detach(), site.dense())
 
 
 def test_groups_and_gradients(tmp_path: Path) -> None:
@@ -125,11 +137,11 @@ def test_groups_and_gradients(tmp_path: Path) -> None:
     groups = -(-site.in_features // 5)
     scales = torch.rand(part.scales.shape[0], groups).half() + 0.5
     grouped = type(part)(part.bits, part.zero, part.codes, scales, 5, part.rows)
-    learner = _Learner(
+    learner = Learner(
         Site(site.name, site.kind, site.shape, site.dtype, parts=(grouped,), column_scales=site.column_scales)
     )
     probe = torch.randn(site.out_features, site.in_features)
-    (learner.delta(rounded=False) * probe).sum().backward()
+    (Rows(learner).delta(rounded=False) * probe).sum().backward()
     for role, move in learner.moved.items():
         assert move.grad is not None
         at = int(move.grad.abs().argmax())
@@ -137,14 +149,14 @@ def test_groups_and_gradients(tmp_path: Path) -> None:
             sums = []
             for step in (1e-2, -1e-2):
                 move.view(-1)[at] = step
-                sums.append(float((learner.delta(rounded=False) * probe).sum()))
+                sums.append(float((Rows(learner).delta(rounded=False) * probe).sum()))
                 move.view(-1)[at] = 0
         assert (sums[0] - sums[1]) / 2e-2 == pytest.approx(float(move.grad.view(-1)[at]), rel=2e-2), role
 
 
 def test_stored_scales_neither_vanish_nor_overflow(tmp_path: Path) -> None:
     site = next(s for s in Delta.open(case(tmp_path)[2]).sites.values() if s.parts)
-    learner = _Learner(site)
+    learner = Learner(site)
     for reach in (-60.0, 60.0):
         with torch.no_grad():
             learner.moved["scales.0"].fill_(reach)
@@ -154,9 +166,10 @@ def test_stored_scales_neither_vanish_nor_overflow(tmp_path: Path) -> None:
         assert torch.equal(stored.sign(), site.parts[0].scales.sign())
 
 
-def test_never_worse(tmp_path: Path) -> None:
+@both
+def test_never_worse(tmp_path: Path, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path, preset="default")
-    done = distill(base, finetune, delta, out, data, **{**FAST, "steps": 2, "rate": 1e4})
+    done = distill(base, finetune, delta, out, data, method=method, **{**FAST, "steps": 2, "rate": 1e4})
     assert done.kl_after == done.kl_before
     for name, site in Delta.open(delta).sites.items():
         again = Delta.open(out).sites[name]
@@ -164,12 +177,13 @@ def test_never_worse(tmp_path: Path) -> None:
         assert again.relative_error == site.relative_error
 
 
-def test_the_same_seed_gives_the_same_scales_in_place_too(tmp_path: Path) -> None:
+@both
+def test_the_same_seed_gives_the_same_scales_in_place_too(tmp_path: Path, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path)
-    few = {**FAST, "steps": 4}
+    few, stages = {**FAST, "steps": 4, "method": method}, 1 if method == "whole" else 4
     told: list[tuple[int, int]] = []
     one = distill(base, finetune, delta, out, data, **few, progress=lambda *at: told.append(at))
-    assert told == [(128 * step, 512) for step in range(1, 5)]
+    assert told == [(128 * step, 512 * stages) for step in range(1, 4 * stages + 1)]
     other = distill(base, finetune, delta, tmp_path / "other", data, **few, seed=1)
     assert other.kl_after != one.kl_after
     two = distill(base, finetune, delta, delta, data, **few)
@@ -178,24 +192,26 @@ def test_the_same_seed_gives_the_same_scales_in_place_too(tmp_path: Path) -> Non
         assert (out / file).read_bytes() == (delta / file).read_bytes()
 
 
+@both
 @pytest.mark.parametrize("tied", ["base", "finetune"])
-def test_a_head_that_only_one_side_ties(tmp_path: Path, tied: str) -> None:
+def test_a_head_that_only_one_side_ties(tmp_path: Path, tied: str, method: Any) -> None:
     base = save_random(tmp_path / "base", config_of("llama", tie_word_embeddings=tied == "base"))
     finetune = tmp_path / "finetune"
     config = config_of("llama", tie_word_embeddings=tied == "finetune")
     save_random(finetune, config, seed=3)
     compress(base, finetune, tmp_path / "delta", preset="small")
-    done = distill(base, finetune, tmp_path / "delta", tmp_path / "out", text(tmp_path), **FAST)
+    done = distill(base, finetune, tmp_path / "delta", tmp_path / "out", text(tmp_path), method=method, **FAST)
     assert done.kl_after < done.kl_before
     before, after = Delta.open(tmp_path / "delta").sites, Delta.open(tmp_path / "out").sites
     head = "lm_head.weight"
     assert not torch.equal(before[head].parts[0].scales, after[head].parts[0].scales)
 
 
-def test_nothing_to_train(tmp_path: Path) -> None:
+@both
+def test_nothing_to_train(tmp_path: Path, method: Any) -> None:
     base = save_random(tmp_path / "base", config_of("llama"))
     compress(base, base, tmp_path / "delta")
-    done = distill(base, base, tmp_path / "delta", tmp_path / "out", text(tmp_path), **FAST)
+    done = distill(base, base, tmp_path / "delta", tmp_path / "out", text(tmp_path), method=method, **FAST)
     assert (done.steps, done.tokens, done.kl_after) == (0, 0, done.kl_before)
     Delta.open(tmp_path / "out").verify(base)
 
@@ -215,22 +231,167 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
     with pytest.raises(FormatError, match="found something else"):
         distill(base, finetune, delta, tmp_path / "taken", data, **FAST)
+    with pytest.raises(ValueError, match="expected a method of auto, whole, blocks, found 'half'"):
+        distill(base, finetune, delta, out, data, method="half", **FAST)  # type: ignore[arg-type]
     for wrong in ({"steps": 0}, {"window": 1}, {"batch": 0}, {"rate": 0.0}, {"heldout_share": 1.0}):
         with pytest.raises(ValueError, match="expected at least 1 step"):
             distill(base, finetune, delta, out, data, **{**FAST, **wrong})
     assert not out.exists()
 
 
-def test_a_fine_tune_that_says_nan(tmp_path: Path) -> None:
+@both
+def test_a_fine_tune_that_says_nan(tmp_path: Path, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(finetune, dtype=torch.float32)
     model.model.norm.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path / "broken")
     tokenizer_of().save_pretrained(tmp_path / "broken")
-    with pytest.raises(NonFiniteError, match="expected a finite KL"):
-        distill(base, tmp_path / "broken", delta, out, data, **FAST)
+    with pytest.raises(NonFiniteError, match="expected fine-tune and expert to answer in finite numbers"):
+        distill(base, tmp_path / "broken", delta, out, data, method=method, **FAST)
+
+
+class Interrupt(Exception):
+    pass
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, family: str) -> None:
+    base, finetune, delta, out, data = case(tmp_path, family, num_hidden_layers=3)
+    given: dict[str, Any] = {**FAST, "method": "blocks", "steps": 4}
+    steps: list[int] = []
+    whole = distill(base, finetune, delta, tmp_path / "whole", data, **given, progress=lambda at, _: steps.append(at))
+
+    def stop(done: int, total: int) -> None:
+        if done > 2.5 * 4 * 8 * 16:  # amid the third stage
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        distill(base, finetune, delta, out, data, **given, progress=stop)
+    assert not out.exists()
+    [folder] = tmp_path.glob(".*")
+    assert folder.name == ".distilled.distilling"
+    left = {path.name for path in folder.iterdir()}
+    again: list[int] = []
+    rest = distill(base, finetune, delta, out, data, **given, progress=lambda at, _: again.append(at))
+    assert again == [steps[3], steps[7], *steps[8:]]  # two stages at once, the others step by step
+    assert {**rest.to_json(), "seconds": 0} == {**whole.to_json(), "seconds": 0}
+    assert (out / "delta.safetensors").read_bytes() == (tmp_path / "whole" / "delta.safetensors").read_bytes()
+    assert left == {"key", "0.safetensors", "1.safetensors"} and not folder.exists()
+
+
+def test_what_another_run_left_is_not_taken(tmp_path: Path) -> None:
+    base, finetune, delta, out, data = case(tmp_path)
+    given: dict[str, Any] = {**FAST, "method": "blocks", "steps": 4}
+
+    def stop(done: int, total: int) -> None:
+        if done > 2 * 4 * 8 * 16:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        distill(base, finetune, delta, out, data, **given, progress=stop)
+    steps: list[int] = []
+    distill(base, finetune, delta, out, data, **{**given, "seed": 1}, progress=lambda at, _: steps.append(at))
+    assert len(steps) == 4 * 4
+
+
+def test_fused_moe_experts_are_distilled_whole(tmp_path: Path) -> None:
+    base, finetune, delta, out, data = case(tmp_path, "mixtral")
+    with pytest.raises(UnsupportedModelError, match="expected a tensor of the checkpoint for every parameter"):
+        distill(base, finetune, delta, out, data, method="blocks", **FAST)
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+    assert distill(base, finetune, delta, out, data, method="whole", **FAST).method == "whole"
+
+
+def test_auto_is_what_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, finetune, delta, out, data = case(tmp_path)
+    few = {**FAST, "steps": 1}
+    assert distill(base, finetune, delta, out, data, **few).method == "whole"
+    weights = Delta.open(delta).parameters
+    for free, method in ((26 * weights, "whole"), (26 * weights - 1, "blocks")):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert distill(base, finetune, delta, out, data, **few).method == method
+
+
+# --- pieces -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [7, 2**20])  # the head in one piece, and a few rows at a time
+def test_divergence_by_pieces_of_the_head(tmp_path: Path, tokens: int) -> None:
+    base, finetune, delta, *_ = case(tmp_path, "gemma2", grow=5, tie_word_embeddings=False)
+    ours, theirs = Checkpoint.open(base), Checkpoint.open(finetune)
+    decoder, site = Decoder(finetune, theirs.names()), Delta.open(delta).sites["lm_head.weight"]
+    learner = Learner(site)
+    heads = Heads(decoder, theirs.tensor("lm_head.weight"), site, ours, learner, (None, None), tokens)
+    x, y = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = decoder.logits(x, theirs.tensor("lm_head.weight")).log_softmax(-1)
+    found = decoder.logits(y, Weight(site, ours, learner)(rounded=False)).log_softmax(-1)
+    direct = torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+    assert heads.divergence(x, y) == pytest.approx(float(direct.detach()), rel=1e-5)
+    expected = torch.autograd.grad(direct / 7, list(learner.moved.values()))
+    assert heads.descend(x, y, 1 / 7) == pytest.approx(float(direct.detach()) / 7, rel=1e-5)
+    for move, gradient in zip(learner.moved.values(), expected, strict=True):
+        torch.testing.assert_close(move.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_sensitivity_is_the_fisher_information(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn many times on one window, against the exact one: J' (diag p - p p') J over the Jacobian of all logits."""
+    checkpoint = Checkpoint.open(save_random(tmp_path / "model", config_of("llama")))
+    monkeypatch.setattr("meswitch.distill.sensitivity._LOGITS", 4096 * 100)  # the head in three pieces
+    decoder, ids = Decoder(checkpoint.path, checkpoint.names()), torch.arange(3, 9)[None]
+    found = Sensitivity(decoder, checkpoint, ids.repeat(600, 1), batch=200, seed=0, folder=tmp_path)
+    outer, head, rows = decoder.outer(checkpoint.tensor), checkpoint.tensor(decoder.head), ids.unique()
+    hidden = decoder.enter(outer, rows, checkpoint.tensor(decoder.embedding)[rows], ids)
+    blocks = [decoder.block(at, checkpoint.tensor) for at in range(len(decoder))]
+    for place in range(len(blocks) + 1):
+
+        def answers(x: Tensor, place: int = place) -> Tensor:
+            for at in range(place, len(blocks)):
+                x = decoder.run(at, blocks[at], x)
+            return decoder.logits(decoder.leave(outer, x), head).log_softmax(-1)[0]
+
+        jacobian = torch.autograd.functional.jacobian(answers, hidden)[
+            :, :, 0
+        ]  # of log p: [token, answer, token, hidden]
+        share = answers(hidden).exp()
+        exact = torch.einsum("sv,svth,svtk->hk", share, jacobian, jacobian) / 6
+        exact += 0.1 * exact.diagonal().mean() * torch.eye(32)
+        assert float((found.metric(place) - exact).norm() / exact.norm()) < 0.1
+        hidden = decoder.run(place, blocks[place], hidden) if place < len(blocks) else hidden
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_some_rows_are_those_of_all(tmp_path: Path, family: str) -> None:
+    base, finetune, delta, *_ = case(tmp_path, family, "default", grow=6)
+    checkpoint, tuned = Checkpoint.open(base), Checkpoint.open(finetune)
+    for name, site in Delta.open(delta).sites.items():
+        if not site.parts:
+            continue
+        learner = Learner(site)
+        whole = Weight(site, checkpoint, learner)(rounded=True)
+        torch.testing.assert_close(whole, site.restore(checkpoint.tensor(name)).float())
+        assert relative_error(learner, checkpoint, tuned) == pytest.approx(site.relative_error, rel=1e-3)
+        if not site.transposed:
+            rows = torch.tensor([0, 2, 3, len(whole) - 1])
+            torch.testing.assert_close(Weight(site, checkpoint, learner, rows)(rounded=True), whole[rows])
+
+
+def test_a_long_stream_is_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(save_random(tmp_path / "base", config_of("llama")))
+    decoder, ids = Decoder(checkpoint.path, checkpoint.names()), torch.arange(40).view(5, 8)
+    outer = decoder.outer(checkpoint.tensor)
+
+    def advanced() -> Tensor:
+        stream = Stream(decoder, outer, lambda rows: checkpoint.tensor(decoder.embedding)[rows], ids, 2, tmp_path)
+        stream.advance(0, decoder.block(0, checkpoint.tensor))
+        return stream.end(outer, torch.tensor([4, 0, 1]))
+
+    wanted = advanced()
+    monkeypatch.setattr("meswitch.distill.stream._MEMORY", 0)
+    assert torch.equal(advanced(), wanted)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_json() -> None:
-    told = Distillation(2, 64, 0.5, 0.25, 1.5).to_json()
-    assert told == {"steps": 2, "tokens": 64, "kl_before": 0.5, "kl_after": 0.25, "seconds": 1.5}
+    told = Distillation("blocks", 2, 64, 0.5, 0.25, 1.5).to_json()
+    assert told == {"method": "blocks", "steps": 2, "tokens": 64, "kl_before": 0.5, "kl_after": 0.25, "seconds": 1.5}

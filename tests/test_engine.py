@@ -160,6 +160,11 @@ def test_chat_uses_the_experts_own_template_and_settings(shared: Engine) -> None
     assert len(drawn) > 1  # its generation_config says do_sample
     greedy = {shared.chat(said, expert="b", max_new_tokens=4, temperature=0, seed=seed).text for seed in range(3)}
     assert len(greedy) == 1
+    both = shared.chat([said, said], expert=["a", "b"], max_new_tokens=4, temperature=0)
+    assert both[0].text == shared.chat(said, expert="a", max_new_tokens=4, temperature=0).text
+    assert [one.expert for one in both] == ["a", "b"]
+    with pytest.raises(RequestError, match="stream: expected one conversation, found 2"):
+        shared.chat([said, said], expert="a", stream=True)
     with pytest.raises(RequestError, match="the base has no chat template"):
         shared.chat(said, expert="base")
     with pytest.raises(RequestError, match="expected messages"):

@@ -82,8 +82,13 @@ def assert_alike(
         expected = alone(models[name], prompt, answer.token_ids)
         width = expected.shape[1]
         assert torch.isneginf(rows[:, width:]).all()
-        assert (rows[:, :width] - expected).abs().max() <= 1e-3 * expected.abs().max(), name
-        assert answer.token_ids == greedy(models[name], prompt, 8), name
+        most = (1e-3 if exact else 3e-2) * expected.abs().max()  # 8-bit activations, and norms after them
+        assert (rows[:, :width] - expected).abs().max() <= most, name
+        if exact:
+            assert answer.token_ids == greedy(models[name], prompt, 8), name
+        else:  # two tokens may be that near to each other
+            chosen = expected[range(len(answer.token_ids)), answer.token_ids]
+            assert (expected.max(dim=1).values - chosen).max() <= 2 * most, name
         assert answer.expert == name
 
 
@@ -127,11 +132,16 @@ def test_every_preset(family: str, preset: str, tmp_path: Path) -> None:
     assert_alike(base, experts, models, ["plain", "grown", "base"], prompts)
 
 
-def test_changed_moe_experts_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])
+def test_changed_moe_experts_are_refused_by_name(tmp_path: Path, family: str) -> None:
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    base = save_random(tmp_path / "base", config_of("qwen3_moe", **moe))
+    if family == "Mixtral":
+        moe = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    head = {"head_dim": None} if family == "Qwen2Moe" else {}
+    kind = family.lower().replace("moe", "_moe")
+    base = save_random(tmp_path / "base", config_of(kind, **moe, **head))
     compress(base, save_finetune(tmp_path / "tuned", base, 1), tmp_path / "expert")
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.\S*: .*Qwen3Moe"):
+    with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.\w+\.\S*: .*{family}"):
         Engine(base, experts={"expert": tmp_path / "expert"}, max_batch_tokens=64)
 
 

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from meswitch.demo import family as families
 from meswitch.demo import tour
 from meswitch.demo.corpus import DOMAINS
-from meswitch.demo.family import Family, Settings, Training
+from meswitch.demo.family import Family
 from meswitch.demo.family import family as make
+from meswitch.demo.tiny import Settings
+from meswitch.demo.training import Training
 
 LEAST_GAIN = {"code": 0.15, "maths": 0.3, "prose": 0.15}  # nats a token
 TOKENS = 8192
@@ -182,5 +184,5 @@ def test_the_tour_without_data_weighs_and_serves(minute: Path, tmp_path: Path) -
 
 
 def test_an_unknown_family_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected a family, one of tiny, found: huge"):
+    with pytest.raises(ValueError, match="expected a family, one of tiny, smol, found: huge"):
         make("huge")

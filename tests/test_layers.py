@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from families import quantize
+from families import quantize, sparse
 from meswitch.delta import Site
 from meswitch.errors import ArchitectureError, UnsupportedModelError
 from meswitch.layers import ExpertLayers
@@ -59,12 +59,14 @@ def moved(tensor: Tensor, seed: int) -> Tensor:
 
 
 def sites_of(module: nn.Module, seed: int, prefix: str = "model.part.", kind: str | None = None) -> list[Site]:
-    """A fine-tune of `module`: matrices quantized (or whole, with kind "replaced"), vectors whole."""
+    """A fine-tune of `module`: matrices quantized (or as `kind` says, whole or sparse), vectors whole."""
     sites = []
     for name, parameter in module.named_parameters():
         tuned = moved(parameter, seed)
         if kind == "replaced":
             sites.append(Site(prefix + name, "replaced", tuple(tuned.shape), tuned.dtype, whole=tuned))
+        elif kind == "sparse" and parameter.dim() > 1:
+            sites.append(sparse(prefix + name, parameter.detach(), tuned, transposed=isinstance(module, Conv1D)))
         else:
             sites.append(quantize(prefix + name, parameter.detach(), tuned, transposed=isinstance(module, Conv1D)))
     return sites
@@ -102,7 +104,7 @@ def norm(kind: Any, width: int) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("kind", [None, "replaced"])
+@pytest.mark.parametrize("kind", [None, "replaced", "sparse"])
 @pytest.mark.parametrize("make", [lambda: nn.Linear(8, 6), lambda: nn.Linear(8, 6, bias=False), lambda: Conv1D(6, 8)])
 def test_linear(make: Any, kind: str | None) -> None:
     assert_rows_are_their_own(make(), torch.randn(1, 5, 8), kind=kind)
@@ -126,7 +128,7 @@ class Scaled(nn.Embedding):
         return super().forward(input) * 3.0
 
 
-@pytest.mark.parametrize("kind", [None, "replaced"])
+@pytest.mark.parametrize("kind", [None, "replaced", "sparse"])
 @pytest.mark.parametrize("make", [nn.Embedding, Scaled])
 def test_embedding(make: Any, kind: str | None) -> None:
     assert_rows_are_their_own(make(10, 8), torch.tensor([[1, 1, 1, 9, 0]]), kind=kind)

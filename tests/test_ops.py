@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meswitch import ops, reference
-from meswitch.delta import Part, Site
+from meswitch.delta import Part, Site, Sparse
 from meswitch.errors import FormatError
 
 
@@ -49,6 +49,28 @@ def sites(draw: st.DrawFn) -> Site:
     )
 
 
+@st.composite
+def sparse_sites(draw: st.DrawFn) -> Site:
+    """A sparse site of any shape: empty rows, one row, no entries, gaps to bridge, several entries of a column."""
+    out, columns = draw(st.integers(1, 40)), draw(st.integers(1, 900))
+    density = draw(st.sampled_from([0.0, 0.003, 0.05, 0.5]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    ends, gaps = [0], []
+    for row in range(out):
+        chosen = (torch.rand(columns, generator=generator) < density).nonzero().squeeze(1)
+        if row % 3 == 1:  # every column of it twice
+            chosen = chosen.repeat_interleave(2)
+        steps = torch.diff(chosen, prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+        for step in steps:
+            gaps += [255] * (step // 255) + [step % 255]
+        ends.append(len(gaps))
+    values = torch.randn(len(gaps), generator=generator)
+    tensors = torch.tensor(ends).int(), torch.tensor(gaps, dtype=torch.uint8), values.to(torch.float8_e5m2)
+    exponent = draw(st.integers(-20, 3))
+    shape, sparse = (out, columns), Sparse(*tensors)
+    return Site("drawn", "quantized", shape, torch.float32, sparse=sparse, exponent=exponent)
+
+
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
     if not expected.numel():
         return True
@@ -56,7 +78,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
 
 
 @settings(max_examples=60, deadline=None)
-@given(site=sites())
+@given(site=sites() | sparse_sites())
 def test_unpacked_rows_are_the_reference(site: Site) -> None:
     tile = torch.full((site.out_features, site.in_features), 7.0)
     ops.matrix(site).dense(0, site.out_features, tile.data_ptr())
@@ -64,7 +86,7 @@ def test_unpacked_rows_are_the_reference(site: Site) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(site=sites(), slots=st.lists(st.integers(-1, 2), max_size=40), seed=st.integers(0, 99))
+@given(site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 2), max_size=40), seed=st.integers(0, 99))
 def test_linear_is_the_reference(site: Site, slots: list[int], seed: int) -> None:
     table = ops.SiteTable(site.out_features, site.in_features)
     table.set(1, site)
@@ -106,7 +128,7 @@ def test_rounding_costs_less_than_a_hundredth(bits: int, group_size: int | None,
 
 
 @settings(max_examples=40, deadline=None)
-@given(site=sites(), slots=st.lists(st.integers(-1, 1), min_size=1, max_size=9), data=st.data())
+@given(site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 1), min_size=1, max_size=9), data=st.data())
 def test_embedding_is_the_reference(site: Site, slots: list[int], data: st.DataObject) -> None:
     ids = torch.tensor(data.draw(st.lists(st.integers(0, 80), min_size=len(slots), max_size=len(slots))))
     table = ops.SiteTable(site.out_features, site.in_features)
@@ -161,6 +183,12 @@ def test_a_site_whose_tensors_do_not_fit_is_refused() -> None:
     site = plain_site()
     short = Part(2, 1.5, site.parts[0].codes[:-1].contiguous(), site.parts[0].scales)
     beyond = Part(2, 1.5, site.parts[0].codes, site.parts[0].scales, rows=torch.arange(1, 9).int())
+    values = torch.ones(3).to(torch.float8_e5m2)
+    gaps = torch.tensor([5, 255, 1], dtype=torch.uint8)
+    for starts in ([0, 1, 2], [0, 2, 1, 3], [0, 1, 1, 4]):
+        sparse = Sparse(torch.tensor(starts).int(), gaps, values)
+        with pytest.raises(FormatError, match="rows of sparse entries"):
+            ops.matrix(Site("broken", "quantized", (3, 40), torch.float32, sparse=sparse))
     for part, what in ((short, "bytes of codes"), (beyond, "rising indices below 8")):
         with pytest.raises(FormatError, match=what):
             ops.matrix(Site("broken", "quantized", (8, 40), torch.float32, parts=(part,)))

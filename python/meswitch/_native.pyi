@@ -2,7 +2,23 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, final
 
-__all__ = ["Checkpoint", "Delta", "Matrix", "Rows", "Table", "backend", "backends", "compress", "cpu_features", "team"]
+__all__ = [
+    "Checkpoint",
+    "Delta",
+    "Matrix",
+    "Rows",
+    "Table",
+    "backend",
+    "backends",
+    "compress",
+    "cpu_features",
+    "energies",
+    "probe",
+    "same",
+    "team",
+    "weigh",
+    "write",
+]
 
 _Memory = tuple[int, int]
 _Part = tuple[int, float, int, _Memory | None, _Memory, _Memory]
@@ -45,6 +61,7 @@ class Matrix:
         column_scales: _Memory | None,
         salient: tuple[_Memory, _Memory] | None,
         low_rank: tuple[_Memory, _Memory] | None,
+        sparse: tuple[_Memory, _Memory, _Memory] | None,
         keep: object,
     ) -> Matrix: ...
     def delta_embedding(self, y: _Tensor, tokens: Sequence[int], ids: Sequence[int], scale: float) -> None: ...
@@ -66,6 +83,36 @@ def compress(
     out: str | PathLike[str],
     plans: Sequence[dict[str, Any]],
     moments: dict[str, bytes],
+    files: Sequence[str | PathLike[str]],
+    settings: str,
+    base_name: str,
+    progress: Callable[[str, int, int], object],
+) -> None: ...
+def weigh(
+    base: Checkpoint,
+    finetune: Checkpoint,
+    plans: Sequence[dict[str, Any]],
+    shared: set[str],
+    files: Sequence[str | PathLike[str]],
+    settings: str,
+    base_name: str,
+) -> int: ...
+def same(base: Checkpoint, finetune: Checkpoint, name: str) -> bool: ...
+def energies(base: Checkpoint, finetune: Checkpoint, name: str, transposed: bool, moments: bytes | None) -> bytes: ...
+def probe(
+    base: Checkpoint,
+    finetune: Checkpoint,
+    name: str,
+    transposed: bool,
+    moments: bytes | None,
+    rows: Sequence[int],
+    candidates: Sequence[dict[str, Any]],
+) -> list[bytes]: ...
+def write(
+    base: Checkpoint,
+    out: str | PathLike[str],
+    sites: Sequence[str],
+    tensors: Callable[[str], Sequence[bytes]],
     files: Sequence[str | PathLike[str]],
     settings: str,
     base_name: str,

@@ -1,6 +1,7 @@
 """What a fine-tune sees: the text it is calibrated on, E[x²] of every linear input, and how often each token occurs.
 
-    file -> read_texts -> token_chunks -> the fine-tune, with a hook before each linear module -> Calibration
+    file -> read_texts -> token_chunks -> the fine-tune, a block at a time, with a hook before each linear module
+         -> Calibration
 
 The codec weighs the error of input channel i by E[x_i²], and gives frequent tokens' rows more bits.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meswitch.checkpoint import resolve
-from meswitch.errors import CheckpointError, DataError
+from meswitch.checkpoint import Checkpoint, parameter_names
+from meswitch.decoder import Decoder
+from meswitch.errors import CheckpointError, DataError, UnsupportedModelError
 
 Progress = Callable[[int, int], None]
 """Called with the tokens done and the tokens in all."""
@@ -26,14 +29,16 @@ Progress = Callable[[int, int], None]
 _FORMS = '{"text"}, {"prompt"[, "completion"]} or {"messages"}'
 _BATCH_TOKENS = 2048
 _CHARACTERS_A_TOKEN = 4
+_UNSEEN = 0.05  # of the tokens to come, at the least
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Statistics of one fine-tune over `tokens` tokens of text.
 
-    `second_moments`: E[x²] as `float32 [in_features]` by parameter name (`….weight`), one entry a linear module. An
-    embedding that is also the lm_head has the moments of the lm_head's input, under both names.
+    `second_moments`: E[x²] as `float32 [in_features]` by parameter name (`….weight`), one entry a linear module, and
+    one a gate or up projection of a MoE expert: of all that its block reads. An embedding that is also the lm_head has
+    the moments of the lm_head's input, under both names.
     `token_counts`: `int64 [vocabulary]`.
     """
 
@@ -54,7 +59,8 @@ def calibrate(
     """Run the model in `model_path` over at most `max_tokens` tokens of `data`, in windows of `window` tokens.
 
     Where the data holds more, passages of about a window are drawn from all of it by `seed`. The model keeps its own
-    dtype; sums are float64. Peak memory: the model, and the activations of one batch of 2,048 tokens (no logits).
+    dtype; sums are float64. Peak memory: one block, hidden states, and the activations of one batch of 2,048 tokens (no
+    logits); the whole model instead of a block where that cannot be run by itself (`Decoder`).
 
     Raises `DataError` for a data file that cannot be read or holds no token, `OSError` for one that is not there.
     """
@@ -62,89 +68,165 @@ def calibrate(
         raise ValueError(f"expected at least 1 token and a window of at least 1, found {max_tokens}, {window}")
     from transformers import AutoModelForCausalLM
 
-    path = resolve(model_path)
-    tokenizer = load_tokenizer(path)
+    checkpoint = Checkpoint.open(model_path)
+    tokenizer = load_tokenizer(checkpoint.path)
     texts = passages(read_texts(data, tokenizer), window * _CHARACTERS_A_TOKEN, seed)
     windows = token_chunks(texts, tokenizer, window, max_tokens=max_tokens)
     if not windows:
         raise DataError(f"expected text to calibrate on, found no token: {data}")
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    sums = _Sums(model)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    counts = torch.zeros(vocabulary, dtype=torch.int64)
-    done, total = 0, sum(len(ids) for ids in windows)
+    ids, total = torch.cat(windows), sum(map(len, windows))
+
+    def check(vocabulary: int) -> Tensor:
+        check_vocabulary(ids, vocabulary, data)
+        return torch.bincount(ids, minlength=vocabulary)
+
+    def told(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
     try:
-        for batch in batches(windows, _BATCH_TOKENS):
-            check_vocabulary(batch, vocabulary, data)
-            with torch.inference_mode():
-                model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
-            counts += torch.bincount(batch.flatten(), minlength=vocabulary)
-            done += batch.numel()
-            if progress is not None:
-                progress(done, total)
-    finally:
-        sums.remove()
-    return Calibration(_checkpoint_names(sums.means(), model, path), counts, total)
+        decoder = Decoder(checkpoint.path, checkpoint.names(), _own_dtype(checkpoint))
+        counts = check(decoder.vocabulary)
+        moments = _streamed(decoder, checkpoint, windows, told)
+    except UnsupportedModelError:
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto")
+        counts = check(model.get_input_embeddings().num_embeddings)
+        moments = _whole(model, checkpoint, windows, told)
+    return Calibration(moments, counts, total)
+
+
+def _own_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
+    """That of the weights, where the config does not say one."""
+    if checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"):
+        return None
+    return next((dtype for dtype in map(checkpoint.dtype, checkpoint.names()) if dtype.is_floating_point), None)
+
+
+@torch.no_grad()
+def _streamed(
+    decoder: Decoder, checkpoint: Checkpoint, windows: list[Tensor], told: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """Moments by the model's names and by those of its files, a block at a time."""
+    sums, outer = _Sums(), decoder.outer(checkpoint.tensor)
+    stacks, rows = list(batches(windows, _BATCH_TOKENS)), torch.cat(windows).unique()
+    table = checkpoint.tensor(decoder.embedding)[rows].to(decoder.dtype)
+    with sums.watch(decoder.around.named_modules()):
+        hidden = [decoder.enter(outer, rows, table, ids) for ids in stacks]
+    on_the_way_in, done = set(sums.means()), 0
+    for at in range(len(decoder)):
+        parameters, block = decoder.block(at, checkpoint.tensor), decoder.module(at)
+        with sums.watch((f"{decoder.path}.{at}.{name}", module) for name, module in block.named_modules()):
+            for number, ids in enumerate(stacks):
+                hidden[number] = decoder.run(at, parameters, hidden[number])
+                done += ids.numel()
+                told(done // len(decoder))
+    outside = decoder.around.named_modules()  # the way out leads through the way in once more, with nothing in it
+    with sums.watch((name, module) for name, module in outside if f"{name}.weight" not in on_the_way_in):
+        for some in hidden:
+            sums.add(decoder.head_parameter, decoder.leave(outer, some))
+    moments = sums.means()
+    if decoder.head == decoder.embedding:
+        moments[decoder.embedding_parameter] = moments[decoder.head_parameter]
+    return moments | {decoder.on_disk[name]: value for name, value in moments.items() if name in decoder.on_disk}
+
+
+def _whole(model: Any, checkpoint: Checkpoint, windows: list[Tensor], told: Callable[[int], None]) -> dict[str, Tensor]:
+    """The same of a model that cannot be streamed."""
+    sums, head, done = _Sums(), model.get_output_embeddings(), 0
+    with sums.watch(model.named_modules(), head), torch.inference_mode():
+        for ids in batches(windows, _BATCH_TOKENS):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            done += ids.numel()
+            told(done)
+    moments = sums.means()
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        modules = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+        moments[modules[id(model.get_input_embeddings())]] = moments[modules[id(head)]]
+    return checkpoint_names(moments, model, checkpoint)
+
+
+def checkpoint_names(values: dict[str, Tensor], model: Any, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What belongs to a model's parameters, also under the names of its files: GPT-2's say `h.0…` where its model says
+    `transformer.h.0…`, and have MoE experts one by one."""
+    names = parameter_names(model, checkpoint.names())
+    return values | {name: values[parameter] for name, parameter in names.items() if parameter in values}
+
+
+def frequencies(counts: Tensor) -> Tensor:
+    """How likely each token is, from how often it was seen: `float64`, summing to 1.
+
+    What was seen once says how much was not seen (Good and Turing), but never less than a twentieth, since other text
+    has other tokens; unseen tokens share that evenly.
+
+    >>> frequencies(torch.tensor([6, 1, 1, 0, 0])).tolist()
+    [0.5625, 0.09375, 0.09375, 0.125, 0.125]
+    """
+    seen, unseen = counts.double(), counts == 0
+    total = seen.sum()
+    if not bool(unseen.any()):
+        return seen / total
+    if not float(total):
+        return torch.full_like(seen, 1 / len(seen))
+    missing = ((counts == 1).sum() / total).clamp_min(_UNSEEN)
+    return torch.where(unseen, missing / unseen.sum(), seen / total * (1 - missing))
 
 
 class _Sums:
-    """Hooks that add up x² (float64) and the tokens seen before every linear module of a model."""
+    """x² (float64) and the tokens seen, added up before every linear module that is watched."""
 
-    def __init__(self, model: nn.Module) -> None:
-        from transformers.pytorch_utils import Conv1D
-
+    def __init__(self) -> None:
         self._squares: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._tied: dict[str, str] = {}
-        self._handles = []
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)):
-                hook = self._hook(f"{name}.weight", last_only=module is head)
-                self._handles.append(module.register_forward_pre_hook(hook))
-            elif isinstance(module, nn.Embedding) and head is not None and module.weight is head.weight:
-                head_name = next(n for n, m in model.named_modules() if m is head)
-                self._tied[f"{name}.weight"] = f"{head_name}.weight"
 
-    def _hook(self, name: str, *, last_only: bool) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-        def add(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            x = args[0]
-            rows = x.reshape(-1, x.shape[-1])
-            squares = rows.float().square().sum(0, dtype=torch.float64)
-            self._squares[name] = self._squares[name] + squares if name in self._squares else squares
-            self._tokens[name] = self._tokens.get(name, 0) + rows.shape[0]
-            # The whole vocabulary's logits of every token would dwarf the rest, and nobody reads them.
-            return (x[..., -1:, :], *args[1:]) if last_only else None
+    @contextmanager
+    def watch(self, modules: Iterable[tuple[str, nn.Module]], head: nn.Module | None = None) -> Iterator[None]:
+        """Hooks before the linear modules and stacked MoE experts among `modules`, by their names."""
 
-        return add
+        def hook(name: str, last_only: bool) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+            def see(module: nn.Module, args: tuple[Any, ...]) -> Any:
+                x = args[0]
+                if not x.is_meta:
+                    self.add(name, x)
+                # The whole vocabulary's logits of every token would dwarf the rest, and nobody reads them.
+                return (x[..., -1:, :], *args[1:]) if last_only else None
+
+            return see
+
+        handles = [
+            module.register_forward_pre_hook(hook(f"{name}.{read}", module is head))
+            for name, module in modules
+            if (read := _reader(module)) is not None
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add(self, name: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        squares = rows.float().square().sum(0, dtype=torch.float64)
+        self._squares[name] = self._squares[name] + squares if name in self._squares else squares
+        self._tokens[name] = self._tokens.get(name, 0) + rows.shape[0]
 
     def means(self) -> dict[str, Tensor]:
-        moments = {
+        return {
             name: (squares / self._tokens[name]).float()
             for name, squares in self._squares.items()
             if self._tokens[name]
         }
-        for name, head in self._tied.items():
-            if head in moments:
-                moments[name] = moments[head]
-        return moments
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
-def _checkpoint_names(moments: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tensor]:
-    """Add the names a checkpoint of the bare decoder uses (GPT-2's files say `h.0…`, its model `transformer.h.0…`)."""
-    from meswitch.checkpoint import Checkpoint
+def _reader(module: nn.Module) -> str | None:
+    """The parameter of a module that its input meets first, where that is a matrix or a stack of them."""
+    from transformers.pytorch_utils import Conv1D
 
-    on_disk = set(Checkpoint.open(path).names())
-    prefix = f"{model.base_model_prefix}."
-    for name in list(moments):
-        short = name.removeprefix(prefix)
-        if name not in on_disk and short in on_disk:
-            moments[short] = moments[name]
-    return moments
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return "weight"
+    stacked = getattr(module, "gate_up_proj", None)
+    if isinstance(stacked, Tensor) and stacked.dim() == 3 and not getattr(module, "is_transposed", False):
+        return "gate_up_proj"
+    return None
 
 
 def load_tokenizer(path: Path) -> Any:

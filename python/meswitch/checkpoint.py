@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from meswitch import _native
 from meswitch.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HEAD = "lm_head.weight"  # the name under which a tied checkpoint answers with its embedding
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -123,8 +125,10 @@ class Checkpoint:
         return tensor
 
 
-def skeleton(folder: Path) -> nn.Module:
+def skeleton(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The model of a checkpoint without its weights: its modules and parameter names, on the meta device.
+
+    `dtype` is its parameters', the config's own by default.
 
     Raises `CheckpointError` where transformers knows no such causal language model.
     """
@@ -133,10 +137,34 @@ def skeleton(folder: Path) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(
             f"expected the config.json of a causal language model in {folder}, found otherwise: {error}",
             hint="meswitch serves decoders that transformers' AutoModelForCausalLM loads",
         ) from error
     return model
+
+
+def parameter_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The parameter of `model` that each tensor of a checkpoint becomes, or becomes a part of, when it is loaded.
+
+    MoE experts are single tensors on disk and stacked in a model. Names that become no parameter are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
+    known = dict(model.named_parameters(remove_duplicate=False))
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    found = {name: rename_source_key(name, renamings, converters, prefix, known)[0] for name in names}
+    return {name: parameter for name, parameter in found.items() if parameter in known}
+
+
+def moe_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that route between MoE experts, and their names; each has a child `experts`."""
+    for name, module in model.named_modules():
+        if "experts" in module._modules:
+            yield name, module

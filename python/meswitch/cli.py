@@ -24,6 +24,7 @@ from meswitch import __version__
 from meswitch.errors import MeswitchError
 
 _BITS = (1, 2, 3, 4, 8)
+_METHODS = ("auto", "whole", "blocks")
 _SHOWN = 10  # misrouted prompts listed
 
 
@@ -106,6 +107,18 @@ def compress(
     embedding_bits: Annotated[
         int | None, typer.Option(help="1, 2, 3, 4 or 8: bits of embeddings and head, whatever the preset.")
     ] = None,
+    method: Annotated[
+        str, typer.Option(metavar="preset|auto", help="auto: each matrix gets what it is worth, in the preset's size.")
+    ] = "preset",
+    bpw: Annotated[
+        float | None, typer.Option(metavar="BITS", help="Method auto at this many bits a weight, all included.")
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Method auto in at most this: 1.8GB, 900MiB, … of meswitch.json and delta.safetensors."
+        ),
+    ] = None,
     calibrate: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Text (.txt, .jsonl) to weigh errors by what the model sees."),
@@ -113,6 +126,9 @@ def compress(
     distill: Annotated[
         bool, typer.Option("--distill", help="Tune the scales on the text of --calibrate: slower, much nearer.")
     ] = False,
+    distill_method: Annotated[
+        str, typer.Option(help="whole (both models in memory), blocks (one block of both), auto: whole where it fits.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Make a delta directory of a fine-tune.
@@ -120,22 +136,36 @@ def compress(
     \b
       meswitch compress base/ math-finetune/ -o experts/math
       meswitch compress base/ math-finetune/ -o experts/math --preset small --calibrate prompts.jsonl --distill
+      meswitch compress base/ math-finetune/ -o experts/math --bpw 1.5 --calibrate prompts.jsonl
     """
     if distill and calibrate is None:
         raise typer.BadParameter("needs the text to tune on: --calibrate FILE", param_hint="--distill")
+    _choice("--method", method, ("preset", "auto"))
+    target_bytes = _target(bpw, target_size)
+    auto = method == "auto" or bpw is not None or target_bytes is not None
+    if auto and (bits or embedding_bits):
+        raise typer.BadParameter("bits are chosen by --method auto, --bpw and --target-size", param_hint="--bits")
     _quiet()
     from meswitch.calibration import calibrate as observe
     from meswitch.compress import PRESETS
     from meswitch.compress import compress as write
 
     _choice("--preset", preset, PRESETS)
+    _choice("--distill-method", distill_method, _METHODS)
     for option, width in (("--bits", bits), ("--embedding-bits", embedding_bits)):
         if width is not None:
             _choice(option, width, _BITS)
-    seen = None
+    seen, sensitivity = None, None
     if calibrate is not None:
         with _progress("calibrating") as step:
             seen = observe(finetune, calibrate, progress=step)
+        if auto:
+            from meswitch.sensitivity import sense
+
+            with _progress("measuring what errors cost") as step:
+                sensitivity = sense(finetune, calibrate, seen, progress=step)
+    elif auto:
+        typer.echo("no --calibrate: the same relative error counts alike in every matrix, a weight a weight", err=True)
     with _progress("compressing") as step:
         made = write(
             base,
@@ -144,19 +174,78 @@ def compress(
             preset=preset,
             bits=bits,
             embedding_bits=embedding_bits,
+            method=method,
+            bpw=bpw,
+            target_bytes=target_bytes,
             calibration=seen,
+            sensitivity=sensitivity,
             progress=lambda p: step(p.done, p.total),
         )
+    for field, (ours, theirs) in made.config_changes.items():
+        typer.echo(f"warning: the fine-tune computes with another {field}: {theirs!r}, base {ours!r}", err=True)
+    if made.config_changes:
+        typer.echo("hint: the engine refuses such an expert; `meswitch restore` it, and serve it alone", err=True)
     result = made.to_json()
     if distill and calibrate is not None:
         from meswitch.distill import distill as tune
 
         with _progress("distilling") as step:
-            result["distilled"] = tune(base, finetune, out, out, calibrate, progress=step).to_json()
+            tuned = tune(base, finetune, out, out, calibrate, method=distill_method, progress=step)  # type: ignore[arg-type]
+            result["distilled"] = tuned.to_json()
     if as_json:
         _print_json(result)
     else:
+        _show_chosen(made.chosen)
         typer.echo(f"{out}: {_size(made.bytes)}, {made.bpw:.2f} bits a weight, in {made.seconds:.1f} s")
+
+
+def _target(bpw: float | None, size: str | None) -> int | None:
+    """The bytes of --target-size; with --bpw that is wrong usage, as no unit or a wrong one is."""
+    from meswitch.errors import RequestError
+    from meswitch.experts import parse_bytes
+
+    if bpw is not None and size is not None:
+        raise typer.BadParameter("says the same as --target-size: give one", param_hint="--bpw")
+    if bpw is not None and not 0 < bpw < 64:
+        raise typer.BadParameter(f"expected bits a weight above 0 and below 64, found {bpw}", param_hint="--bpw")
+    try:
+        return parse_bytes(size, "--target-size")
+    except RequestError as error:
+        raise typer.BadParameter(str(error), param_hint="--target-size") from error
+
+
+def _show_chosen(chosen: list[dict[str, Any]] | None) -> None:
+    """What method auto chose, on stderr."""
+    if not chosen:
+        return
+    table = _table("role", "form", "sites >", "of the bytes >", "of the predicted loss >")
+    for row in chosen:
+        shares = [_number(row[key], "{:.1%}") for key in ("bytes_share", "loss_share")]
+        table.add_row(row["role"], row["form"], str(row["sites"]), *shares)
+    Console(stderr=True, soft_wrap=True).print(table)
+
+
+@app.command("import")
+def import_(
+    base: Base,
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A LoRA adapter of peft: a folder or a hub id.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="The delta directory to write.")],
+    as_json: Json = False,
+) -> None:
+    """Make a delta directory of a LoRA adapter.
+
+    \b
+      meswitch import base/ math-lora/ -o experts/math
+    """
+    _quiet()
+    from meswitch.adapter import import_adapter
+
+    with _progress("importing") as step:
+        made = import_adapter(base, adapter, out, progress=lambda p: step(p.done, p.total))
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        typer.echo(f"{out}: {_size(made.bytes)}, {made.low_rank} low-rank sites, {made.replaced} replaced")
 
 
 @app.command()
@@ -181,7 +270,7 @@ def inspect(delta: DeltaDir, as_json: Json = False) -> None:
             site["name"],
             site["kind"],
             shape,
-            "" if site["bits"] is None else str(site["bits"]),
+            _bits(site),
             f"{site['bpw']:.2f}",
             f"{site['bytes']:,}",
             "" if error is None else f"{error:.4f}",
@@ -195,6 +284,12 @@ def inspect(delta: DeltaDir, as_json: Json = False) -> None:
         f" 16-bit copies weigh {_size(copies)}, {copies / max(found['bytes'], 1):.1f} times as much"
     )
     typer.echo(f"base: {found['base_fingerprint']}")
+
+
+def _bits(site: dict[str, Any]) -> str:
+    if "density" in site:
+        return f"sparse {site['density']:.2%}"
+    return "" if site["bits"] is None else str(site["bits"])
 
 
 @app.command()
@@ -243,6 +338,9 @@ def evaluate(
     data: Annotated[Path, typer.Option(metavar="FILE", help="Held-out text: .txt or .jsonl.")],
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Stop after so many tokens.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens seen at a time.")] = 512,
+    svd: Annotated[
+        bool, typer.Option("--svd", help="Also measure truncated SVDs of equal bytes in the quantized sites' place.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure how much of the fine-tune a delta keeps.
@@ -254,18 +352,25 @@ def evaluate(
     from meswitch.evaluate import evaluate as measure
 
     with _progress("evaluating") as step:
-        found = measure(base, delta, against, data, max_tokens=max_tokens, window=window, progress=step).to_json()
+        found = measure(
+            base, delta, against, data, max_tokens=max_tokens, window=window, svd=svd, progress=step
+        ).to_json()
     if as_json:
         _print_json(found)
         return
     table = _table("model", "nll >", "perplexity >")
-    for name in ("base", "finetune", "expert"):
-        score = found[name]
-        table.add_row(name, _number(score["nll"], "{:.4f}"), _number(score["perplexity"], "{:.3f}"))
+    for name in ("base", "finetune", "expert", "svd"):
+        if score := found.get(name):
+            table.add_row(name, _number(score["nll"], "{:.4f}"), _number(score["perplexity"], "{:.3f}"))
     _stdout().print(table)
-    expert = found["expert"]
+    expert, rival = found["expert"], found.get("svd")
     typer.echo(f"KL(fine-tune, expert) {expert['kl']:.5f} nats a token, top-1 agreement {expert['top1_agreement']:.2%}")
     typer.echo(f"recovered share {_number(found['recovered_share'], '{:.2%}')} over {found['tokens']:,} tokens")
+    if rival:
+        typer.echo(
+            f"SVD of rank {_number(rival['rank'], '{:g}')} in {_size(rival['bytes'])}: KL {rival['kl']:.5f}, top-1"
+            f" agreement {rival['top1_agreement']:.2%}, recovered share {_number(rival['recovered_share'], '{:.2%}')}"
+        )
 
 
 # --- serving ------------------------------------------------------------------------------------------------------
@@ -433,7 +538,13 @@ def demo(
         list[str] | None,
         typer.Option(metavar="NAME=FOLDER", help="A fine-tune of it; give one option for each."),
     ] = None,
-    family: Annotated[str, typer.Option(help="Models to train on the spot where none are given.")] = "tiny",
+    family: Annotated[
+        str,
+        typer.Option(
+            help="Models to train on the spot where none are given: tiny (two minutes), or smol, SmolLM2-135M and "
+            "fine-tunes of it (an hour, once; needs meswitch[smol])."
+        ),
+    ] = "tiny",
     data: Annotated[
         Path | None,
         typer.Option(metavar="FILE.jsonl", help='For your own models: {"prompt", "expert"[, "completion"]} a line.'),
@@ -449,6 +560,7 @@ def demo(
 
     \b
       meswitch demo
+      meswitch demo --family smol
       meswitch demo --model base/ --experts math=math-finetune/ --experts code=code-finetune/ --data prompts.jsonl
     """
     named = dict(_named(entry) for entry in experts or [])

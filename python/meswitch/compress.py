@@ -6,11 +6,14 @@ What each site gets is decided here, from the preset and the module that owns th
 from __future__ import annotations
 
 import json
+import math
+import re
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from meswitch import _native
-from meswitch.calibration import Calibration
-from meswitch.checkpoint import Checkpoint, skeleton
-from meswitch.delta import Delta
+from meswitch.allocation import Allocation, Costs, allocate
+from meswitch.calibration import Calibration, frequencies
+from meswitch.checkpoint import HEAD, Checkpoint, moe_blocks, parameter_names, skeleton
+from meswitch.config import config_changes, text_config
+from meswitch.delta import TENSORS, Delta
 from meswitch.errors import CheckpointError, FormatError
 
 # The small files of a checkpoint that lie beside a delta's tensors.
@@ -28,31 +33,35 @@ _BESIDE = (
     "config.json generation_config.json chat_template.* tokenizer* special_tokens_map.json added_tokens.json "
     "vocab.* merges.txt *.tiktoken spiece.model sentencepiece*.model"
 ).split()
-_HEAD = "lm_head.weight"
+METHODS = ("preset", "auto")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the sites of one role are stored. See DESIGN of the codec in docs/architecture.md.
+    """How the sites of one role are stored; docs/architecture.md says what the codec does with it.
 
-    `frequent` is the share of rows, the most frequent tokens first, that take `frequent_bits` a code.
+    `unbiased` scales keep a delta whole along itself, where least squares shrinks it. `frequent` is the share of rows,
+    the most frequent tokens first, that take `frequent_bits` a code. `sparse` keeps changed weights one by one where
+    that takes less than codes.
     """
 
     bits: int
     zero: Literal["symmetric", "level", "auto"] = "auto"
     group_size: int | None = None
     one_scale: bool = False
-    column_scales: bool = False
+    column_scales: bool = True
+    unbiased: bool = True
     salient: int = 0
     rank: int = 0
     frequent: float = 0.0
     frequent_bits: int = 4
     skip_unchanged_rows: bool = False
+    sparse: bool = True
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A rule for block linears, embeddings and the head each; none means stored whole."""
+    """A rule for block linears, embeddings and the head each; none means stored whole, as gates of MoE blocks are."""
 
     block: Rule
     embedding: Rule | None
@@ -61,18 +70,26 @@ class Preset:
 
 PRESETS = {
     "default": Preset(
-        block=Rule(bits=2, column_scales=True),
-        embedding=Rule(bits=2, column_scales=True, frequent=0.1, frequent_bits=4, skip_unchanged_rows=True),
-        head=Rule(bits=2, column_scales=True, rank=1, frequent=0.1, frequent_bits=4, skip_unchanged_rows=True),
+        block=Rule(bits=2),
+        embedding=Rule(bits=2, frequent=0.1, frequent_bits=4, skip_unchanged_rows=True),
+        head=Rule(bits=2, rank=1, frequent=0.1, frequent_bits=4, skip_unchanged_rows=True),
     ),
     "small": Preset(
-        block=Rule(bits=1, column_scales=True),
-        embedding=Rule(bits=1, column_scales=True, frequent=0.2, frequent_bits=3, skip_unchanged_rows=True),
-        head=Rule(bits=1, column_scales=True, rank=1, frequent=0.2, frequent_bits=3, skip_unchanged_rows=True),
+        block=Rule(bits=1),
+        embedding=Rule(bits=1, frequent=0.2, frequent_bits=3, skip_unchanged_rows=True),
+        head=Rule(bits=1, rank=1, frequent=0.2, frequent_bits=3, skip_unchanged_rows=True),
     ),
     # The two papers' own settings: embeddings and head stay at 16 bits there.
-    "me-switch": Preset(block=Rule(bits=2, zero="level", salient=8), embedding=None, head=None),
-    "bitdelta": Preset(block=Rule(bits=1, zero="symmetric", one_scale=True), embedding=None, head=None),
+    "me-switch": Preset(
+        block=Rule(bits=2, zero="level", column_scales=False, unbiased=False, salient=8, sparse=False),
+        embedding=None,
+        head=None,
+    ),
+    "bitdelta": Preset(
+        block=Rule(bits=1, zero="symmetric", one_scale=True, column_scales=False, unbiased=False, sparse=False),
+        embedding=None,
+        head=None,
+    ),
 }
 
 
@@ -88,17 +105,28 @@ class Progress:
 
 @dataclass(frozen=True)
 class CompressReport:
-    """What a compress made: the bytes of the delta's files, bits a weight, and what it took."""
+    """What a compress made: the bytes of manifest and tensors, bits a weight, and what it took.
+
+    `config_changes`: the fields of config.json by which the fine-tune computes differently, with base's and fine-tune's
+    value. The engine refuses an expert that has any; `restore` carries them. `chosen` says what method `auto` did, one
+    entry a role and form: `{role, form, sites, bytes_share, loss_share}`; none otherwise. `predicted_kl` is its guess
+    at KL(fine-tune ‖ expert) in nats a token, where sensitivity was given.
+    """
 
     preset: str
+    method: str
     bytes: int
     bpw: float
     seconds: float
     weights_per_second: float
     peak_rss_bytes: int
+    config_changes: dict[str, tuple[Any, Any]]
+    chosen: list[dict[str, Any]] | None = None
+    predicted_kl: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields as they are, without `config_changes` where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "config_changes" or value}
 
 
 def compress(
@@ -109,59 +137,152 @@ def compress(
     preset: str = "default",
     bits: int | None = None,
     embedding_bits: int | None = None,
+    method: str = "preset",
+    bpw: float | None = None,
+    target_bytes: int | None = None,
     calibration: Calibration | None = None,
+    sensitivity: dict[str, Tensor] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CompressReport:
     """Writes the delta directory of a fine-tune against its base.
 
-    `bits` (1, 2, 3, 4 or 8) overrides the preset for every site, `embedding_bits` for embeddings and head.
-    `calibration` weighs errors by what the model sees. An interrupted run leaves nothing at `out`; one that finishes
-    replaces the delta directory that stood there.
+    `bits` (1, 2, 3, 4 or 8) overrides the preset for every site, `embedding_bits` for embeddings and head. Method
+    `auto` chooses bits, rank, groups and salient channels site by site instead, so that manifest and tensors weigh at
+    most `target_bytes`, or `bpw` bits a weight (either means `auto`), or what the preset would (docs/architecture.md).
+    `calibration` weighs errors by what the model sees, `sensitivity` (`sensitivity.sense`) sites and rows by what an
+    error there costs. An interrupted run leaves nothing at `out`; one that finishes replaces the delta directory that
+    stood there.
 
-    Raises `CheckpointError`, `ArchitectureError` or `NonFiniteError`; `OSError` where the disk says no; `ValueError`
-    for an unknown preset or number of bits.
+    Raises `CheckpointError`, `ArchitectureError` or `NonFiniteError`; `BudgetError` for a target that cannot be met;
+    `OSError` where the disk says no; `ValueError` for an unknown preset, method or number of bits, or two targets.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"expected a preset of {', '.join(PRESETS)}, found {preset!r}")
-    for number in (bits, embedding_bits):
-        if number not in (None, 1, 2, 3, 4, 8):
-            raise ValueError(f"expected 1, 2, 3, 4 or 8 bits, found {number}")
+    auto = _check_choices(preset, method, (bits, embedding_bits), bpw, target_bytes)
     start, target = time.perf_counter(), Path(out)
     refuse_overwriting(target)
-    base_checkpoint, finetune_checkpoint = Checkpoint.open(base), Checkpoint.open(finetune)
+    job = _Job(Checkpoint.open(base), Checkpoint.open(finetune), calibration)
     rules = _override(PRESETS[preset], bits, embedding_bits)
-    plans = list(_plans(base_checkpoint, finetune_checkpoint, rules, calibration))
-    settings = {
+    plans = list(_plans(job.base, job.finetune, rules, calibration))
+    settings: dict[str, Any] = {
         "preset": preset,
         "bits": bits,
         "embedding_bits": embedding_bits,
         "calibration_tokens": calibration.tokens if calibration else 0,
+        "config_changes": _config_changes(job.base, job.finetune),
     }
 
     def step(site: str, done: int, total: int) -> None:
         if progress is not None:
             progress(Progress(site, done, total, time.perf_counter() - start))
 
-    _native.compress(
-        base_checkpoint.native,
-        finetune_checkpoint.native,
-        target,
-        plans,
-        _moments(plans, calibration),
-        sorted({file for pattern in _BESIDE for file in finetune_checkpoint.path.glob(pattern) if file.is_file()}),
-        json.dumps(settings),
-        str(base_checkpoint.config.get("_name_or_path") or base_checkpoint.path.name),
-        step,
-    )
+    found = None
+    if auto:
+        if bpw is not None:
+            target_bytes = math.floor(bpw * job.parameters / 8)
+        settings |= {"method": "auto", "target_bytes": target_bytes}
+        found = job.allocate(plans, settings, sensitivity or {}, lambda site, done, total: step(site, done, 2 * total))
+        plans = found.plans
+        settings["chosen"] = found.summary()
+
+    def write(site: str, done: int, total: int) -> None:
+        step(site, total + done, 2 * total) if auto else step(site, done, total)
+
+    _native.compress(*job.pair, target, plans, job.moments(plans), job.files, json.dumps(settings), job.name, write)
     seconds, delta = time.perf_counter() - start, Delta.open(target)
     return CompressReport(
         preset=preset,
+        method="auto" if auto else "preset",
         bytes=delta.nbytes,
         bpw=delta.bpw,
         seconds=seconds,
         weights_per_second=delta.parameters / seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        config_changes=settings["config_changes"],
+        chosen=None if found is None else found.summary(),
+        predicted_kl=None if found is None or not sensitivity else found.loss,
     )
+
+
+def _config_changes(base: Checkpoint, finetune: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    try:
+        ours, theirs = (text_config(checkpoint.path).to_dict() for checkpoint in (base, finetune))
+    except (OSError, ValueError, KeyError):  # a model that transformers does not know: as the files say
+        ours, theirs = base.config, finetune.config
+    return config_changes(ours, theirs)
+
+
+def small_files(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint that lie beside a delta's tensors, by name."""
+    return {file.name: file for pattern in _BESIDE for file in folder.glob(pattern) if file.is_file()}
+
+
+def _check_choices(
+    preset: str, method: str, widths: tuple[int | None, ...], bpw: float | None, target_bytes: int | None
+) -> bool:
+    """Whether sites are to be chosen for one by one."""
+    if preset not in PRESETS:
+        raise ValueError(f"expected a preset of {', '.join(PRESETS)}, found {preset!r}")
+    if method not in METHODS:
+        raise ValueError(f"expected a method of {', '.join(METHODS)}, found {method!r}")
+    for number in widths:
+        if number not in (None, 1, 2, 3, 4, 8):
+            raise ValueError(f"expected 1, 2, 3, 4 or 8 bits, found {number}")
+    if bpw is not None and target_bytes is not None:
+        raise ValueError(f"expected bits a weight or bytes, found both: {bpw}, {target_bytes}")
+    if (bpw is not None and not 0 < bpw < math.inf) or (target_bytes is not None and target_bytes < 1):
+        raise ValueError(f"expected a target above 0, found {bpw if target_bytes is None else target_bytes}")
+    auto = method == "auto" or bpw is not None or target_bytes is not None
+    if auto and any(number is not None for number in widths):
+        raise ValueError(f"expected a target or numbers of bits, found both: bits {widths[0]}, embeddings' {widths[1]}")
+    return auto
+
+
+class _Job:
+    """Base, fine-tune and what is said of them to the native half."""
+
+    def __init__(self, base: Checkpoint, finetune: Checkpoint, calibration: Calibration | None) -> None:
+        self.base, self.finetune, self._calibration = base, finetune, calibration
+        self.pair = base.native, finetune.native
+        self.parameters = sum(prod(finetune.shape(name)) for name in finetune.names())
+        self.files = sorted(small_files(finetune.path).values())
+        self.name = str(base.config.get("_name_or_path") or base.path.name)
+
+    def moments(self, plans: list[dict[str, Any]]) -> dict[str, bytes]:
+        """E[x²] of the sites that are quantized, as the native half takes it."""
+        if self._calibration is None:
+            return {}
+        seen = self._calibration.second_moments
+        wanted = (plan["name"] for plan in plans if plan["bits"] is not None)
+        return {name: seen[name].float().contiguous().numpy().tobytes() for name in wanted if name in seen}
+
+    def allocate(
+        self,
+        plans: list[dict[str, Any]],
+        settings: dict[str, Any],
+        sensitivity: dict[str, Tensor],
+        progress: Callable[[str, int, int], None],
+    ) -> Allocation:
+        """Every matrix at what it is worth, within `settings["target_bytes"]` or else what `plans` would weigh."""
+        shared = {plan["name"] for plan in plans if _native.same(*self.pair, plan["name"])}
+
+        def weigh(plans: list[dict[str, Any]], summary: list[dict[str, Any]]) -> int:
+            # The longest number: what is least possible must not depend on what was asked for.
+            said = json.dumps({**settings, "target_bytes": 10**15, "chosen": summary})
+            return _native.weigh(*self.pair, plans, shared, self.files, said, self.name)
+
+        if settings["target_bytes"] is None:
+            settings["target_bytes"] = weigh(plans, [])
+        seen = self._calibration
+        costs = Costs() if seen is None else Costs(seen.second_moments, sensitivity, frequencies(seen.token_counts))
+        every = _plans(self.base, self.finetune, PRESETS["default"], None)
+        return allocate(
+            self.base,
+            self.finetune,
+            [{**plan, "shared": plan["name"] in shared} for plan in every],
+            costs,
+            settings["target_bytes"],
+            lambda found: weigh(found.plans, found.summary()),
+            progress,
+        )
 
 
 def refuse_overwriting(target: Path) -> None:
@@ -193,25 +314,34 @@ def _plans(
     base: Checkpoint, finetune: Checkpoint, preset: Preset, calibration: Calibration | None
 ) -> Iterator[dict[str, Any]]:
     """One plan a parameter, in the order in which the model runs them."""
-    owners = _owners(finetune)
     names = set(finetune.names())
-    if _HEAD in base.names() and _HEAD not in names and _HEAD in finetune:
-        names.add(_HEAD)  # tied in the fine-tune alone: its head differs from the base's all the same
-    order = {name: at for at, name in enumerate(owners)}
-    for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
-        role, transposed = owners.get(name, ("block", False))
-        rule = {"block": preset.block, "embedding": preset.embedding, "head": preset.head}[role]
-        if name == _HEAD and _HEAD not in base.names():
-            rule = preset.head
-        plan: dict[str, Any] = {"name": name, "transposed": transposed, "bits": None}
+    if HEAD in base.names() and HEAD not in names and HEAD in finetune:
+        names.add(HEAD)  # tied in the fine-tune alone: its head differs from the base's all the same
+    owners = _owners(finetune, names)
+    rules = {"block": preset.block, "embedding": preset.embedding, "head": preset.head, "gate": None}
+    last = _Owner("block", False, (len(names) + len(owners), 0))
+    for name in sorted(names, key=lambda name: (owners.get(name, last).order, _natural(name))):
+        owner = owners.get(name, last)
+        rule = rules[owner.role]
+        plan: dict[str, Any] = {"name": name, "role": owner.role, "transposed": owner.transposed, "bits": None}
         if rule is not None and len(finetune.shape(name)) >= 2 and finetune.dtype(name).is_floating_point:
             plan |= {key: value for key, value in asdict(rule).items() if not key.startswith("frequent")}
-            plan["classes"] = _classes(rule, finetune.shape(name)[0], calibration) if role != "block" else []
+            outer = owner.role in ("embedding", "head")
+            plan["classes"] = _classes(rule, finetune.shape(name)[0], calibration) if outer else []
         yield plan
 
 
-def _owners(finetune: Checkpoint) -> dict[str, tuple[str, bool]]:
-    """The role of each parameter, and whether it is stored transposed, by its name in the checkpoint."""
+@dataclass(frozen=True)
+class _Owner:
+    """What the model says of a parameter: its role, whether it is stored transposed, when it runs."""
+
+    role: Literal["block", "embedding", "head", "gate"]
+    transposed: bool
+    order: tuple[int, int]
+
+
+def _owners(finetune: Checkpoint, names: Iterable[str]) -> dict[str, _Owner]:
+    """The owners of the parameters that transformers knows, by their names in the checkpoint."""
     from transformers.pytorch_utils import Conv1D
 
     try:
@@ -220,17 +350,23 @@ def _owners(finetune: Checkpoint) -> dict[str, tuple[str, bool]]:
         finetune.config  # noqa: B018  a missing one is an error; a model that transformers does not know is not
         return {}
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    owners: dict[str, tuple[str, bool]] = {}
-    for module_name, module in model.named_modules():
-        role = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "block"
-        for parameter in dict(module.named_parameters(recurse=False)):
-            name = f"{module_name}.{parameter}" if module_name else parameter
-            entry = (role, isinstance(module, Conv1D) and parameter == "weight")
-            owners[name] = entry
-            if name.startswith(prefix):
-                owners.setdefault(name[len(prefix) :], entry)
-    return owners
+    gates = {id(gate) for _, block in moe_blocks(model) for gate in block.children() if not [*gate.children()]}
+    owners: dict[str, _Owner] = {}
+    for at, (module_name, module) in enumerate(model.named_modules()):
+        role: Literal["block", "embedding", "head", "gate"] = "gate" if id(module) in gates else "block"
+        if module is head or isinstance(module, nn.Embedding):
+            role = "head" if module is head else "embedding"
+        for number, (leaf, parameter) in enumerate(module.named_parameters(recurse=False)):
+            # Stacked MoE experts lie one after another, each whole.
+            order = (at, 0 if parameter.dim() > 2 else number)
+            transposed = isinstance(module, Conv1D) and leaf == "weight"
+            owners[f"{module_name}.{leaf}" if module_name else leaf] = _Owner(role, transposed, order)
+    return {name: owners[parameter] for name, parameter in parameter_names(model, names).items()}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts expert 10 after expert 2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _classes(rule: Rule, rows: int, calibration: Calibration | None) -> list[tuple[int, list[int]]]:
@@ -244,17 +380,6 @@ def _classes(rule: Rule, rows: int, calibration: Calibration | None) -> list[tup
         counts[: len(seen)] = seen
     frequent = torch.argsort(counts, descending=True, stable=True)[:count]
     return [(rule.frequent_bits, sorted(frequent.tolist()))]
-
-
-def _moments(plans: list[dict[str, Any]], calibration: Calibration | None) -> dict[str, bytes]:
-    if calibration is None:
-        return {}
-    moments: dict[str, bytes] = {}
-    for plan in plans:
-        seen = calibration.second_moments.get(plan["name"])
-        if seen is not None and plan["bits"] is not None:
-            moments[plan["name"]] = seen.float().contiguous().numpy().tobytes()
-    return moments
 
 
 def restore(
@@ -279,7 +404,7 @@ def restore(
     partial.mkdir(parents=True)
     try:
         for file in opened.manifest["files"]:
-            if file != "delta.safetensors":
+            if file != TENSORS:
                 shutil.copyfile(opened.path / file, partial / file)
         _write_shards(partial, opened, checkpoint, shard_bytes, progress or (lambda done, total: None))
         if target.exists():
@@ -303,7 +428,8 @@ def _write_shards(
         tensors: dict[str, Tensor] = {}
         for name in names:
             progress(done, total)
-            tensors[name] = parameter(delta, base, name).contiguous()
+            # A copy: safetensors refuses tensors that share memory, as views of one mapped file do.
+            tensors[name] = delta.sites[name].rebuild(base).clone(memory_format=torch.contiguous_format)
             done += delta.sites[name].parameters
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
@@ -324,11 +450,3 @@ def _shards(delta: Delta, shard_bytes: int) -> list[list[str]]:
             size = site.parameters * site.dtype.itemsize
         shards[-1].append(name)
     return shards
-
-
-def parameter(delta: Delta, base: Checkpoint, name: str) -> Tensor:
-    """One parameter of the fine-tune, rebuilt on the base."""
-    site = delta.sites[name]
-    if site.whole is not None:
-        return site.whole.clone()
-    return site.restore(base.tensor(name))

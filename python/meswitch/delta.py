@@ -1,7 +1,7 @@
 """A delta directory: open it, look into it, verify it, and rebuild the fine-tune's parameters from it.
 
     Delta ── sites ── Site ── parts ── Part      rows of one bit width
-      │                 └ column_scales, salient, u·v, whole, added
+      │                 └ column_scales, salient, u·v, sparse, whole, added
       └ manifest (meswitch.json), tensors (delta.safetensors), both laid out in docs/format.md
 
 Every tensor is a view of the mapped file: no copy until a kernel reads it. Never write to one.
@@ -41,6 +41,22 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """The changed weights of a site, one by one: row after row, by rising columns.
+
+    `starts int32 [out_features + 1]`: where each row's entries begin, and the last one's end. `gaps uint8 [entries]`:
+    columns between an entry and the one before it in its row, from column 0 to the first. `values float8_e5m2
+    [entries]`: in units of `2**exponent`; entries of one column add up, a value of 0 bridges a gap above 255.
+    `changed`: weights that they change, as the manifest says.
+    """
+
+    starts: Tensor
+    gaps: Tensor
+    values: Tensor
+    changed: int = 0
+
+
+@dataclass(frozen=True)
 class Site:
     """One parameter of the base that the fine-tune changed, by its name in the checkpoint.
 
@@ -59,6 +75,7 @@ class Site:
     salient: Tensor | None = None
     u: Tensor | None = None
     v: Tensor | None = None
+    sparse: Sparse | None = None
     added: Tensor | None = None
     whole: Tensor | None = None
     exponent: int = 0
@@ -92,6 +109,11 @@ class Site:
         """The bit width of most rows."""
         return max(self.parts, key=lambda part: part.codes.shape[0]).bits if self.parts else None
 
+    @property
+    def density(self) -> float | None:
+        """The share of weights that changed, where they are stored one by one."""
+        return None if self.sparse is None else self.sparse.changed / max(self.parameters, 1)
+
     def dense(self) -> Tensor:
         """Δ̂ as `float32 [out_features, in_features]`; zeros where the site is `shared`."""
         if self.kind == "replaced":
@@ -110,6 +132,10 @@ class Site:
         known = base[: delta.shape[0]].float() if base.dim() == 2 else base.float()
         weight = (known + delta.view(known.shape)).to(self.dtype)
         return weight if self.added is None else torch.cat([weight, self.added])
+
+    def rebuild(self, base: Checkpoint) -> Tensor:
+        """`restore` on the base's own parameter, which only a replaced site can do without. May be a mapped view."""
+        return self.whole if self.whole is not None else self.restore(base.tensor(self.name))
 
 
 class Delta:
@@ -172,7 +198,7 @@ class Delta:
         self.sites = {}
 
     def inspect(self) -> dict[str, Any]:
-        """What the directory holds, as `meswitch inspect --json` prints it."""
+        """What the directory holds, as `meswitch inspect --json` prints it; sparse sites alone have a `density`."""
         kinds: dict[str, dict[str, int]] = {}
         for site in self.sites.values():
             kind = kinds.setdefault(site.kind, {"sites": 0, "parameters": 0, "bytes": 0})
@@ -197,6 +223,7 @@ class Delta:
                     "bpw": site.bpw,
                     "bytes": site.nbytes,
                     "relative_error": site.relative_error,
+                    **({} if site.density is None else {"density": site.density}),
                 }
                 for site in self.sites.values()
             ],
@@ -233,12 +260,21 @@ class Delta:
             salient=tensor("salient", torch.float16, out, salient),
             u=tensor("u", torch.float16, out, rank),
             v=tensor("v", torch.float16, rank, columns),
+            sparse=self._sparse(name, out, entry.get("sparse")),
             added=tensor("added", dtype, entry.get("added", 0), columns),
             whole=tensor("whole", dtype, *entry["shape"]),
             exponent=entry.get("exponent", 0),
             nbytes=entry["bytes"],
             relative_error=entry["relative_error"],
         )
+
+    def _sparse(self, name: str, out: int, told: dict[str, int] | None) -> Sparse | None:
+        if told is None:
+            return None
+        roles = (("starts", torch.int32, out + 1), ("gaps", torch.uint8, -1), ("values", torch.float8_e5m2, -1))
+        tensors = [self._tensor(name, f"sparse_{role}", dtype, (length,)) for role, dtype, length in roles]
+        starts, gaps, values = (tensor for tensor in tensors if tensor is not None)
+        return Sparse(starts, gaps, values, told["changed"])
 
     def _tensor(self, site: str, role: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
         extent = self._native.extent(site, role)

@@ -34,11 +34,11 @@ class ChecksumError(FormatError):
 
 
 class CheckpointError(MeswitchError):
-    """A folder that is not a whole Hugging Face checkpoint."""
+    """A folder that is not a whole Hugging Face checkpoint, or not a whole adapter."""
 
 
 class ArchitectureError(MeswitchError):
-    """A fine-tune whose parameters do not match the base's."""
+    """A fine-tune, or an adapter, whose parameters do not match the base's."""
 
 
 class BaseMismatchError(MeswitchError):
@@ -62,7 +62,7 @@ class ExpertNameError(MeswitchError, ValueError):
 
 
 class UnsupportedModelError(MeswitchError):
-    """A model, or a site of one, that the engine cannot serve correctly."""
+    """A model, a site of one or an adapter that cannot be served correctly."""
 
 
 class RequestError(MeswitchError, ValueError):

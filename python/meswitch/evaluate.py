@@ -4,14 +4,16 @@
                       ── expert ─────┴─ NLL of each, KL(fine-tune ‖ expert), top-1 agreement
                       ── base ───────── NLL                    recovered share = (base - expert) / (base - fine-tune)
 
-The expert is the base with every site rebuilt in memory (`Site.restore`, the fine-tune's dtype), so nothing is written
-to disk. All three run in float32, at most two of them at a time.
+The expert is the base with every site rebuilt in memory (`Site.rebuild`, the fine-tune's dtype), so nothing is written
+to disk. All models run in float32, at most two of them at a time. Asked for, a second expert takes the first one's
+place, whose quantized sites are truncated SVDs of equal bytes instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meswitch import low_rank
 from meswitch.calibration import Progress, batches, check_vocabulary, load_tokenizer, read_texts, token_chunks
 from meswitch.checkpoint import Checkpoint, resolve, skeleton
 from meswitch.delta import Delta, Site
@@ -44,6 +47,20 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Svd:
+    """What the delta would be with a truncated SVD in place of every quantized site, in no more bytes.
+
+    `rank` is the median over those sites (none where there are none), `bytes` what the delta would weigh.
+    """
+
+    score: Score
+    kl: float
+    top1_agreement: float
+    rank: float | None
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` found over `tokens` scored tokens.
 
@@ -60,24 +77,39 @@ class Evaluation:
     expert: Score
     kl: float
     top1_agreement: float
+    svd: Svd | None = None
 
     @property
     def recovered_share(self) -> float | None:
         """(NLL base - NLL expert) / (NLL base - NLL fine-tune); none where there is nothing to recover."""
+        return self._recovered(self.expert)
+
+    def _recovered(self, score: Score) -> float | None:
         if self.base is None or self.base.nll == self.finetune.nll:
             return None
-        return (self.base.nll - self.expert.nll) / (self.base.nll - self.finetune.nll)
+        return (self.base.nll - score.nll) / (self.base.nll - self.finetune.nll)
 
     def to_json(self) -> dict[str, Any]:
-        """`{tokens, base, finetune, expert, recovered_share}`; null where a number is not defined."""
+        """`{tokens, base, finetune, expert, recovered_share}`, and `svd` where asked for; null where a number is not
+        defined."""
         missing = {"nll": None, "perplexity": None}
-        return {
+        found: dict[str, Any] = {
             "tokens": self.tokens,
             "base": missing if self.base is None else self.base.to_json(),
             "finetune": self.finetune.to_json(),
             "expert": {**self.expert.to_json(), "kl": self.kl, "top1_agreement": self.top1_agreement},
             "recovered_share": self.recovered_share,
         }
+        if self.svd is not None:
+            found["svd"] = {
+                **self.svd.score.to_json(),
+                "kl": self.svd.kl,
+                "top1_agreement": self.svd.top1_agreement,
+                "recovered_share": self._recovered(self.svd.score),
+                "rank": self.svd.rank,
+                "bytes": self.svd.bytes,
+            }
+        return found
 
 
 def evaluate(
@@ -88,12 +120,14 @@ def evaluate(
     *,
     max_tokens: int | None = None,
     window: int = 512,
+    svd: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score base, fine-tune (`against`) and delta on the text of `data` (forms: `calibration.read_texts`).
 
     Tokens are the fine-tune's tokenizer's, in windows of `window` that do not overlap; the first of each is context
-    only. `progress` is told of the tokens run, three models together.
+    only. `svd` also scores what truncated SVDs of equal bytes would keep. `progress` is told of the tokens run, all
+    models together.
 
     Raises `DataError` (no two tokens, a token without a row), `BaseMismatchError`, `FormatError`, `NonFiniteError`.
     """
@@ -101,22 +135,25 @@ def evaluate(
         raise ValueError(f"expected at least 2 tokens and a window of at least 2, found {max_tokens}, {window}")
     against, base = resolve(against), resolve(base)
     windows = _windows(data, load_tokenizer(against), window, max_tokens)
-    run = _Run(windows, progress)
+    run = _Run(windows, progress, models=5 if svd else 3)
     with closing(Delta.open(delta_path)) as delta:
         checkpoint = Checkpoint.open(base)
         delta.check_base(checkpoint)
-        finetune, expert, kl, agreement = _compare(run, load_model(against), rebuild(checkpoint, delta), data)
+        finetune = load_model(against)
+        wanted, expert, kl, agreement = _compare(run, finetune, rebuild(checkpoint, delta), data)
+        rival = _rival(run, checkpoint, delta, Checkpoint.open(against), finetune, data) if svd else None
+        del finetune
     likelihood = _score_base(run, load_model(base))
-    return Evaluation(run.scored, likelihood, finetune, expert, kl, agreement)
+    return Evaluation(run.scored, likelihood, wanted, expert, kl, agreement, rival)
 
 
 class _Run:
     """The windows of one evaluation and how far it is."""
 
-    def __init__(self, windows: list[Tensor], progress: Progress | None) -> None:
+    def __init__(self, windows: list[Tensor], progress: Progress | None, models: int) -> None:
         self.windows, self._progress = windows, progress
         self.scored = sum(len(ids) - 1 for ids in windows)
-        self._done, self._total = 0, 3 * sum(map(len, windows))
+        self._done, self._total = 0, models * sum(map(len, windows))
 
     def batches(self, vocabulary: int) -> Iterator[Tensor]:
         return batches(self.windows, min(2048, _LOGITS // vocabulary))
@@ -163,18 +200,16 @@ class _Rebuilt:
         self._checkpoint, self._site = checkpoint, site
 
     def __getitem__(self, _: object) -> Tensor:
-        site = self._site
-        # A replaced site may be one that the base does not have.
-        weight = site.whole if site.whole is not None else site.restore(self._checkpoint.tensor(site.name))
         # A clone: the model must outlive the mapped files.
-        return weight.to(torch.float32, copy=True)
+        return self._site.rebuild(self._checkpoint).to(torch.float32, copy=True)
 
 
-def rebuild(checkpoint: Checkpoint, delta: Delta) -> Any:
-    """The expert as a model of its own, built one weight at a time."""
+def rebuild(checkpoint: Checkpoint, delta: Delta, sites: Mapping[str, Site] | None = None) -> Any:
+    """The expert as a model of its own, built one weight at a time; of other `sites` than the delta's where given."""
     from transformers import AutoConfig
 
-    state = {name: _Rebuilt(checkpoint, site) for name, site in delta.sites.items()}
+    sites = delta.sites if sites is None else sites
+    state = {name: _Rebuilt(checkpoint, site) for name, site in sites.items()}
     config = AutoConfig.from_pretrained(delta.path)
     model, missing = _built(type(skeleton(delta.path)), None, config=config, state_dict=state)
     if missing:
@@ -207,6 +242,16 @@ def _compare(run: _Run, finetune: Any, expert: Any, data: str | Path) -> tuple[S
     names = ("the fine-tune", "the expert", "the expert against the fine-tune", "the expert")
     means = [run.mean(float(total), name) for total, name in zip(totals, names, strict=True)]
     return Score(means[0]), Score(means[1]), max(means[2], 0.0), means[3]
+
+
+def _rival(run: _Run, base: Checkpoint, delta: Delta, against: Checkpoint, finetune: Any, data: str | Path) -> Svd:
+    """The same comparison with every quantized site as a truncated SVD of equal bytes."""
+    quantized = [site for site in delta.sites.values() if site.kind == "quantized"]
+    rivals = {site.name: low_rank.equal_bytes(site, base, against) for site in quantized}
+    _, score, kl, agreement = _compare(run, finetune, rebuild(base, delta, delta.sites | rivals), data)
+    ranks = [low_rank.equal_rank(site) for site in quantized]
+    saved = sum(site.nbytes - rivals[site.name].nbytes for site in quantized)
+    return Svd(score, kl, agreement, statistics.median(ranks) if ranks else None, delta.nbytes - saved)
 
 
 def _sums(wanted: Tensor, found: Tensor, targets: Tensor) -> Tensor:

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from meswitch import delta as deltas
+from meswitch.config import config_changes, text_config
 from meswitch.delta import Site
 from meswitch.errors import (
     ArchitectureError,
@@ -34,91 +33,6 @@ from meswitch.errors import (
 from meswitch.layers import ExpertLayers
 
 RESERVED = ("base", "auto")
-
-# Fields of config.json that may differ between the base and a fine-tune without changing the forward pass.
-HARMLESS = frozenset(
-    [
-        "_name_or_path",
-        "name_or_path",
-        "architectures",
-        "attention_dropout",
-        "attn_pdrop",
-        "auto_map",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "classifier_dropout",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "dropout",
-        "dtype",
-        "early_stopping",
-        "embd_pdrop",
-        "embedding_dropout",
-        "encoder_no_repeat_ngram_size",
-        "eos_token_id",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "gradient_checkpointing",
-        "hidden_dropout",
-        "hidden_dropout_prob",
-        "id2label",
-        "initializer_range",
-        "label2id",
-        "layerdrop",
-        "length_penalty",
-        "max_length",
-        "max_position_embeddings",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_labels",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "pad_token_id",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "quantization_config",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "resid_pdrop",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "summary_activation",
-        "summary_first_dropout",
-        "summary_proj_to_labels",
-        "summary_type",
-        "summary_use_proj",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tie_word_embeddings",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-        "typical_p",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_bfloat16",
-        "use_cache",
-        "vocab_size",
-    ]
-)
 
 _UNITS = {
     "": 1,
@@ -180,22 +94,6 @@ def check_folder(folder: Path) -> Path:
             hint="pass the expert as {name: path} if that is meant",
         )
     return folder
-
-
-def differing_fields(base: Mapping[str, Any], expert: Mapping[str, Any]) -> list[str]:
-    """The fields of two configs that differ and matter to the forward pass."""
-    missing = object()
-    names = (base.keys() | expert.keys()) - HARMLESS
-    if not re.fullmatch("default|linear|llama3|none", _rope_type(base)):
-        names.add("max_position_embeddings")  # these derive frequencies from it
-    return sorted(name for name in names if base.get(name, missing) != expert.get(name, missing))
-
-
-def _rope_type(config: Mapping[str, Any]) -> str:
-    rope = config.get("rope_parameters") or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)]
-    kinds = {str(one.get("rope_type", "default")) for one in nested or [rope]}
-    return kinds.pop() if len(kinds) == 1 else "default" if not kinds else " ".join(sorted(kinds))
 
 
 @dataclass(eq=False)
@@ -317,18 +215,17 @@ class ExpertPool:
         if self.config is None:
             return None
         try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config(decoder=True)
+            config = text_config(path)
         except (OSError, ValueError) as error:
             raise FormatError(
                 f"{path}: expected the fine-tune's config.json, found none that reads: {error}"
             ) from error
-        base, own = self.config.to_dict(), config.to_dict()
-        fields = differing_fields(base, own)
-        if fields:
-            found = ", ".join(f"{field}: base {base.get(field)!r}, expert {own.get(field)!r}" for field in fields)
+        changes = config_changes(self.config.to_dict(), config.to_dict())
+        if changes:
+            found = ", ".join(f"{field}: base {ours!r}, expert {theirs!r}" for field, (ours, theirs) in changes.items())
             raise ArchitectureError(
                 f"expert {name!r} computes differently from the base; {found}",
-                hint="one base serves fine-tunes of its own architecture and settings only",
+                hint="one base serves only fine-tunes that keep its settings: `meswitch restore` it, serve it alone",
             )
         return config
 

@@ -110,13 +110,17 @@ def matrix(site: Site) -> _native.Matrix:
         )
         for part in site.parts
     ]
-    salient, low_rank = None, None
+    salient, low_rank, sparse = None, None, None
     if site.salient is not None and site.salient_index is not None:
         salient = (_memory(site.salient_index), _memory(site.salient))
     if site.u is not None and site.v is not None:
         low_rank = (_memory(site.u), _memory(site.v))
     scales = None if site.column_scales is None else _memory(site.column_scales)
-    return _native.Matrix(site.out_features, site.in_features, site.exponent, parts, scales, salient, low_rank, site)
+    if site.sparse is not None:
+        sparse = (_memory(site.sparse.starts), _memory(site.sparse.gaps), _memory(site.sparse.values))
+    return _native.Matrix(
+        site.out_features, site.in_features, site.exponent, parts, scales, salient, low_rank, sparse, site
+    )
 
 
 def delta_linear(y: Tensor, x: Tensor, rows: Rows, table: SiteTable, *, exact: bool = False) -> None:

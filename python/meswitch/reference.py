@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from meswitch.delta import Site
+    from meswitch.delta import Site, Sparse
 
 BLOCK = 64  # bytes: one cache line, one AVX-512 register
 BITS = (1, 2, 3, 4, 8)
@@ -91,7 +91,8 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
 def dense(site: Site) -> Tensor:
     """The delta that a site stands for, `float32 [out_features, in_features]` (DESIGN: the codec).
 
-    Δ̂[o, i] = row_scale[o, group(i)] · column_scale[i] · (code[o, i] − zero), then U·V, then the salient channels.
+    Δ̂[o, i] = row_scale[o, group(i)] · column_scale[i] · (code[o, i] − zero), then U·V, then the salient channels;
+    or the sum of its sparse entries at [o, i].
     """
     delta = torch.zeros(site.out_features, site.in_features)
     unit = 2.0**site.exponent
@@ -107,7 +108,23 @@ def dense(site: Site) -> Tensor:
         delta += (site.u.float() * unit) @ site.v.float()
     if site.salient is not None and site.salient_index is not None:
         delta[:, site.salient_index.long()] += site.salient.float() * unit
+    if site.sparse is not None:
+        delta.index_put_(entries(site.sparse), site.sparse.values.float() * unit, accumulate=True)
     return delta
+
+
+def entries(sparse: Sparse) -> tuple[Tensor, Tensor]:
+    """Row and column of each sparse entry, `int64 [entries]` each: a column is the sum of its row's gaps so far.
+
+    >>> from meswitch.delta import Sparse
+    >>> values = torch.ones(3).to(torch.float8_e5m2)
+    >>> entries(Sparse(torch.tensor([0, 1, 3]), torch.tensor([9, 4, 2], dtype=torch.uint8), values))
+    (tensor([0, 1, 1]), tensor([9, 4, 6]))
+    """
+    starts, total = sparse.starts.long(), torch.zeros(len(sparse.gaps) + 1, dtype=torch.int64)
+    torch.cumsum(sparse.gaps.long(), 0, out=total[1:])
+    rows = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+    return rows, total[1:] - total[starts[rows]]
 
 
 def delta_linear(y: Tensor, x: Tensor, slots: list[int], sites: dict[int, Site]) -> None:

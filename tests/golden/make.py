@@ -1,7 +1,7 @@
-"""Made `v1/` once, with format version 1. Never run it again over a folder that stands: every later version must read
-what is there. A new format version gets a folder of its own.
+"""Made `v1/` and `v2/` once, with the format versions of their names. Never run it again over a folder that stands:
+every later version must read what is there. A new format version gets a folder of its own.
 
-    python tests/golden/make.py v1
+    python tests/golden/make.py v2
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -18,21 +19,44 @@ sys.path.insert(0, str(HERE.parent))
 from families import config_of, save_finetune, save_random  # noqa: E402
 from meswitch.compress import compress, restore  # noqa: E402
 
+SAME, DENSE = "model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.up_proj.weight"
+# By version: preset of each delta directory. Version 2 brought sparse entries.
+MADE = {
+    "v1": {preset: preset for preset in ("default", "small", "me-switch", "bitdelta")},
+    "v2": {"sparse": "default"},
+}
 
-def main(folder: Path) -> None:
+
+def tuned(name: str, base: Tensor, tensor: Tensor, sparse: bool) -> Tensor:
+    """What the fine-tune has at `name`: one matrix is the base's own; in a sparse one others change here and there."""
+    if name == SAME:
+        return base
+    if not sparse or name == DENSE or tensor.dim() < 2:
+        return tensor
+    kept = torch.zeros(tensor.shape, dtype=torch.bool)
+    kept.view(-1)[5::41] = True
+    kept[3:20] = False
+    kept[base.shape[0] :] = True
+    padded = torch.cat([base, tensor[base.shape[0] :]])
+    return tensor.where(kept, padded)
+
+
+def main(version: str) -> None:
+    folder = HERE / version
     folder.mkdir()
     base = save_random(folder / "base", config_of("llama", num_hidden_layers=1, vocab_size=264))
     finetune = save_finetune(folder / "finetune", base, seed=1, grow=3)
-    for checkpoint in (base, finetune):
-        narrow = {name: tensor.bfloat16() for name, tensor in load_file(checkpoint / "model.safetensors").items()}
-        same = "model.layers.0.self_attn.o_proj.weight"
-        if checkpoint == finetune:
-            narrow[same] = load_file(base / "model.safetensors")[same]
-        save_file(narrow, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    for preset in ("default", "small", "me-switch", "bitdelta"):
-        compress(base, finetune, folder / preset, preset=preset)
-        restore(base, folder / preset, folder / "restored")
-        (folder / "restored" / "model.safetensors").rename(folder / f"{preset}.safetensors")
+    ours, theirs = (
+        {name: tensor.bfloat16() for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+        for checkpoint in (base, finetune)
+    )
+    theirs = {name: tuned(name, ours[name], tensor, version != "v1") for name, tensor in theirs.items()}
+    for checkpoint, tensors in ((base, ours), (finetune, theirs)):
+        save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    for name, preset in MADE[version].items():
+        compress(base, finetune, folder / name, preset=preset)
+        restore(base, folder / name, folder / "restored")
+        (folder / "restored" / "model.safetensors").rename(folder / f"{name}.safetensors")
         for left in (folder / "restored").iterdir():
             left.unlink()
         (folder / "restored").rmdir()
@@ -45,4 +69,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    main(HERE / sys.argv[1])
+    main(sys.argv[1])

@@ -4,7 +4,7 @@
     labelled prompts ── train the router ── evaluate ──────────────┼── one report, printed or as JSON
     held-out prompts ── Engine, expert="auto", against the base ───┘
 
-On the tiny family, or on models of your own. What was made once is kept under the output folder and found again.
+On a family of ours, or on models of your own. What was made once is kept under the output folder and found again.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Subject:
     heldout: dict[str, Path] = field(default_factory=dict)
     prompts: Path | None = None
     heldout_prompts: Path | None = None
+    chat: bool = False  # prompts are asked as conversations
 
     def delta(self, preset: str, name: str) -> Path:
         return self.out / preset / name
@@ -62,10 +63,10 @@ def run(
 ) -> dict[str, Any]:
     """Takes the tour, prints what it found (`json`: as one JSON value) and returns it.
 
-    Without `model`, the tiny family is the subject and is trained first. With it, `experts` are full fine-tunes by
-    name, and `data` is a `.jsonl` file of lines `{"prompt", "expert"[, "completion"]}`: each fifth line is held out to
-    evaluate, the others calibrate and train the router. Without `data` there is no evaluation and no routing. Deltas
-    and router stay under `out`, which is by default beside the family, or in the cache.
+    Without `model`, the `family` of that name is the subject and is trained first. With it, `experts` are full
+    fine-tunes by name, and `data` is a `.jsonl` file of lines `{"prompt", "expert"[, "completion"]}`: each fifth line
+    is held out to evaluate, the others calibrate and train the router. Without `data` there is no evaluation and no
+    routing. Deltas and router stay under `out`, which is by default beside the family, or in the cache.
 
     Raises `ValueError` for a model without experts, and what each step raises.
     """
@@ -111,6 +112,7 @@ def _own_family(name: str, out: str | Path | None, shown: Progress) -> Subject:
         heldout=made.heldout,
         prompts=made.prompts,
         heldout_prompts=made.heldout_prompts,
+        chat=made.chat,
     )
 
 
@@ -241,12 +243,12 @@ def _serve(subject: Subject, shown: Progress) -> dict[str, Any]:
     deltas = {name: subject.delta(SERVED, name) for name in subject.experts}
     with Engine(subject.base, experts=deltas, router=subject.out / "router" if routed else None) as engine:
         mixed: str | list[str] = "auto" if routed else labels
-        answers = engine.generate(prompts, expert=mixed, max_new_tokens=NEW_TOKENS)  # also warms up
+        answers = _ask(engine, subject, prompts, mixed)  # also warms up
         chosen = [answer.expert for answer in answers]
         speeds: dict[str, list[float]] = {"mixed": [], "base": []}
         for number in range(ROUNDS):
             for who, expert in (("mixed", chosen), ("base", ["base"] * len(prompts))):
-                speeds[who].append(_tokens_per_second(engine, prompts, expert))
+                speeds[who].append(_tokens_per_second(engine, subject, prompts, expert))
             shown("answering a mixed batch", number + 1, ROUNDS)
     return {
         "requests": len(prompts),
@@ -259,11 +261,19 @@ def _serve(subject: Subject, shown: Progress) -> dict[str, Any]:
     }
 
 
-def _tokens_per_second(engine: Any, prompts: list[str], expert: list[str]) -> float:
+def _ask(engine: Any, subject: Subject, prompts: list[str], expert: str | list[str]) -> list[Any]:
+    if subject.chat:
+        said = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        answers: list[Any] = engine.chat(said, expert=expert, max_new_tokens=NEW_TOKENS)
+    else:
+        answers = engine.generate(prompts, expert=expert, max_new_tokens=NEW_TOKENS)
+    return answers
+
+
+def _tokens_per_second(engine: Any, subject: Subject, prompts: list[str], expert: list[str]) -> float:
     started = time.perf_counter()
-    answers = engine.generate(prompts, expert=expert, max_new_tokens=NEW_TOKENS)
-    tokens: int = sum(len(answer.token_ids) for answer in answers)
-    return tokens / (time.perf_counter() - started)
+    answers = _ask(engine, subject, prompts, expert)
+    return sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - started)
 
 
 def _batch(subject: Subject) -> tuple[list[str], list[str]]:

@@ -34,6 +34,7 @@ from meswitch.experts import Expert, ExpertPool, parse_bytes
 __all__ = ["Answer", "Engine", "TextStream"]
 
 Prompt = str | Sequence[int]
+Conversation = Sequence[Mapping[str, Any]]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -208,19 +209,26 @@ class Engine:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        expert: str | None = None,
+        messages: Conversation | Sequence[Conversation],
+        expert: str | Sequence[str] | None = None,
         *,
         stream: bool = False,
         **sampling: Any,
     ) -> Any:
         """Answers a conversation (`[{"role": ..., "content": ...}, ...]`) under the expert's own chat
-        template.
+        template; a list of conversations as one batch, `expert` as in `generate`.
 
-        An `Answer`, or a `TextStream` with `stream=True`.
+        An `Answer`, a list of them for a list, or a `TextStream` with `stream=True` (one conversation only).
         """
-        requests = self._requests([messages], expert, sampling, chat=True)
-        return self._stream(requests[0]) if stream else self._answers(requests)[0]
+        batch: Any = messages
+        single = not batch or isinstance(batch[0], Mapping)
+        if stream and not single:
+            raise RequestError(f"stream: expected one conversation, found {len(batch)}")
+        requests = self._requests([batch] if single else list(batch), expert, sampling, chat=True)
+        if stream:
+            return self._stream(requests[0])
+        answers = self._answers(requests)
+        return answers[0] if single else answers
 
     def _answers(self, requests: list[Request]) -> list[Answer]:
         self._submit(requests)

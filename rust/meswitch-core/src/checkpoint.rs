@@ -68,6 +68,27 @@ impl<'a> View<'a> {
         }
     }
 
+    /// # Errors
+    /// [`Error::NonFinite`] where a float of the tensor is; `name` is what the message calls it.
+    pub fn finite(&self, name: &str) -> Result<()> {
+        if !self.is_float() {
+            return Ok(());
+        }
+        let mut values = vec![0f32; 1 << 14];
+        for start in (0..self.len()).step_by(values.len()) {
+            let count = values.len().min(self.len() - start);
+            self.read(start, &mut values[..count]);
+            if let Some(at) = values[..count].iter().position(|value| !value.is_finite()) {
+                return Err(Error::NonFinite(format!(
+                    "expected finite weights, found {} in {name} at element {}",
+                    values[at],
+                    start + at
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// The bytes of rows `start .. end`, a row being the last dimension.
     #[must_use]
     pub fn row_slice(&self, start: usize, end: usize) -> &'a [u8] {

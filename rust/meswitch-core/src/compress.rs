@@ -8,9 +8,11 @@ use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, View};
 use crate::codec::{Pair, Quantized, Settings, quantize};
-use crate::delta::{BaseEntry, Delta, Folder, Kind, Manifest, PartEntry, SiteEntry, TensorSpec, VERSION, Writer};
+use crate::delta::{
+    Assembly, BaseEntry, Delta, FileEntry, Kind, PartEntry, Progress, SiteEntry, SparseEntry, TensorSpec, Writer,
+    checksum, weigh,
+};
 use crate::error::{Error, Result};
-use crate::fingerprint::{Fingerprint, sample};
 use crate::layout::row_bytes;
 
 /// What is to be done with one site.
@@ -44,17 +46,6 @@ pub struct Job<'a> {
     pub base_name: &'a str,
 }
 
-/// How far a job is.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress<'a> {
-    /// The site that is next.
-    pub site: &'a str,
-    /// Weights done.
-    pub done: u64,
-    /// Weights in all.
-    pub total: u64,
-}
-
 impl Job<'_> {
     /// Runs the job. `progress` is asked before every site and stops the job by returning false.
     ///
@@ -62,46 +53,15 @@ impl Job<'_> {
     /// [`Error::Architecture`] before any work where the two do not match; [`Error::NonFinite`], [`Error::Io`],
     /// [`Error::Interrupted`]; nothing is left behind then.
     pub fn run(&self, progress: &mut dyn FnMut(Progress<'_>) -> bool) -> Result<Delta> {
-        let total = self.check()?;
-        let folder = Folder::create(self.out)?;
-        let mut writer = Writer::create(folder.path(), &self.specs()?)?;
-        let (mut sites, mut fingerprint, mut done) = (Vec::new(), Fingerprint::default(), 0);
-        for plan in self.plans {
-            if !progress(Progress { site: &plan.name, done, total }) {
-                return Err(Error::Interrupted);
-            }
-            let site = self.site(plan, &mut writer)?;
-            if self.base.names().binary_search(&plan.name).is_ok() {
-                fingerprint.add(&plan.name, &self.base.view(&plan.name)?);
-            }
-            done += site.parameters().unwrap_or(0);
-            sites.push(site);
-        }
-        for name in self.base.names().iter().filter(|name| !fingerprint.has(name)).cloned().collect::<Vec<_>>() {
-            fingerprint.add(&name, &self.base.view(&name)?);
-        }
-        for file in self.files {
-            writer.copy(file)?;
-        }
-        writer.finish(Manifest {
-            format_version: VERSION,
-            writer: format!("meswitch {}", env!("CARGO_PKG_VERSION")),
-            base: BaseEntry {
-                fingerprint: fingerprint.finish(),
-                sample: sample(self.base)?,
-                name: self.base_name.to_owned(),
-            },
-            settings: self.settings.clone(),
-            files: BTreeMap::new(),
-            sites,
-        })?;
-        folder.finish()?;
-        progress(Progress { site: "", done, total });
-        Delta::open(self.out)
+        self.check()?;
+        let sizes =
+            self.plans.iter().map(|plan| Ok((plan.name.as_str(), self.finetune.view(&plan.name)?.len() as u64)));
+        let sizes = sizes.collect::<Result<Vec<_>>>()?;
+        self.assembly().write(&sizes, &self.specs()?, progress, &mut |at, writer| self.site(&self.plans[at], writer))
     }
 
-    /// Everything that can be refused before any work. Returns the number of weights.
-    fn check(&self) -> Result<u64> {
+    /// Everything that can be refused before any work.
+    fn check(&self) -> Result<()> {
         let planned: HashSet<&str> = self.plans.iter().map(|plan| plan.name.as_str()).collect();
         if let Some(name) = self.finetune.names().iter().find(|name| !planned.contains(name.as_str())) {
             return Err(Error::Argument(format!("expected a plan for every parameter, found none for {name}")));
@@ -111,10 +71,8 @@ impl Job<'_> {
                 "expected the base's parameter {name} in the fine-tune, found none"
             )));
         }
-        let mut total = 0;
         for plan in self.plans {
             let finetune = self.finetune.view(&plan.name)?;
-            total += finetune.len() as u64;
             if !self.base.has(&plan.name) {
                 return Err(Error::Architecture(format!(
                     "expected only parameters of the base, found {} in the fine-tune",
@@ -142,7 +100,53 @@ impl Job<'_> {
                 )));
             }
         }
-        Ok(total)
+        Ok(())
+    }
+
+    /// What the job's files will weigh, but for a few bytes too much, if the sites named in `shared` are bit-equal and no
+    /// others. A plan that skips unchanged rows may take less.
+    ///
+    /// # Errors
+    /// Those of [`Job::run`] before any work.
+    pub fn weigh(&self, shared: &HashSet<String>) -> Result<u64> {
+        self.check()?;
+        let mut sites = Vec::new();
+        for plan in self.plans {
+            sites.push(if shared.contains(&plan.name) {
+                blank(plan, &self.finetune.view(&plan.name)?)
+            } else {
+                self.outline(plan)?
+            });
+        }
+        let mut files = BTreeMap::new();
+        for file in self.files {
+            let bytes = std::fs::metadata(file).map_err(Error::io(file))?.len();
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            files.insert(name, FileEntry { bytes, checksum: checksum(&[]) });
+        }
+        let base = BaseEntry { fingerprint: "0".repeat(64), sample: "0".repeat(64), name: self.base_name.to_owned() };
+        weigh(self.assembly().manifest(base, files, sites), &self.specs()?)
+    }
+
+    /// The entry that a site will have, but for what only its weights say.
+    fn outline(&self, plan: &Plan) -> Result<SiteEntry> {
+        let (base, finetune) = (self.base.view(&plan.name)?, self.finetune.view(&plan.name)?);
+        let replaced = SiteEntry { kind: Kind::Replaced, transposed: false, ..blank(plan, &finetune) };
+        let Some(settings) = &plan.quantize else { return Ok(replaced) };
+        let whole = finetune.data.len();
+        let entry = outline(plan, settings, &Pair::new(&plan.name, base, finetune, plan.transposed)?);
+        let size: usize = entry.specs()?.iter().map(TensorSpec::size).sum();
+        Ok(if size < whole { entry } else { replaced })
+    }
+
+    fn assembly(&self) -> Assembly<'_> {
+        Assembly {
+            base: self.base,
+            out: self.out,
+            files: self.files,
+            settings: self.settings.clone(),
+            base_name: self.base_name,
+        }
     }
 
     /// The tensors that may come, for the header's room.
@@ -164,8 +168,17 @@ impl Job<'_> {
                     add(&format!("scales.{at}"), "F16", 2);
                     add(&format!("rows.{at}"), "I32", 1);
                 }
-                for role in ["column_scales", "salient_index", "salient", "u", "v", "added"] {
-                    add(role, "F16", 2);
+                if settings.sparse {
+                    add("sparse_starts", "I32", 1);
+                    add("sparse_gaps", "U8", 1);
+                    add("sparse_values", "F8_E5M2", 1);
+                }
+                let (salient, low_rank) = (settings.salient > 0, settings.rank > 0);
+                let wanted = [settings.column_scales, salient, salient, low_rank, low_rank, true];
+                for (role, wanted) in ROLES.into_iter().zip(wanted) {
+                    if wanted {
+                        add(role, "F16", 2);
+                    }
                 }
             }
         }
@@ -174,25 +187,9 @@ impl Job<'_> {
 
     fn site(&self, plan: &Plan, writer: &mut Writer) -> Result<SiteEntry> {
         let (base, finetune) = (self.base.view(&plan.name)?, self.finetune.view(&plan.name)?);
-        let mut entry = SiteEntry {
-            name: plan.name.clone(),
-            kind: Kind::Shared,
-            shape: finetune.shape.clone(),
-            dtype: finetune.dtype.to_string(),
-            bytes: 0,
-            bpw: 0.0,
-            relative_error: 0.0,
-            transposed: plan.transposed,
-            exponent: 0,
-            parts: Vec::new(),
-            column_scales: false,
-            salient: 0,
-            rank: 0,
-            added: 0,
-            tensors: BTreeMap::new(),
-        };
-        if base.dtype == finetune.dtype && base.shape == finetune.shape && equal(base.data, finetune.data) {
-            finite(&plan.name, &base)?;
+        let mut entry = blank(plan, &finetune);
+        if same(&base, &finetune) {
+            base.finite(&plan.name)?;
             return Ok(entry);
         }
         if let Some(settings) = &plan.quantize {
@@ -203,13 +200,16 @@ impl Job<'_> {
                 return Ok(entry);
             }
         }
-        finite(&plan.name, &finetune)?;
+        finetune.finite(&plan.name)?;
         entry.kind = Kind::Replaced;
         entry.transposed = false;
         writer.site(&mut entry, &[finetune.data])?;
         Ok(entry)
     }
 }
+
+/// A site's tensors beside those of its parts.
+const ROLES: [&str; 6] = ["column_scales", "salient_index", "salient", "u", "v", "added"];
 
 /// Whether the fine-tune's tensor only has more rows.
 fn grown(base: &View<'_>, finetune: &View<'_>) -> bool {
@@ -218,30 +218,71 @@ fn grown(base: &View<'_>, finetune: &View<'_>) -> bool {
         && finetune.shape[0] > base.shape[0]
 }
 
-fn equal(a: &[u8], b: &[u8]) -> bool {
+/// Whether two tensors are bit-equal.
+#[must_use]
+pub fn same(a: &View<'_>, b: &View<'_>) -> bool {
     use rayon::prelude::*;
-    a.par_chunks(1 << 20).zip(b.par_chunks(1 << 20)).all(|(a, b)| a == b)
+    let content = || a.data.par_chunks(1 << 20).zip(b.data.par_chunks(1 << 20)).all(|(a, b)| a == b);
+    a.dtype == b.dtype && a.shape == b.shape && content()
 }
 
-/// # Errors
-/// [`Error::NonFinite`] where a float of the tensor is.
-fn finite(name: &str, view: &View<'_>) -> Result<()> {
-    if !view.is_float() {
-        return Ok(());
+/// A parameter of which nothing is known but what it is.
+fn blank(plan: &Plan, finetune: &View<'_>) -> SiteEntry {
+    SiteEntry {
+        name: plan.name.clone(),
+        kind: Kind::Shared,
+        shape: finetune.shape.clone(),
+        dtype: finetune.dtype.to_string(),
+        bytes: 0,
+        bpw: 0.0,
+        relative_error: 0.0,
+        transposed: plan.transposed,
+        exponent: 0,
+        parts: Vec::new(),
+        column_scales: false,
+        salient: 0,
+        rank: 0,
+        sparse: None,
+        added: 0,
+        tensors: BTreeMap::new(),
     }
-    let mut values = vec![0f32; 1 << 14];
-    for start in (0..view.len()).step_by(values.len()) {
-        let count = values.len().min(view.len() - start);
-        view.read(start, &mut values[..count]);
-        if let Some(at) = values[..count].iter().position(|value| !value.is_finite()) {
-            return Err(Error::NonFinite(format!(
-                "expected finite weights, found {} in {name} at element {}",
-                values[at],
-                start + at
-            )));
-        }
+}
+
+/// The part of no rows: a site is left as the base has it, but for what its other fields say.
+const NOTHING: PartEntry = PartEntry { bits: 1, zero: 0.5, group_size: None, rows: Some(0) };
+
+/// The entry that a site quantized by these settings will have, but for what only its weights say.
+fn outline(plan: &Plan, settings: &Settings, pair: &Pair<'_>) -> SiteEntry {
+    let mut counts = BTreeMap::new();
+    for bits in settings.widths(pair.rows).into_iter().flatten() {
+        *counts.entry(bits).or_insert(0) += 1;
     }
-    Ok(())
+    let part = |(bits, count): (u32, usize)| PartEntry {
+        bits,
+        zero: 127.5,
+        group_size: settings.group_size,
+        rows: (count < pair.rows).then_some(count),
+    };
+    let mut entry = SiteEntry {
+        kind: Kind::Quantized,
+        parts: counts.into_iter().map(part).collect(),
+        column_scales: settings.column_scales && settings.widths(pair.rows).iter().any(Option::is_some),
+        salient: settings.salient.min(pair.columns),
+        rank: settings.rank.min(pair.rows).min(pair.columns),
+        added: pair.added(),
+        ..blank(plan, &pair.finetune)
+    };
+    settle(&mut entry);
+    entry
+}
+
+/// Says what a site without codes is: its low-rank part, or what the base has.
+fn settle(entry: &mut SiteEntry) {
+    if entry.parts.is_empty() && entry.rank > 0 {
+        entry.kind = Kind::LowRank;
+    } else if entry.parts.is_empty() && entry.sparse.is_none() {
+        entry.parts.push(NOTHING);
+    }
 }
 
 /// A quantized site's tensors as the bytes that go to disk, in the order of its entry's specs.
@@ -253,8 +294,7 @@ struct Tensors<'a> {
 impl<'a> Tensors<'a> {
     /// Fills the entry in. None where storing the parameter whole takes no more.
     fn of(entry: &mut SiteEntry, pair: &Pair<'a>, quantized: Option<Quantized>, whole: usize) -> Option<Self> {
-        let all = pair.finetune.shape.iter().product::<usize>() / pair.columns.max(1);
-        let added = if pair.transposed { 0 } else { all - pair.rows };
+        let added = pair.added();
         let mut draft = SiteEntry { kind: Kind::Quantized, added, ..entry.clone() };
         let mut owned = Vec::new();
         for part in quantized.iter().flat_map(|q| &q.parts) {
@@ -267,7 +307,8 @@ impl<'a> Tensors<'a> {
                 rows: part.rows.as_ref().map(Vec::len),
             });
         }
-        if let Some(quantized) = quantized {
+        if let Some(mut quantized) = quantized {
+            quantized.column_scales.take_if(|_| quantized.parts.is_empty());
             draft.exponent = quantized.exponent;
             draft.relative_error = quantized.relative_error;
             draft.column_scales = quantized.column_scales.is_some();
@@ -287,12 +328,17 @@ impl<'a> Tensors<'a> {
                 owned.push(halves(&u));
                 owned.push(halves(&v));
             }
-        } else {
-            // The rows that both have differ in dtype alone: a low-rank part of zeros would say the same at a cost.
-            draft.parts.push(PartEntry { bits: 1, zero: 0.5, group_size: None, rows: Some(0) });
-            owned.extend([Vec::new(), Vec::new(), Vec::new()]);
+            if let Some(sparse) = quantized.sparse {
+                draft.sparse = Some(SparseEntry { entries: sparse.gaps.len(), changed: sparse.changed });
+                owned.extend([indices(&sparse.starts), sparse.gaps, sparse.values]);
+            }
         }
-        let tensors = Self { owned, added: (added > 0).then(|| pair.finetune.row_slice(pair.rows, all)) };
+        settle(&mut draft);
+        if draft.parts == [NOTHING] {
+            owned.splice(0..0, [Vec::new(), Vec::new(), Vec::new()]);
+        }
+        let whole_rows = pair.rows + added;
+        let tensors = Self { owned, added: (added > 0).then(|| pair.finetune.row_slice(pair.rows, whole_rows)) };
         if tensors.slices().iter().map(|bytes| bytes.len()).sum::<usize>() >= whole {
             return None;
         }

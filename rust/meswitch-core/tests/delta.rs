@@ -101,10 +101,12 @@ fn settings(bits: u32) -> Settings {
         zero: Zero::Auto,
         one_scale: false,
         column_scales: true,
+        unbiased: false,
         salient: 2,
         rank: 1,
         classes: vec![Class { bits: 4, rows: vec![1, 5] }],
         skip_unchanged_rows: true,
+        sparse: true,
     }
 }
 
@@ -238,7 +240,107 @@ fn newer_formats_are_named() {
     let family = Family::new();
     family.compress().unwrap();
     let Err(Error::Format(message)) = forge(&family.path("delta"), |m| m.format_version = 99) else { panic!("taken") };
-    assert!(message.contains("format version 1, found 99"), "{message}");
+    assert!(message.contains("format version 1 to 2, found 99"), "{message}");
+}
+
+/// A family whose `layer.weight` changes in four places, `[3, 5]`, `[3, 39]`, `[9, 0]` and `[23, 39]`.
+fn sparse_family() -> Family {
+    let mut family = Family::new();
+    let mut layer = family.base["layer.weight"].1.clone();
+    for at in [3 * IN + 5, 3 * IN + 39, 9 * IN, 23 * IN + 39] {
+        layer[at] = bf16::from_bits(bf16::from_f32(layer[at]).to_bits() + 9).to_f32();
+    }
+    family.finetune.get_mut("layer.weight").unwrap().1 = layer;
+    family
+}
+
+#[test]
+fn what_is_mostly_zero_is_kept_entry_by_entry() {
+    let family = sparse_family();
+    let delta = family.compress().unwrap();
+    delta.verify().unwrap();
+    let site = &delta.manifest().sites[1];
+    let sparse = site.sparse.unwrap();
+    assert_eq!((sparse.changed, site.kind, site.parts.len()), (4, Kind::Quantized, 0));
+    assert_eq!(site.bytes as usize, 4 * (OUT + 1) + 2 * sparse.entries);
+    assert!(site.relative_error.abs() < 1e-9);
+    let starts: Vec<u32> = delta
+        .tensor("layer.weight", "sparse_starts")
+        .unwrap()
+        .chunks_exact(4)
+        .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        .collect();
+    let read = meswitch_core::kernels::sparse::Sparse {
+        starts: &starts,
+        gaps: delta.tensor("layer.weight", "sparse_gaps").unwrap(),
+        values: delta.tensor("layer.weight", "sparse_values").unwrap(),
+    };
+    read.check(OUT).unwrap();
+    let unit = (site.exponent as f32).exp2();
+    let mut rebuilt: Vec<f32> =
+        family.base["layer.weight"].1.iter().map(|value| bf16::from_f32(*value).to_f32()).collect();
+    for row in 0..OUT {
+        read.each(row, IN, &mut |column, value| rebuilt[row * IN + column] += value * unit);
+    }
+    assert_eq!(bytes(&rebuilt), bytes(&family.finetune["layer.weight"].1));
+}
+
+#[test]
+fn a_forged_sparse_site_is_refused() {
+    type Change = fn(&mut Manifest);
+    let changes: [(&str, Change); 6] = [
+        ("number of entries", |m| m.sites[1].sparse.as_mut().unwrap().entries += 1),
+        ("huge number of entries", |m| m.sites[1].sparse.as_mut().unwrap().entries = usize::MAX),
+        ("rank beside it", |m| m.sites[1].rank = 1),
+        ("kind", |m| m.sites[1].kind = Kind::Replaced),
+        ("low-rank kind", |m| m.sites[1].kind = Kind::LowRank),
+        ("version", |m| m.format_version = 1),
+    ];
+    for (what, change) in changes {
+        let family = sparse_family();
+        family.compress().unwrap();
+        let found = forge(&family.path("delta"), change);
+        assert!(matches!(found, Err(Error::Format(_))), "a forged {what} was taken");
+    }
+}
+
+#[test]
+fn sparse_entries_that_cannot_be_are_found() {
+    let family = sparse_family();
+    let delta = family.compress().unwrap();
+    let name = |role: &str| format!("layer.weight/{role}");
+    let starts = delta.tensor("layer.weight", "sparse_starts").unwrap().to_vec();
+    let gaps = delta.tensor("layer.weight", "sparse_gaps").unwrap().to_vec();
+    let changed = |role: &str, at: usize, value: u8| {
+        let mut tensor = if role == "sparse_gaps" { gaps.clone() } else { starts.clone() };
+        tensor[at] = value;
+        HashMap::from([(name(role), tensor)])
+    };
+    let broken = [
+        changed("sparse_gaps", 0, 40),
+        changed("sparse_starts", 0, 1),
+        changed("sparse_starts", 4 * 4, 200),
+        changed("sparse_starts", 4 * 4 + 3, 0xff),
+        changed("sparse_starts", 4 * 12, 0),
+        changed("sparse_starts", 4 * OUT, 5),
+    ];
+    for tensors in broken {
+        rewrite(&delta, &family.path("forged"), &tensors, &HashMap::new(), json!({})).unwrap();
+        let found = Delta::open(&family.path("forged")).unwrap().verify();
+        assert!(matches!(found, Err(Error::Format(_))), "{tensors:?} was taken");
+    }
+}
+
+#[test]
+fn bytes_go_with_what_changed() {
+    let mut family = Family::new();
+    family.finetune = family.base.clone();
+    let bare = family.compress().unwrap();
+    assert!(bare.manifest().sites.iter().all(|site| site.bytes == 0));
+    family.finetune.get_mut("layer.weight").unwrap().1[7] += 0.5;
+    let one = family.compress().unwrap();
+    assert_eq!(one.manifest().sites.iter().filter(|site| site.bytes > 0).count(), 1);
+    assert!(one.manifest().sites[1].bytes <= 4 * (OUT as u64 + 1) + 8);
 }
 
 #[test]
@@ -337,6 +439,7 @@ fn what_is_written_rebuilds_the_fine_tune() {
         column_scales: Some(&columns),
         salient: Some((&index, &salient)),
         low_rank: Some((&u, &v)),
+        sparse: None,
     };
     matrix.check().unwrap();
     let mut dense = vec![0f32; OUT * IN];

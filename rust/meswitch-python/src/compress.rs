@@ -1,13 +1,15 @@
-//! The compress job.
+//! Delta directories written: compressed from a fine-tune, or of sites that are given.
 
-use std::collections::HashMap;
-use std::path::PathBuf;
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 
-use meswitch_core::codec::{Class, Settings, Zero};
+use meswitch_core::Error;
+use meswitch_core::codec::{self, Class, Pair, Settings, Zero};
 use meswitch_core::compress::{Job, Plan};
+use meswitch_core::delta::{Assembly, Progress, SiteEntry};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 use serde_json::Value;
 
 use crate::delta::Checkpoint;
@@ -33,24 +35,144 @@ pub fn compress(
     progress: Py<PyAny>,
 ) -> PyResult<()> {
     let plans = plans.iter().map(|plan| read_plan(plan, &moments)).collect::<PyResult<Vec<_>>>()?;
-    let settings: Value = serde_json::from_str(settings).map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let settings = read_json(settings)?;
     let (base, finetune) = (&base.0, &finetune.0);
     let mut raised = None;
     let outcome = py.detach(|| {
         let job = Job { base, finetune, plans: &plans, out: &out, files: &files, settings, base_name };
-        job.run(&mut |step| {
-            let call = Python::attach(|py| {
-                py.check_signals()?;
-                progress.call1(py, (step.site, step.done, step.total)).map(|_| ())
-            });
-            raised = call.err();
-            raised.is_none()
+        job.run(&mut |step| tell(&progress, step, &mut raised))
+    });
+    raised.map_or_else(|| outcome.map(drop).map_err(to_python), Err)
+}
+
+/// Writes a delta directory of sites that are given.
+///
+/// `sites` are entries of the manifest (docs/format.md) in JSON, one a parameter in execution order, without `tensors`
+/// and with `bytes` and `bpw` of 0; `tensors(name)` gives a site's tensors in the format's order;
+/// `progress(site, done, total)` is called before every site.
+#[pyfunction]
+#[pyo3(signature = (base, out, sites, tensors, files, settings, base_name, progress))]
+#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // the signature that Python sees
+pub fn write(
+    py: Python<'_>,
+    base: &Checkpoint,
+    out: PathBuf,
+    sites: Vec<String>,
+    tensors: Py<PyAny>,
+    files: Vec<PathBuf>,
+    settings: &str,
+    base_name: &str,
+    progress: Py<PyAny>,
+) -> PyResult<()> {
+    let entries = sites.iter().map(|site| serde_json::from_str(site)).collect::<Result<Vec<SiteEntry>, _>>();
+    let entries = entries.map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let settings = read_json(settings)?;
+    let base = &base.0;
+    let (mut raised, mut refused) = (None, None);
+    let outcome = py.detach(|| {
+        let assembly = Assembly { base, out: &out, files: &files, settings, base_name };
+        assembly.write_given(&entries, &mut |step| tell(&progress, step, &mut raised), &mut |entry| {
+            let given = Python::attach(|py| tensors.call1(py, (&entry.name,))?.extract(py));
+            given.map_err(|error| {
+                refused = Some(error);
+                Error::Interrupted
+            })
         })
     });
-    match (raised, outcome) {
-        (Some(error), _) => Err(error),
-        (None, outcome) => outcome.map(|_| ()).map_err(to_python),
-    }
+    raised.or(refused).map_or_else(|| outcome.map(drop).map_err(to_python), Err)
+}
+
+/// Calls Python's `progress`; false where it raised, or a signal did.
+fn tell(progress: &Py<PyAny>, step: Progress<'_>, raised: &mut Option<PyErr>) -> bool {
+    let call = Python::attach(|py| {
+        py.check_signals()?;
+        progress.call1(py, (step.site, step.done, step.total)).map(drop)
+    });
+    *raised = call.err();
+    raised.is_none()
+}
+
+/// What `compress` would write, in bytes and a few too many, if the sites in `shared` are bit-equal and no others.
+#[pyfunction]
+#[pyo3(signature = (base, finetune, plans, shared, files, settings, base_name))]
+#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // the signature that Python sees
+pub fn weigh(
+    base: &Checkpoint,
+    finetune: &Checkpoint,
+    plans: Vec<Bound<'_, PyDict>>,
+    shared: HashSet<String>,
+    files: Vec<PathBuf>,
+    settings: &str,
+    base_name: &str,
+) -> PyResult<u64> {
+    let plans = plans.iter().map(|plan| read_plan(plan, &HashMap::new())).collect::<PyResult<Vec<_>>>()?;
+    let (settings, out) = (read_json(settings)?, Path::new(""));
+    let job = Job { base: &base.0, finetune: &finetune.0, plans: &plans, out, files: &files, settings, base_name };
+    job.weigh(&shared).map_err(to_python)
+}
+
+/// Whether a parameter is bit-equal in base and fine-tune.
+#[pyfunction]
+pub fn same(py: Python<'_>, base: &Checkpoint, finetune: &Checkpoint, name: &str) -> PyResult<bool> {
+    py.detach(|| Ok(meswitch_core::compress::same(&base.0.view(name)?, &finetune.0.view(name)?))).map_err(to_python)
+}
+
+/// `Σ importance · Δ²` of every row of a site, as little-endian float32; `moments` are its E[x²].
+#[pyfunction]
+#[pyo3(signature = (base, finetune, name, transposed, moments))]
+pub fn energies<'py>(
+    py: Python<'py>,
+    base: &Checkpoint,
+    finetune: &Checkpoint,
+    name: &str,
+    transposed: bool,
+    moments: Option<&[u8]>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let moments = moments.map(floats);
+    let work = || {
+        let pair = Pair::new(name, base.0.view(name)?, finetune.0.view(name)?, transposed)?;
+        codec::energies(&pair, moments.as_deref())
+    };
+    Ok(bytes(py, &py.detach(work).map_err(to_python)?))
+}
+
+/// What each candidate (a plan's settings) leaves in each of some rows of a site: `Σ importance · (Δ − Δ̂)²`.
+#[pyfunction]
+#[pyo3(signature = (base, finetune, name, transposed, moments, rows, candidates))]
+#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // the signature that Python sees
+pub fn probe<'py>(
+    py: Python<'py>,
+    base: &Checkpoint,
+    finetune: &Checkpoint,
+    name: &str,
+    transposed: bool,
+    moments: Option<&[u8]>,
+    rows: Vec<usize>,
+    candidates: Vec<Bound<'py, PyDict>>,
+) -> PyResult<Vec<Bound<'py, PyBytes>>> {
+    let moments = moments.map(floats);
+    let read = |candidate: &Bound<'py, PyDict>| read_settings(candidate, required(candidate, "bits")?);
+    let candidates = candidates.iter().map(read).collect::<PyResult<Vec<_>>>()?;
+    let work = || {
+        let pair = Pair::new(name, base.0.view(name)?, finetune.0.view(name)?, transposed)?;
+        if let Some(row) = rows.iter().find(|row| **row >= pair.rows) {
+            return Err(Error::Argument(format!("expected rows below {} of {name}, found {row}", pair.rows)));
+        }
+        codec::probe(&pair, moments.as_deref(), &rows, &candidates)
+    };
+    Ok(py.detach(work).map_err(to_python)?.iter().map(|errors| bytes(py, errors)).collect())
+}
+
+fn bytes<'py>(py: Python<'py>, values: &[f32]) -> Bound<'py, PyBytes> {
+    PyBytes::new(py, &values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+fn read_json(text: &str) -> PyResult<Value> {
+    serde_json::from_str(text).map_err(|error| PyValueError::new_err(error.to_string()))
 }
 
 fn read_plan(plan: &Bound<'_, PyDict>, moments: &HashMap<String, Vec<u8>>) -> PyResult<Plan> {
@@ -60,9 +182,7 @@ fn read_plan(plan: &Bound<'_, PyDict>, moments: &HashMap<String, Vec<u8>>) -> Py
         Some(bits) if bits.is_none() => None,
         Some(bits) => Some(read_settings(plan, bits.extract()?)?),
     };
-    let moments = moments
-        .get(&name)
-        .map(|bytes| bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect());
+    let moments = moments.get(&name).map(|bytes| floats(bytes));
     Ok(Plan { transposed: required(plan, "transposed")?, name, quantize, moments })
 }
 
@@ -71,7 +191,7 @@ fn read_settings(plan: &Bound<'_, PyDict>, bits: u32) -> PyResult<Settings> {
     let classes: Vec<(u32, Vec<u32>)> = required(plan, "classes")?;
     let group_size: Option<usize> = required(plan, "group_size")?;
     let known = |bits: &u32| meswitch_core::layout::BITS.contains(bits);
-    if !known(&bits) || !classes.iter().all(|(bits, _)| known(bits)) || group_size == Some(0) {
+    if !known(&bits) || !classes.iter().all(|(bits, _)| *bits == 0 || known(bits)) || group_size == Some(0) {
         return Err(PyValueError::new_err(format!(
             "expected bits of 1, 2, 3, 4 or 8 and a positive group size, found {bits}"
         )));
@@ -89,10 +209,12 @@ fn read_settings(plan: &Bound<'_, PyDict>, bits: u32) -> PyResult<Settings> {
         },
         one_scale: required(plan, "one_scale")?,
         column_scales: required(plan, "column_scales")?,
+        unbiased: required(plan, "unbiased")?,
         salient: required(plan, "salient")?,
         rank: required(plan, "rank")?,
         classes: classes.into_iter().map(|(bits, rows)| Class { bits, rows }).collect(),
         skip_unchanged_rows: required(plan, "skip_unchanged_rows")?,
+        sparse: required(plan, "sparse")?,
     })
 }
 

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use super::compress::compress;
+    use super::compress::{compress, energies, probe, same, weigh, write};
     #[pymodule_export]
     use super::delta::{Checkpoint, Delta};
     #[pymodule_export]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use meswitch_core::Error;
-use meswitch_core::kernels::{linear, matrix, rows};
+use meswitch_core::kernels::{linear, matrix, rows, sparse};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -106,7 +106,7 @@ impl Table {
 impl Matrix {
     /// Borrows a site's tensors; `keep` must own them all. Lengths and indices are checked here, once.
     #[new]
-    #[pyo3(signature = (rows, columns, exponent, parts, column_scales, salient, low_rank, keep))]
+    #[pyo3(signature = (rows, columns, exponent, parts, column_scales, salient, low_rank, sparse, keep))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         rows: usize,
@@ -116,6 +116,7 @@ impl Matrix {
         column_scales: Option<Memory>,
         salient: Option<(Memory, Memory)>,
         low_rank: Option<(Memory, Memory)>,
+        sparse: Option<(Memory, Memory, Memory)>,
         keep: Py<PyAny>,
     ) -> PyResult<Self> {
         let parts = parts
@@ -133,6 +134,15 @@ impl Matrix {
             column_scales: column_scales.map(slice).transpose()?,
             salient: salient.map(|(index, values)| Ok::<_, PyErr>((slice(index)?, slice(values)?))).transpose()?,
             low_rank: low_rank.map(|(u, v)| Ok::<_, PyErr>((slice(u)?, slice(v)?))).transpose()?,
+            sparse: sparse
+                .map(|(starts, gaps, values)| {
+                    Ok::<_, PyErr>(sparse::Sparse {
+                        starts: slice(starts)?,
+                        gaps: slice(gaps)?,
+                        values: slice(values)?,
+                    })
+                })
+                .transpose()?,
         };
         matrix.check().map_err(to_python)?;
         Ok(Self { matrix, _keep: keep })

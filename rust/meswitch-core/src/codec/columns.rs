@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::sweep;
+use super::{fit, sweep};
 
 /// One scale an input channel, with its inverse, or none.
 pub(super) struct Columns(Option<(Vec<f32>, Vec<f32>)>);
@@ -24,13 +24,18 @@ impl Columns {
         Self(Some((scales, inverse)))
     }
 
-    /// Moves every scale to the best one for codes that stay. Returns the scales as they were.
-    pub fn refit(&mut self, outcome: &Outcome) -> Vec<f32> {
+    /// Moves every scale to the best one for codes that stay: by least squares, or so that a channel is kept along
+    /// itself (see [`fit::unbiased`]). Returns the scales as they were.
+    pub fn refit(&mut self, outcome: &Outcome, unbiased: bool) -> Vec<f32> {
         let Some((mut scales, _)) = self.0.take() else { return Vec::new() };
         let before = scales.clone();
-        for ((scale, cross), level) in scales.iter_mut().zip(&outcome.cross).zip(&outcome.level) {
-            if *level > 0.0 && *cross > 0.0 {
-                *scale = round(*scale * (cross / level) as f32);
+        for (i, scale) in scales.iter_mut().enumerate() {
+            let (cross, level) = (outcome.cross[i], outcome.level[i]);
+            if level > 0.0 && cross > 0.0 {
+                let best = cross / level;
+                let energy = outcome.error[i] / f64::from(*scale).powi(2) + 2.0 * cross - level;
+                let step = if unbiased { (energy / cross).clamp(best, f64::from(fit::MOST)) } else { best };
+                *scale = round(*scale * step as f32);
             }
         }
         *self = Self::of(scales);

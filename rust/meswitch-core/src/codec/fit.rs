@@ -4,6 +4,9 @@ use crate::kernels::by_backend;
 
 const LANES: usize = 16;
 
+/// How far a scale goes beyond least squares: where codes explain less than a quarter, noise would outweigh the gain.
+pub const MOST: f32 = 4.0;
+
 /// The number of codes below the top one: the largest code.
 #[must_use]
 pub fn top(bits: u32) -> f32 {
@@ -30,6 +33,12 @@ by_backend! {
 by_backend! {
     /// The largest share of a row's energy `Σ weight · delta²` that a scale can explain at that zero.
     pub fn best_gain(delta: &[f32], weight: &[f32], bits: u32, zero: f32) -> f32 = best_gain_body
+}
+
+by_backend! {
+    /// The scale at which codes that stay keep all of a row along itself, `Σ weight · delta · value = Σ weight · delta²`,
+    /// where the best scale by least squares loses as large a share of it as its error's. At most `MOST` times `scale`.
+    pub fn unbiased(delta: &[f32], weight: &[f32], scale: f32, zero: f32, codes: &[u8]) -> f32 = unbiased_body
 }
 
 by_backend! {
@@ -118,6 +127,19 @@ fn level_sums(delta: &[f32], weight: &[f32], inverse: f32, zero: f32, top: f32) 
 }
 
 #[inline(always)]
+fn unbiased_body(delta: &[f32], weight: &[f32], scale: f32, zero: f32, codes: &[u8]) -> f32 {
+    let (square, _) = energy(delta, weight);
+    let mut along = [0f32; LANES];
+    for ((d, w), codes) in delta.chunks(LANES).zip(weight.chunks(LANES)).zip(codes.chunks(LANES)) {
+        for (((along, d), w), code) in along.iter_mut().zip(d).zip(w).zip(codes) {
+            *along += w * d * (f32::from(*code) - zero);
+        }
+    }
+    let along: f32 = along.iter().sum();
+    if along > 0.0 { (square / along).min(MOST * scale) } else { scale }
+}
+
+#[inline(always)]
 fn encode_body(delta: &[f32], scale: f32, bits: u32, zero: f32, codes: &mut [u8]) {
     let top = top(bits);
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
@@ -165,6 +187,28 @@ mod tests {
             let found = error(&delta, scale, zero, &codes) / energy;
             assert!((found / distortion - 1.0).abs() < 0.06, "{bits} bits: {found} for {distortion}");
         }
+    }
+
+    #[test]
+    fn an_unbiased_scale_keeps_a_row_along_itself() {
+        let (delta, weight) = (gaussian(1000), gaussian(1000).iter().map(|w| w * w).collect::<Vec<_>>());
+        let mut codes = vec![0; delta.len()];
+        for bits in [1, 2, 4] {
+            let zero = top(bits) / 2.0;
+            let best = fit_row(&delta, &weight, bits, zero, &mut codes);
+            let scale = unbiased(&delta, &weight, best, zero, &codes);
+            let (mut kept, mut all) = (0.0, 0.0);
+            for ((d, w), code) in delta.iter().zip(&weight).zip(&codes) {
+                kept += w * d * scale * (f32::from(*code) - zero);
+                all += w * d * d;
+            }
+            assert!(scale > best && (kept / all - 1.0).abs() < 1e-4, "{bits} bits: {kept} of {all}");
+        }
+        let mut spike = vec![0.0; 400];
+        spike[3] = 1.0;
+        let best = fit_row(&spike, &[1.0; 400], 1, 0.5, &mut codes[..400]);
+        assert_eq!(unbiased(&spike, &[1.0; 400], best, 0.5, &codes[..400]), MOST * best);
+        assert_eq!(unbiased(&[0.0; 9], &[1.0; 9], 0.0, 0.5, &[0; 9]), 0.0);
     }
 
     #[test]

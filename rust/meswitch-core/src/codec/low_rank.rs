@@ -10,6 +10,12 @@ use crate::kernels::linear::dot;
 /// Iterations; each reads the site twice. Enough for the leading directions of a spectrum that falls.
 const ITERATIONS: usize = 3;
 
+/// Iterations of a sketch.
+const SKETCHES: usize = 2;
+
+/// Sweeps of Jacobi's method, which converges quadratically.
+const SWEEPS: usize = 8;
+
 /// `U · V` with `U [rows, rank]` and `V [rank, columns]`.
 pub(super) struct LowRank {
     rank: usize,
@@ -26,18 +32,59 @@ impl LowRank {
         }
         let root: Vec<f32> = importance.iter().map(|weight| weight.sqrt()).collect();
         let mut basis = start(rank, pair.columns);
+        let rows: Vec<usize> = (0..pair.rows).collect();
         for _ in 0..ITERATIONS {
-            basis = pass(pair, &root, &basis, rank)?.1;
+            basis = pass(pair, &rows, &root, &basis)?.1;
             orthonormalise(&mut basis, pair.columns);
         }
-        let u = pass(pair, &root, &basis, rank)?.0;
+        let u = pass(pair, &rows, &root, &basis)?.0;
         // Both halves are kept in 16 bits: what they cannot hold, the codes see.
         let u = round_to_halves(u);
-        let v = basis
-            .chunks(pair.columns)
-            .flat_map(|row| row.iter().zip(&root).map(|(value, root)| value / root))
-            .collect();
-        Ok(Some(Self { rank, u, v: round_to_halves(v) }))
+        Ok(Some(Self { rank, u, v: round_to_halves(unweighted(&basis, &root)) }))
+    }
+
+    /// A quick guess at what `fit` would find, of most to least energy, for the given rows alone: the directions come
+    /// from `seen`, which are others where there are enough, so that the energy captured is no flattery.
+    pub fn sketch(pair: &Pair<'_>, importance: &[f32], rank: usize, seen: &[usize], rows: &[usize]) -> Result<Self> {
+        let rank = rank.min(seen.len()).min(pair.columns);
+        if rank == 0 {
+            return Ok(Self { rank, u: Vec::new(), v: Vec::new() });
+        }
+        let root: Vec<f32> = importance.iter().map(|weight| weight.sqrt()).collect();
+        let mut basis = start(rank, pair.columns);
+        for _ in 0..SKETCHES {
+            basis = pass(pair, seen, &root, &basis)?.1;
+            orthonormalise(&mut basis, pair.columns);
+        }
+        let found = pass(pair, rows, &root, &basis)?.0;
+        let mut gram = vec![0f64; rank * rank];
+        for row in found.chunks(rank) {
+            for (a, left) in row.iter().enumerate() {
+                row.iter().enumerate().for_each(|(b, right)| gram[a * rank + b] += f64::from(*left * *right));
+            }
+        }
+        let turn = eigenvectors(&mut gram, rank);
+        let mut u = vec![0f32; pair.rows * rank];
+        for (row, found) in rows.iter().zip(found.chunks(rank)) {
+            for (to, direction) in u[row * rank..].iter_mut().zip(turn.chunks(rank)) {
+                *to = dot(found, direction);
+            }
+        }
+        let mut turned = vec![0f32; basis.len()];
+        for (to, direction) in turned.chunks_mut(pair.columns).zip(turn.chunks(rank)) {
+            for (factor, row) in direction.iter().zip(basis.chunks(pair.columns)) {
+                sweep::add_scaled(to, *factor, row);
+            }
+        }
+        Ok(Self { rank, u, v: unweighted(&turned, &root) })
+    }
+
+    /// The first `rank` directions alone.
+    pub fn truncated(&self, rank: usize) -> Self {
+        let rank = rank.min(self.rank);
+        let u = self.u.chunks(self.rank.max(1)).flat_map(|row| &row[..rank]).copied().collect();
+        let columns = self.v.len() / self.rank.max(1);
+        Self { rank, u, v: self.v[..rank * columns].to_vec() }
     }
 
     /// Takes the part out of a tile of rows.
@@ -57,6 +104,11 @@ impl LowRank {
         let u = self.u.iter().map(|value| f16::from_f32(value * unit)).collect();
         (u, self.v.into_iter().map(f16::from_f32).collect())
     }
+}
+
+/// Directions in weighted channels, as the channels themselves see them.
+fn unweighted(basis: &[f32], root: &[f32]) -> Vec<f32> {
+    basis.chunks(root.len()).flat_map(|row| row.iter().zip(root).map(|(value, root)| value / root)).collect()
 }
 
 fn round_to_halves(mut values: Vec<f32>) -> Vec<f32> {
@@ -84,9 +136,9 @@ fn start(rank: usize, columns: usize) -> Vec<f32> {
 }
 
 /// `Y = Δ·R·basisᵀ` as `[rows, rank]` and `Yᵀ·Δ·R` as `[rank, columns]`, in one reading; `R` are the channels' roots.
-fn pass(pair: &Pair<'_>, root: &[f32], basis: &[f32], rank: usize) -> Result<(Vec<f32>, Vec<f32>)> {
-    let rows: Vec<usize> = (0..pair.rows).collect();
+fn pass(pair: &Pair<'_>, rows: &[usize], root: &[f32], basis: &[f32]) -> Result<(Vec<f32>, Vec<f32>)> {
     let columns = pair.columns;
+    let rank = basis.len() / columns.max(1);
     let bands: Vec<(Vec<f32>, Vec<f32>)> = rows
         .par_chunks(pair.band_rows())
         .map_init(<(Vec<f32>, Vec<f32>)>::default, |(spare, tile), band| {
@@ -106,7 +158,7 @@ fn pass(pair: &Pair<'_>, root: &[f32], basis: &[f32], rank: usize) -> Result<(Ve
             Ok((left, right))
         })
         .collect::<Result<_>>()?;
-    let (mut left, mut right) = (Vec::with_capacity(pair.rows * rank), vec![0f32; rank * columns]);
+    let (mut left, mut right) = (Vec::with_capacity(rows.len() * rank), vec![0f32; rank * columns]);
     for (more, sums) in bands {
         left.extend(more);
         right.iter_mut().zip(sums).for_each(|(sum, value)| *sum += value);
@@ -128,6 +180,52 @@ fn orthonormalise(basis: &mut [f32], columns: usize) {
             if length > 0.0 {
                 row.iter_mut().for_each(|value| *value /= length);
             }
+        }
+    }
+}
+
+/// The eigenvectors of a symmetric matrix `[n, n]` as rows, of the largest eigenvalue first (Jacobi's method).
+fn eigenvectors(matrix: &mut [f64], n: usize) -> Vec<f32> {
+    let mut vectors = vec![0f64; n * n];
+    (0..n).for_each(|i| vectors[i * n + i] = 1.0);
+    for _ in 0..SWEEPS {
+        for (p, q) in (0..n).flat_map(|p| (p + 1..n).map(move |q| (p, q))) {
+            let (pp, qq, pq) = (matrix[p * n + p], matrix[q * n + q], matrix[p * n + q]);
+            if pq.abs() <= f64::EPSILON * (pp * qq).abs().sqrt() {
+                continue;
+            }
+            let angle = 0.5 * (2.0 * pq).atan2(qq - pp);
+            let (sin, cos) = angle.sin_cos();
+            for k in 0..n {
+                let (a, b) = (matrix[k * n + p], matrix[k * n + q]);
+                (matrix[k * n + p], matrix[k * n + q]) = (cos * a - sin * b, sin * a + cos * b);
+            }
+            for k in 0..n {
+                let (a, b) = (matrix[p * n + k], matrix[q * n + k]);
+                (matrix[p * n + k], matrix[q * n + k]) = (cos * a - sin * b, sin * a + cos * b);
+                let (a, b) = (vectors[p * n + k], vectors[q * n + k]);
+                (vectors[p * n + k], vectors[q * n + k]) = (cos * a - sin * b, sin * a + cos * b);
+            }
+        }
+    }
+    let mut order: Vec<usize> = (0..n).collect();
+    order.sort_by(|a, b| matrix[b * n + b].total_cmp(&matrix[a * n + a]));
+    order.into_iter().flat_map(|i| vectors[i * n..(i + 1) * n].iter().map(|value| *value as f32)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::eigenvectors;
+
+    #[test]
+    fn eigenvectors_come_largest_first() {
+        // [[2, 1], [1, 2]] beside 9: eigenvalues 9, 3 and 1.
+        let found = eigenvectors(&mut [2.0, 1.0, 0.0, 1.0, 2.0, 0.0, 0.0, 0.0, 9.0], 3);
+        let half = 0.5f32.sqrt();
+        let wanted = [[0.0, 0.0, 1.0], [half, half, 0.0], [half, -half, 0.0]];
+        for (found, wanted) in found.chunks(3).zip(wanted) {
+            let along: f32 = found.iter().zip(wanted).map(|(a, b)| a * b).sum();
+            assert!((along.abs() - 1.0).abs() < 1e-6, "{found:?} for {wanted:?}");
         }
     }
 }

@@ -4,9 +4,13 @@ mod columns;
 pub mod fit;
 mod low_rank;
 pub mod pair;
+mod probe;
 mod quantize;
 mod salient;
+mod sparse;
 mod sweep;
 
 pub use pair::Pair;
+pub use probe::{energies, probe};
 pub use quantize::{Class, Part, Quantized, Settings, Zero, quantize};
+pub use sparse::Sparse;

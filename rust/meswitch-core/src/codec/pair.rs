@@ -50,6 +50,12 @@ impl<'a> Pair<'a> {
         Ok(Self { name, base, finetune, rows, columns, transposed })
     }
 
+    /// Rows of the fine-tune that the base does not have.
+    #[must_use]
+    pub fn added(&self) -> usize {
+        self.finetune.len() / self.columns.max(1) - self.rows
+    }
+
     /// Rows of one tile.
     #[must_use]
     pub fn tile_rows(&self) -> usize {

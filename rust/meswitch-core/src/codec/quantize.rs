@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::columns::{Columns, Outcome};
 use super::low_rank::LowRank;
-use super::{Pair, fit, salient, sweep};
+use super::{Pair, Sparse, fit, salient, sweep};
 use crate::error::Result;
 use crate::layout::row_bytes;
 
@@ -23,7 +23,7 @@ pub enum Zero {
 /// Rows that get a bit width of their own.
 #[derive(Clone, Debug)]
 pub struct Class {
-    /// Bits a code.
+    /// Bits a code; none leave the rows as the base has them, but for the low-rank part.
     pub bits: u32,
     /// The rows, rising.
     pub rows: Vec<u32>,
@@ -42,6 +42,8 @@ pub struct Settings {
     pub one_scale: bool,
     /// Whether input channels have scales too.
     pub column_scales: bool,
+    /// Whether scales keep a row whole along itself, at a larger error (see [`fit::unbiased`]).
+    pub unbiased: bool,
     /// Salient channels to keep.
     pub salient: usize,
     /// Rank of the part under the codes.
@@ -50,6 +52,22 @@ pub struct Settings {
     pub classes: Vec<Class>,
     /// Whether rows without any change take no space.
     pub skip_unchanged_rows: bool,
+    /// Whether changed weights are kept one by one where that takes less than codes.
+    pub sparse: bool,
+}
+
+impl Settings {
+    /// The bits of each row that the settings ask for; none for rows that are left as they are.
+    #[must_use]
+    pub fn widths(&self, rows: usize) -> Vec<Option<u32>> {
+        let mut widths = vec![Some(self.bits); rows];
+        for class in &self.classes {
+            for row in class.rows.iter().filter(|row| (**row as usize) < rows) {
+                widths[*row as usize] = (class.bits > 0).then_some(class.bits);
+            }
+        }
+        widths
+    }
 }
 
 /// The rows of a site that share a bit width.
@@ -82,17 +100,21 @@ pub struct Quantized {
     pub salient: Vec<f16>,
     /// The low-rank part `[rows, rank]` · `[rank, columns]`.
     pub low_rank: Option<(Vec<f16>, Vec<f16>)>,
-    /// Scales, salient values and the left low-rank factor are in units of `2^exponent`.
+    /// The changed weights one by one, in place of all the rest.
+    pub sparse: Option<Sparse>,
+    /// Scales, salient values, the left low-rank factor and sparse values are in units of `2^exponent`.
     pub exponent: i32,
     /// `‖Δ − Δ̂‖ / ‖Δ‖`.
     pub relative_error: f64,
 }
 
 /// What one pass over a site says of it.
-struct Statistics {
+pub(super) struct Statistics {
     row_energy: Vec<f32>,
     column_energy: Vec<f64>,
     magnitude: f64,
+    changed: u64,
+    largest: f32,
 }
 
 /// The rows of one part while they are being fitted.
@@ -110,43 +132,34 @@ pub(super) struct Draft {
 /// # Errors
 /// [`crate::Error::NonFinite`] where a weight is NaN or infinite.
 pub fn quantize(pair: &Pair<'_>, moments: Option<&[f32]>, settings: &Settings) -> Result<Option<Quantized>> {
-    let statistics = measure(pair)?;
+    let rows: Vec<usize> = (0..pair.rows).collect();
+    let statistics = measure(pair, &rows)?;
     let energy: f64 = statistics.row_energy.iter().map(|e| f64::from(*e)).sum();
     if energy == 0.0 {
         return Ok(None);
     }
+    let (drafts, left) = drafts(pair, settings, &statistics);
+    if settings.sparse {
+        let limit = planned_bytes(pair, settings, &drafts);
+        if let Some((sparse, exponent, missed)) = Sparse::fit(pair, statistics.changed, statistics.largest, limit)? {
+            return Ok(Some(Quantized::of_sparse(sparse, exponent, (missed / energy).sqrt())));
+        }
+    }
     let importance = importance(moments, pair.columns);
     let low_rank = LowRank::fit(pair, &importance, settings.rank)?;
-    let mut columns = Columns::first(settings.column_scales, &statistics.column_energy, pair.rows);
-    let mut drafts = drafts(pair, settings, &statistics);
     let source = Source { pair, low_rank: low_rank.as_ref(), importance: &importance };
-    for draft in &mut drafts {
-        draft.zero = source.choose_zero(draft, &columns, settings)?;
-    }
-    let shared_scale =
-        settings.one_scale.then(|| (2.0 * statistics.magnitude / (pair.rows * pair.columns) as f64) as f32);
-    let rounds = if settings.column_scales { 2 } else { 1 };
-    let mut outcome = Outcome::new(pair.columns);
-    for round in 0..rounds {
-        outcome = Outcome::new(pair.columns);
-        for draft in &mut drafts {
-            outcome.add(&source.fit(draft, &columns, settings, shared_scale)?);
-        }
-        // The last refit moves the scales under codes that stay: better by least squares, so never worse.
-        let before = columns.refit(&outcome);
-        if round + 1 == rounds && settings.column_scales {
-            outcome.correct(&before, &columns);
-        }
-    }
-    let chosen = salient::choose(&outcome.error, &importance, settings.salient);
-    let residual = source.residual(&drafts, &columns, settings, &chosen)?;
+    let left = source.energy(&left)?;
+    let fitted = source.fit_all(drafts, &statistics, settings)?;
+    let chosen = salient::choose(&fitted.outcome.error, &importance, settings.salient);
+    let residual = source.residual(&fitted, settings, &chosen)?;
     let missed: f64 =
-        outcome.error.iter().enumerate().filter(|(i, _)| !chosen.contains(&(*i as u32))).map(|(_, e)| e).sum();
-    Ok(Some(finish(drafts, &columns, settings, chosen, &residual, low_rank, (missed / energy).max(0.0).sqrt())))
+        fitted.outcome.error.iter().enumerate().filter(|(i, _)| !chosen.contains(&(*i as u32))).map(|(_, e)| e).sum();
+    let relative_error = ((missed + left) / energy).max(0.0).sqrt();
+    Ok(Some(finish(fitted, settings, chosen, &residual, low_rank, relative_error)))
 }
 
 /// E[x²] with a floor, so that a channel that calibration never saw still counts; ones without calibration.
-fn importance(moments: Option<&[f32]>, columns: usize) -> Vec<f32> {
+pub(super) fn importance(moments: Option<&[f32]>, columns: usize) -> Vec<f32> {
     let Some(moments) = moments else { return vec![1.0; columns] };
     let mean = moments.iter().map(|m| f64::from(*m)).sum::<f64>() / columns.max(1) as f64;
     if mean <= 0.0 {
@@ -155,41 +168,46 @@ fn importance(moments: Option<&[f32]>, columns: usize) -> Vec<f32> {
     moments.iter().map(|m| (f64::from(*m) / mean + 0.01) as f32).collect()
 }
 
-fn measure(pair: &Pair<'_>) -> Result<Statistics> {
-    let rows: Vec<usize> = (0..pair.rows).collect();
+pub(super) fn measure(pair: &Pair<'_>, rows: &[usize]) -> Result<Statistics> {
     let bands: Vec<_> = rows
         .par_chunks(pair.band_rows())
         .map_init(<(Vec<f32>, Vec<f32>)>::default, |(spare, tile), band| {
             let (mut row_energy, mut column_energy) = (Vec::with_capacity(band.len()), vec![0f32; pair.columns]);
-            let mut magnitude = 0.0;
+            let (mut magnitude, mut changed, mut largest) = (0.0, 0, 0f32);
             for rows in band.chunks(pair.tile_rows()) {
                 pair.read(rows, spare, tile)?;
                 for row in tile.chunks(pair.columns.max(1)) {
                     let (energy, absolute) = sweep::energies(row, &mut column_energy);
                     row_energy.push(energy);
                     magnitude += f64::from(absolute);
+                    let (count, most) = sweep::extent(row);
+                    changed += u64::from(count);
+                    largest = largest.max(most);
                 }
             }
-            Ok((row_energy, column_energy, magnitude))
+            Ok((row_energy, column_energy, magnitude, changed, largest))
         })
         .collect::<Result<_>>()?;
-    let mut all = Statistics { row_energy: Vec::new(), column_energy: vec![0.0; pair.columns], magnitude: 0.0 };
-    for (row_energy, column_energy, magnitude) in bands {
+    let mut all = Statistics {
+        row_energy: Vec::new(),
+        column_energy: vec![0.0; pair.columns],
+        magnitude: 0.0,
+        changed: 0,
+        largest: 0.0,
+    };
+    for (row_energy, column_energy, magnitude, changed, largest) in bands {
         all.row_energy.extend(row_energy);
         all.column_energy.iter_mut().zip(column_energy).for_each(|(sum, value)| *sum += f64::from(value));
         all.magnitude += magnitude;
+        all.changed += changed;
+        all.largest = all.largest.max(largest);
     }
     Ok(all)
 }
 
-/// Splits the rows into the parts that the settings ask for.
-fn drafts(pair: &Pair<'_>, settings: &Settings, statistics: &Statistics) -> Vec<Draft> {
-    let mut bits_of = vec![Some(settings.bits); pair.rows];
-    for class in &settings.classes {
-        for row in class.rows.iter().filter(|row| (**row as usize) < pair.rows) {
-            bits_of[*row as usize] = Some(class.bits);
-        }
-    }
+/// Splits the rows into the parts that the settings ask for, and those that are left as they are though they changed.
+fn drafts(pair: &Pair<'_>, settings: &Settings, statistics: &Statistics) -> (Vec<Draft>, Vec<usize>) {
+    let mut bits_of = settings.widths(pair.rows);
     let unchanged = statistics.row_energy.iter().filter(|energy| **energy == 0.0).count();
     // Naming the other rows costs four bytes each.
     let saved = unchanged * (row_bytes(settings.bits, pair.columns) + 2);
@@ -200,34 +218,118 @@ fn drafts(pair: &Pair<'_>, settings: &Settings, statistics: &Statistics) -> Vec<
             }
         }
     }
+    let left = (0..pair.rows).filter(|row| bits_of[*row].is_none() && statistics.row_energy[*row] > 0.0).collect();
     let mut widths: Vec<u32> = bits_of.iter().flatten().copied().collect();
     widths.sort_unstable();
     widths.dedup();
-    widths
-        .into_iter()
-        .map(|bits| {
-            let rows: Vec<usize> = (0..pair.rows).filter(|row| bits_of[*row] == Some(bits)).collect();
-            let groups = settings.group_size.map_or(1, |size| pair.columns.div_ceil(size));
-            Draft {
-                bits,
-                zero: fit::top(bits) / 2.0,
-                all: rows.len() == pair.rows,
-                codes: vec![0; rows.len() * row_bytes(bits, pair.columns)],
-                scales: vec![0.0; rows.len() * groups],
-                rows,
-            }
-        })
-        .collect()
+    let rows_at = |bits| (0..pair.rows).filter(|row| bits_of[*row] == Some(bits)).collect();
+    (widths.into_iter().map(|bits| Draft::new(pair, settings, bits, rows_at(bits))).collect(), left)
+}
+
+impl Draft {
+    pub fn new(pair: &Pair<'_>, settings: &Settings, bits: u32, rows: Vec<usize>) -> Self {
+        let groups = settings.group_size.map_or(1, |size| pair.columns.div_ceil(size));
+        Self {
+            bits,
+            zero: fit::top(bits) / 2.0,
+            all: rows.len() == pair.rows,
+            codes: vec![0; rows.len() * row_bytes(bits, pair.columns)],
+            scales: vec![0.0; rows.len() * groups],
+            rows,
+        }
+    }
+}
+
+/// Rows under scales and codes.
+pub(super) struct Fitted {
+    pub drafts: Vec<Draft>,
+    pub columns: Columns,
+    /// What is left, by column.
+    pub outcome: Outcome,
+}
+
+/// The scale of a row, given its codes.
+#[derive(Clone, Copy)]
+enum Scales {
+    /// By least squares.
+    Best,
+    /// [`fit::unbiased`].
+    Unbiased,
+    /// This one, for all rows.
+    Shared(f32),
+}
+
+impl Scales {
+    /// The scale and the codes of one row, or group of a row.
+    fn fit(self, delta: &[f32], weight: &[f32], bits: u32, zero: f32, codes: &mut [u8]) -> f32 {
+        if let Self::Shared(scale) = self {
+            fit::encode(delta, scale, bits, zero, codes);
+            return scale;
+        }
+        let best = fit::fit_row(delta, weight, bits, zero, codes);
+        if let Self::Unbiased = self { fit::unbiased(delta, weight, best, zero, codes) } else { best }
+    }
+}
+
+/// Bytes of all tensors that the settings ask for.
+fn planned_bytes(pair: &Pair<'_>, settings: &Settings, drafts: &[Draft]) -> usize {
+    let rank = settings.rank.min(pair.rows).min(pair.columns);
+    let salient = settings.salient.min(pair.columns);
+    let parts = drafts.iter().map(|draft| {
+        let rows = if draft.all { 0 } else { 4 * draft.rows.len() };
+        draft.codes.len() + 2 * draft.scales.len() + rows
+    });
+    let columns = if settings.column_scales { 2 * pair.columns } else { 0 };
+    parts.sum::<usize>() + columns + salient * (4 + 2 * pair.rows) + 2 * rank * (pair.rows + pair.columns)
 }
 
 /// What the codes are fitted to.
-struct Source<'a> {
-    pair: &'a Pair<'a>,
-    low_rank: Option<&'a LowRank>,
-    importance: &'a [f32],
+pub(super) struct Source<'a> {
+    pub pair: &'a Pair<'a>,
+    pub low_rank: Option<&'a LowRank>,
+    pub importance: &'a [f32],
 }
 
 impl Source<'_> {
+    /// Fits the rows of all drafts: zeros, then scales and codes in turn with the column scales.
+    pub fn fit_all(&self, mut drafts: Vec<Draft>, statistics: &Statistics, settings: &Settings) -> Result<Fitted> {
+        let rows = statistics.row_energy.len();
+        let mut columns = Columns::first(settings.column_scales, &statistics.column_energy, rows);
+        for draft in &mut drafts {
+            draft.zero = self.choose_zero(draft, &columns, settings)?;
+        }
+        let one = settings.one_scale.then(|| (2.0 * statistics.magnitude / (rows * self.pair.columns) as f64) as f32);
+        let rounds = if settings.column_scales { 2 } else { 1 };
+        let mut outcome = Outcome::new(self.pair.columns);
+        for round in 1..=rounds {
+            outcome = Outcome::new(self.pair.columns);
+            let scales = match one {
+                Some(scale) => Scales::Shared(scale),
+                None if settings.unbiased && round == rounds => Scales::Unbiased,
+                None => Scales::Best,
+            };
+            for draft in &mut drafts {
+                outcome.add(&self.fit(draft, &columns, settings, scales)?);
+            }
+            // The last refit moves the scales under codes that stay.
+            let before = columns.refit(&outcome, matches!(scales, Scales::Unbiased));
+            if round == rounds && settings.column_scales {
+                outcome.correct(&before, &columns);
+            }
+        }
+        Ok(Fitted { drafts, columns, outcome })
+    }
+
+    /// `Σ d²` of some rows.
+    fn energy(&self, rows: &[usize]) -> Result<f64> {
+        let (mut spare, mut tile, mut sum) = (Vec::new(), Vec::new(), 0.0);
+        for rows in rows.chunks(self.pair.tile_rows()) {
+            self.read(rows, &mut spare, &mut tile)?;
+            sum += tile.iter().map(|d| f64::from(*d).powi(2)).sum::<f64>();
+        }
+        Ok(sum)
+    }
+
     /// Rows of the difference that is left under the low-rank part.
     fn read(&self, rows: &[usize], spare: &mut Vec<f32>, tile: &mut Vec<f32>) -> Result<()> {
         self.pair.read(rows, spare, tile)?;
@@ -260,7 +362,7 @@ impl Source<'_> {
     }
 
     /// Fits scales and codes of a part's rows; says what that leaves per column.
-    fn fit(&self, draft: &mut Draft, columns: &Columns, settings: &Settings, shared: Option<f32>) -> Result<Outcome> {
+    fn fit(&self, draft: &mut Draft, columns: &Columns, settings: &Settings, scales: Scales) -> Result<Outcome> {
         let width = self.pair.columns;
         let size = settings.group_size.unwrap_or(width).max(1);
         let (stride, groups) = (row_bytes(draft.bits, width), width.div_ceil(size).max(1));
@@ -272,23 +374,20 @@ impl Source<'_> {
             .par_chunks(band_rows)
             .zip(draft.codes.par_chunks_mut((stride * band_rows).max(1)))
             .zip(draft.scales.par_chunks_mut(groups * band_rows))
-            .map_init(<(Vec<f32>, Vec<f32>, Vec<u8>)>::default, |(spare, tile, codes), ((band, packed), scales)| {
+            .map_init(<(Vec<f32>, Vec<f32>, Vec<u8>)>::default, |(spare, tile, codes), ((band, packed), found)| {
                 codes.resize(width, 0);
                 let mut tally = Tally::new(width);
-                let mut rows = packed.chunks_mut(stride).zip(scales.chunks_mut(groups));
+                let mut rows = packed.chunks_mut(stride).zip(found.chunks_mut(groups));
                 for tile_rows in band.chunks(self.pair.tile_rows()) {
                     self.read(tile_rows, spare, tile)?;
-                    for (row, (packed, scales)) in tile.chunks_mut(width).zip(&mut rows) {
+                    for (row, (packed, found)) in tile.chunks_mut(width).zip(&mut rows) {
                         columns.divide(row);
                         let groups =
-                            row.chunks(size).zip(weight.chunks(size)).zip(codes.chunks_mut(size)).zip(&mut *scales);
+                            row.chunks(size).zip(weight.chunks(size)).zip(codes.chunks_mut(size)).zip(&mut *found);
                         for (((delta, weight), codes), scale) in groups {
-                            *scale = shared.unwrap_or_else(|| fit::fit_row(delta, weight, bits, zero, codes));
-                            if shared.is_some() {
-                                fit::encode(delta, *scale, bits, zero, codes);
-                            }
+                            *scale = scales.fit(delta, weight, bits, zero, codes);
                         }
-                        tally.add(row, codes, scales, size, zero);
+                        tally.add(row, codes, found, size, zero);
                         crate::layout::pack_row(codes, bits, packed);
                     }
                 }
@@ -301,37 +400,48 @@ impl Source<'_> {
     }
 
     /// What the codes miss in the chosen channels, `[rows, chosen]`.
-    fn residual(&self, drafts: &[Draft], columns: &Columns, settings: &Settings, chosen: &[u32]) -> Result<Vec<f32>> {
-        if chosen.is_empty() {
-            return Ok(Vec::new());
-        }
-        let width = self.pair.columns;
+    fn residual(&self, fitted: &Fitted, settings: &Settings, chosen: &[u32]) -> Result<Vec<f32>> {
         let mut residual = vec![0f32; self.pair.rows * chosen.len()];
-        for draft in drafts {
-            let stride = row_bytes(draft.bits, width);
-            let size = settings.group_size.unwrap_or(width).max(1);
-            let groups = width.div_ceil(size);
-            let rows: Vec<(usize, Vec<f32>)> = draft
-                .rows
-                .par_iter()
-                .enumerate()
-                .map_init(<(Vec<f32>, Vec<f32>, Vec<u8>)>::default, |(spare, tile, codes), (at, row)| {
-                    self.read(&[*row], spare, tile)?;
-                    codes.resize(width, 0);
-                    crate::layout::unpack_row(&draft.codes[at * stride..(at + 1) * stride], draft.bits, codes);
-                    let left = chosen.iter().map(|column| {
-                        let column = *column as usize;
-                        let scale = draft.scales[at * groups + column / size] * columns.scale(column);
-                        tile[column] - scale * (f32::from(codes[column]) - draft.zero)
-                    });
-                    Ok((*row, left.collect()))
-                })
-                .collect::<Result<_>>()?;
-            for (row, left) in rows {
+        if chosen.is_empty() {
+            return Ok(residual);
+        }
+        for draft in &fitted.drafts {
+            let pick = |missed: &[f32]| chosen.iter().map(|column| missed[*column as usize]).collect();
+            let rows: Vec<Vec<f32>> = self.missed(draft, &fitted.columns, settings, pick)?;
+            for (row, left) in draft.rows.iter().zip(rows) {
                 residual[row * chosen.len()..(row + 1) * chosen.len()].copy_from_slice(&left);
             }
         }
         Ok(residual)
+    }
+
+    /// What `of` makes of each row of the difference under the codes.
+    pub fn missed<T: Send>(
+        &self,
+        draft: &Draft,
+        columns: &Columns,
+        settings: &Settings,
+        of: impl Fn(&[f32]) -> T + Sync,
+    ) -> Result<Vec<T>> {
+        let width = self.pair.columns;
+        let stride = row_bytes(draft.bits, width);
+        let size = settings.group_size.unwrap_or(width).max(1);
+        let groups = width.div_ceil(size);
+        draft
+            .rows
+            .par_iter()
+            .enumerate()
+            .map_init(<(Vec<f32>, Vec<f32>, Vec<u8>)>::default, |(spare, tile, codes), (at, row)| {
+                self.read(&[*row], spare, tile)?;
+                codes.resize(width, 0);
+                crate::layout::unpack_row(&draft.codes[at * stride..(at + 1) * stride], draft.bits, codes);
+                for (column, (missed, code)) in tile.iter_mut().zip(codes).enumerate() {
+                    let scale = draft.scales[at * groups + column / size] * columns.scale(column);
+                    *missed -= scale * (f32::from(*code) - draft.zero);
+                }
+                Ok(of(tile))
+            })
+            .collect()
     }
 }
 
@@ -367,14 +477,14 @@ impl Tally {
 }
 
 fn finish(
-    drafts: Vec<Draft>,
-    columns: &Columns,
+    fitted: Fitted,
     settings: &Settings,
     salient_index: Vec<u32>,
     residual: &[f32],
     low_rank: Option<LowRank>,
     relative_error: f64,
 ) -> Quantized {
+    let Fitted { drafts, columns, .. } = fitted;
     let largest =
         drafts.iter().flat_map(|draft| &draft.scales).chain(residual).fold(0f32, |most, value| most.max(value.abs()));
     let largest = low_rank.as_ref().map_or(largest, |part| part.largest().max(largest));
@@ -399,7 +509,23 @@ fn finish(
         salient_index,
         salient: halves(residual),
         low_rank: low_rank.map(|part| part.halves(unit)),
+        sparse: None,
         exponent,
         relative_error,
+    }
+}
+
+impl Quantized {
+    fn of_sparse(sparse: Sparse, exponent: i32, relative_error: f64) -> Self {
+        Self {
+            parts: Vec::new(),
+            column_scales: None,
+            salient_index: Vec::new(),
+            salient: Vec::new(),
+            low_rank: None,
+            sparse: Some(sparse),
+            exponent,
+            relative_error,
+        }
     }
 }

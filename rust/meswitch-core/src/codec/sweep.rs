@@ -25,6 +25,11 @@ by_backend! {
 }
 
 by_backend! {
+    /// How many values are not zero, and the largest magnitude.
+    pub fn extent(row: &[f32]) -> (u32, f32) = extent_body
+}
+
+by_backend! {
     /// With `value = scale · (code − zero)`: adds `(d − value)²`, `d · value` and `value²` to their columns.
     pub fn tally(row: &[f32], codes: &[u8], scale: f32, zero: f32, error: &mut [f32], cross: &mut [f32], level: &mut [f32]) = tally_body
 }
@@ -70,6 +75,18 @@ fn energies_body(row: &[f32], columns: &mut [f32]) -> (f32, f32) {
         absolute[lane] += d.abs();
     }
     (energy.iter().sum(), absolute.iter().sum())
+}
+
+#[inline(always)]
+fn extent_body(row: &[f32]) -> (u32, f32) {
+    let (mut count, mut most) = ([0u32; LANES], [0f32; LANES]);
+    for row in row.chunks(LANES) {
+        for ((count, most), d) in count.iter_mut().zip(&mut most).zip(row) {
+            *count += u32::from(*d != 0.0);
+            *most = if d.abs() > *most { d.abs() } else { *most };
+        }
+    }
+    (count.iter().sum(), most.into_iter().fold(0.0, f32::max))
 }
 
 #[inline(always)]

@@ -14,7 +14,9 @@ pub const MANIFEST: &str = "meswitch.json";
 /// The tensors' file name.
 pub const TENSORS: &str = "delta.safetensors";
 /// The format this crate writes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+/// The oldest format that it reads.
+const OLDEST: u32 = 1;
 
 /// What a site is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -24,7 +26,7 @@ pub enum Kind {
     Shared,
     /// Stored whole, at its own dtype.
     Replaced,
-    /// Codes, scales, salient channels, a low-rank part.
+    /// Codes, scales, salient channels, a low-rank part; or sparse entries.
     Quantized,
     /// A low-rank part alone.
     LowRank,
@@ -91,7 +93,7 @@ pub struct SiteEntry {
     /// Whether the delta's matrix is the parameter transposed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub transposed: bool,
-    /// Scales, salient values and `u` are in units of `2^exponent`.
+    /// Scales, salient values, `u` and sparse values are in units of `2^exponent`.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub exponent: i32,
     /// Rows by bit width.
@@ -106,6 +108,9 @@ pub struct SiteEntry {
     /// Rank of the low-rank part.
     #[serde(default, skip_serializing_if = "is_none")]
     pub rank: usize,
+    /// The changed weights one by one, in place of all other terms. Since version 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sparse: Option<SparseEntry>,
     /// Rows of a grown vocabulary, stored whole.
     #[serde(default, skip_serializing_if = "is_none")]
     pub added: usize,
@@ -130,6 +135,16 @@ pub struct PartEntry {
     pub rows: Option<usize>,
 }
 
+/// A delta that is mostly zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SparseEntry {
+    /// Entries of its tensors.
+    pub entries: usize,
+    /// Weights that they change, for people.
+    pub changed: u64,
+}
+
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde calls these with references
 fn is_zero(value: &i32) -> bool {
     *value == 0
@@ -149,6 +164,20 @@ pub struct TensorSpec {
     pub dtype: String,
     /// Its shape.
     pub shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    /// Its bytes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let element = match self.dtype.as_str() {
+            "F64" | "I64" | "U64" => 8,
+            "F32" | "I32" | "U32" => 4,
+            "F16" | "BF16" | "I16" | "U16" => 2,
+            _ => 1,
+        };
+        self.shape.iter().product::<usize>() * element
+    }
 }
 
 impl SiteEntry {
@@ -184,12 +213,15 @@ impl SiteEntry {
             dtype: dtype.into(),
             shape: shape.to_vec(),
         };
-        let codec_fields = !self.parts.is_empty() || self.column_scales || self.salient > 0 || self.added > 0;
+        let terms = !self.parts.is_empty() || self.column_scales || self.salient > 0 || self.rank > 0;
         match self.kind {
-            Kind::Shared | Kind::Replaced if codec_fields || self.rank > 0 => return Err(broken("no codec fields")),
+            Kind::Shared | Kind::Replaced if terms || self.sparse.is_some() || self.added > 0 => {
+                return Err(broken("no codec fields"));
+            }
             Kind::Shared => return Ok(Vec::new()),
             Kind::Replaced => return Ok(vec![spec("whole", &self.dtype, &self.shape)]),
             Kind::LowRank if !self.parts.is_empty() || self.rank == 0 => return Err(broken("a rank and no codes")),
+            _ if self.sparse.is_some() && terms => return Err(broken("sparse entries alone")),
             Kind::Quantized | Kind::LowRank => {}
         }
         let mut specs = Vec::new();
@@ -217,6 +249,13 @@ impl SiteEntry {
         if self.rank > 0 {
             specs.push(spec("u", "F16", &[rows, self.rank]));
             specs.push(spec("v", "F16", &[self.rank, columns]));
+        }
+        if let Some(SparseEntry { entries, .. }) = self.sparse {
+            let ends = rows.checked_add(1).filter(|_| i32::try_from(entries).is_ok());
+            let ends = ends.ok_or_else(|| broken("sparse entries below 2^31"))?;
+            specs.push(spec("sparse_starts", "I32", &[ends]));
+            specs.push(spec("sparse_gaps", "U8", &[entries]));
+            specs.push(spec("sparse_values", "F8_E5M2", &[entries]));
         }
         if self.added > 0 {
             specs.push(spec("added", &self.dtype, &[self.added, columns]));
@@ -269,17 +308,17 @@ impl Manifest {
         whole.push(b'{');
         whole.extend_from_slice(body);
         let version: Value = serde_json::from_slice(&whole).map_err(|error| broken(format!("JSON, found {error}")))?;
-        match version.get("format_version").and_then(Value::as_u64) {
-            Some(found) if found == u64::from(VERSION) => {}
-            found => {
-                return Err(broken(format!(
-                    "format version {VERSION}, found {}",
-                    found.map_or("none".into(), |v| v.to_string())
-                )));
-            }
+        let found = version.get("format_version").and_then(Value::as_u64);
+        let Some(known) = found.filter(|found| (u64::from(OLDEST)..=u64::from(VERSION)).contains(found)) else {
+            let found = found.map_or("none".into(), |v| v.to_string());
+            return Err(broken(format!("format version {OLDEST} to {VERSION}, found {found}")));
+        };
+        let manifest: Self = serde_json::from_value(version)
+            .map_err(|error| broken(format!("the fields of version {known}, found {error}")))?;
+        if known < 2 && manifest.sites.iter().any(|site| site.sparse.is_some()) {
+            return Err(broken(format!("the fields of version {known}, found sparse")));
         }
-        serde_json::from_value(version)
-            .map_err(|error| broken(format!("the fields of version {VERSION}, found {error}")))
+        Ok(manifest)
     }
 
     /// The number of weights of the fine-tune.

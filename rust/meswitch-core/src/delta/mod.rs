@@ -1,14 +1,16 @@
 //! A delta directory: `meswitch.json` (the manifest) and `delta.safetensors` (the tensors), laid out in docs/format.md.
 
+mod assemble;
 mod manifest;
 mod reader;
 mod writer;
 
+pub use assemble::{Assembly, Progress};
 pub use manifest::{
-    BaseEntry, FileEntry, Kind, MANIFEST, Manifest, PartEntry, SiteEntry, TENSORS, TensorSpec, VERSION,
+    BaseEntry, FileEntry, Kind, MANIFEST, Manifest, PartEntry, SiteEntry, SparseEntry, TENSORS, TensorSpec, VERSION,
 };
 pub use reader::Delta;
-pub use writer::{Folder, Writer, rewrite};
+pub use writer::{Folder, Writer, rewrite, weigh};
 
 /// Bytes of a checksum: a BLAKE3 hash cut to 128 bits.
 const CHECKSUM_BYTES: usize = 16;

@@ -124,6 +124,11 @@ impl Delta {
             check_rising(bytes, limit)
                 .map_err(|what| Error::Format(format!("expected {what} in {}/{role}", site.name)))?;
         }
+        let sparse = (self.tensor(&site.name, "sparse_starts"), self.tensor(&site.name, "sparse_gaps"));
+        if let (Some(starts), Some(gaps)) = sparse {
+            check_entries(starts, gaps, matrix.1)
+                .map_err(|what| Error::Format(format!("expected {what} in the sparse entries of {}", site.name)))?;
+        }
         Ok(())
     }
 
@@ -228,4 +233,23 @@ fn check_rising(bytes: &[u8], limit: usize) -> std::result::Result<(), String> {
         least = index + 1;
     }
     Ok(())
+}
+
+/// Whether rows follow each other over all entries, and no column lies beyond the last; what was expected where not.
+fn check_entries(starts: &[u8], gaps: &[u8], columns: usize) -> std::result::Result<(), String> {
+    let mut starts = starts.chunks_exact(4).map(|quad| i32::from_le_bytes([quad[0], quad[1], quad[2], quad[3]]));
+    let mut start = match starts.next() {
+        Some(0) => 0,
+        first => return Err(format!("a first row from 0 on, found it from {first:?}")),
+    };
+    for (row, end) in starts.enumerate() {
+        let end = usize::try_from(end).ok().filter(|end| (start..=gaps.len()).contains(end));
+        let end = end.ok_or_else(|| format!("rows that follow each other, found otherwise after row {row}"))?;
+        let column: usize = gaps[start..end].iter().map(|gap| usize::from(*gap)).sum();
+        if end > start && column >= columns {
+            return Err(format!("columns below {columns}, found {column} in row {row}"));
+        }
+        start = end;
+    }
+    if start == gaps.len() { Ok(()) } else { Err(format!("{} entries in its rows, found {start}", gaps.len())) }
 }

@@ -125,14 +125,92 @@ fn sync(folder: &Path) -> Result<()> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io(folder))
 }
 
+/// What the header of `delta.safetensors` says, tensor by tensor.
+struct Header {
+    entries: serde_json::Map<String, Value>,
+    position: usize,
+    pads: usize,
+}
+
+impl Header {
+    fn new() -> Self {
+        let mut entries = serde_json::Map::new();
+        entries.insert("__metadata__".into(), json!({"format": "meswitch"}));
+        Self { entries, position: 0, pads: 0 }
+    }
+
+    /// Adds a tensor, and before it the gap to its alignment, whose size it returns.
+    fn add(&mut self, name: &str, dtype: &str, shape: &[usize], size: usize) -> usize {
+        let gap = self.position.next_multiple_of(ALIGNMENT) - self.position;
+        if gap > 0 {
+            self.entry(&format!("_pad.{}", self.pads), "U8", &[gap], gap);
+            self.pads += 1;
+        }
+        self.entry(name, dtype, shape, size);
+        gap
+    }
+
+    fn entry(&mut self, name: &str, dtype: &str, shape: &[usize], size: usize) {
+        let offsets = [self.position, self.position + size];
+        self.entries.insert(name.into(), json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}));
+        self.position += size;
+    }
+
+    fn text(self) -> Vec<u8> {
+        serde_json::to_vec(&Value::Object(self.entries)).expect("plain data is always JSON")
+    }
+}
+
+/// The room to keep for a header that may hold these tensors, by full name.
+fn reserve(specs: &[TensorSpec]) -> usize {
+    // The longest entry: braces, keys, two offsets of 13 digits, and a padding tensor beside it.
+    let room: usize =
+        specs.iter().map(|spec| spec.role.len() + spec.dtype.len() + 16 * spec.shape.len() + 80 + 110).sum();
+    (8 + 64 + room).next_multiple_of(ALIGNMENT)
+}
+
+/// Where the tensors are to start: right after the header, but where the room kept for it is no burden.
+fn place(header: usize, reserved: usize, position: usize) -> usize {
+    let start = (header + 8).next_multiple_of(ALIGNMENT);
+    if (reserved - start) * 256 > position { start } else { reserved }
+}
+
+/// What manifest and tensors of a delta directory will weigh, from its entries without errors and checksums: never too
+/// little, and too much by the digits of those. `possible` are the tensors that [`Writer::create`] is told of.
+///
+/// # Errors
+/// [`Error::Format`] where an entry contradicts itself.
+pub fn weigh(mut manifest: Manifest, possible: &[TensorSpec]) -> Result<u64> {
+    let mut header = Header::new();
+    for site in &mut manifest.sites {
+        site.bytes = 0;
+        for spec in site.specs()? {
+            let size = spec.size();
+            header.add(&format!("{}/{}", site.name, spec.role), &spec.dtype, &spec.shape, size);
+            site.tensors.insert(spec.role, checksum(&[]));
+            site.bytes += size as u64;
+        }
+        site.bpw = bpw(site);
+        (site.relative_error, site.exponent) = (1.234_567, -100);
+    }
+    let position = header.position;
+    let start = place(header.text().len(), reserve(possible), position);
+    let tensors = (start + position) as u64;
+    manifest.files.insert(TENSORS.into(), FileEntry { bytes: tensors, checksum: checksum(&[]) });
+    Ok(tensors + manifest.to_text().len() as u64)
+}
+
+fn bpw(site: &SiteEntry) -> f64 {
+    let bpw = 8.0 * site.bytes as f64 / site.parameters().unwrap_or(1).max(1) as f64;
+    (bpw * 1e4).round() / 1e4
+}
+
 /// The tensors and the manifest of one delta directory.
 pub struct Writer {
     path: PathBuf,
     file: BufWriter<File>,
-    header: serde_json::Map<String, Value>,
+    header: Header,
     reserved: usize,
-    position: usize,
-    pads: usize,
     files: BTreeMap<String, FileEntry>,
 }
 
@@ -145,14 +223,9 @@ impl Writer {
     pub fn create(folder: &Path, specs: &[TensorSpec]) -> Result<Self> {
         let path = folder.join(TENSORS);
         let mut file = BufWriter::with_capacity(1 << 20, open_new(&path)?);
-        // The longest entry: braces, keys, two offsets of 13 digits, and a padding tensor beside it.
-        let room: usize =
-            specs.iter().map(|spec| spec.role.len() + spec.dtype.len() + 16 * spec.shape.len() + 80 + 110).sum();
-        let reserved = (8 + 64 + room).next_multiple_of(ALIGNMENT);
+        let reserved = reserve(specs);
         file.write_all(&vec![b' '; reserved]).map_err(Error::io(&path))?;
-        let mut header = serde_json::Map::new();
-        header.insert("__metadata__".into(), json!({"format": "meswitch"}));
-        Ok(Self { path, file, header, reserved, position: 0, pads: 0, files: BTreeMap::new() })
+        Ok(Self { path, file, header: Header::new(), reserved, files: BTreeMap::new() })
     }
 
     /// Writes a site's tensors, in the order of its entry's specs, and completes the entry with sizes and checksums.
@@ -174,28 +247,15 @@ impl Writer {
             entry.tensors.insert(spec.role.clone(), checksum(bytes));
         }
         entry.bytes = tensors.iter().map(|bytes| bytes.len() as u64).sum();
-        let bpw = 8.0 * entry.bytes as f64 / entry.parameters().unwrap_or(1).max(1) as f64;
-        entry.bpw = (bpw * 1e4).round() / 1e4;
+        entry.bpw = bpw(entry);
         entry.relative_error = (entry.relative_error * 1e6).round() / 1e6;
         Ok(())
     }
 
     fn tensor(&mut self, name: &str, dtype: &str, shape: &[usize], bytes: &[u8]) -> Result<()> {
-        let aligned = self.position.next_multiple_of(ALIGNMENT);
-        if aligned > self.position {
-            let pad = vec![0; aligned - self.position];
-            self.append(&format!("_pad.{}", self.pads), "U8", &[pad.len()], &pad)?;
-            self.pads += 1;
-        }
-        self.append(name, dtype, shape, bytes)
-    }
-
-    fn append(&mut self, name: &str, dtype: &str, shape: &[usize], bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(Error::io(&self.path))?;
-        let end = self.position + bytes.len();
-        self.header.insert(name.into(), json!({"dtype": dtype, "shape": shape, "data_offsets": [self.position, end]}));
-        self.position = end;
-        Ok(())
+        let gap = [0; ALIGNMENT];
+        let gap = &gap[..self.header.add(name, dtype, shape, bytes.len())];
+        self.file.write_all(gap).and_then(|()| self.file.write_all(bytes)).map_err(Error::io(&self.path))
     }
 
     /// Copies a file of the fine-tune's folder beside the tensors.
@@ -216,21 +276,20 @@ impl Writer {
     /// # Errors
     /// [`Error::Io`].
     pub fn finish(mut self, mut manifest: Manifest) -> Result<(Manifest, u64)> {
-        let mut header = serde_json::to_vec(&Value::Object(self.header)).expect("plain data is always JSON");
+        let position = self.header.position;
+        let mut header = self.header.text();
         assert!(header.len() + 8 <= self.reserved, "the header's room is an upper bound");
         let io = |error| Error::io(&self.path)(error);
         let mut file = self.file.into_inner().map_err(|error| io(error.into_error()))?;
-        let mut start = (header.len() + 8).next_multiple_of(ALIGNMENT);
-        if (self.reserved - start) * 256 > self.position {
+        let start = place(header.len(), self.reserved, position);
+        if start < self.reserved {
             move_down(&mut file, self.reserved, start).map_err(io)?;
-        } else {
-            start = self.reserved;
         }
         header.resize(start - 8, b' ');
         let head = [&(header.len() as u64).to_le_bytes()[..], &header].concat();
         file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&head)).map_err(io)?;
         file.sync_all().map_err(io)?;
-        let tensors = (start + self.position) as u64;
+        let tensors = (start + position) as u64;
         self.files.insert(TENSORS.into(), FileEntry { bytes: tensors, checksum: checksum(&head) });
         manifest.files = self.files;
         let text = manifest.to_text();
@@ -265,6 +324,20 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
 }
 
+/// The tensors that entries promise, by full name.
+///
+/// # Errors
+/// [`Error::Format`] where an entry's fields contradict each other.
+pub(super) fn full_specs(sites: &[SiteEntry]) -> Result<Vec<TensorSpec>> {
+    let mut specs = Vec::new();
+    for site in sites {
+        specs.extend(
+            site.specs()?.into_iter().map(|spec| TensorSpec { role: format!("{}/{}", site.name, spec.role), ..spec }),
+        );
+    }
+    Ok(specs)
+}
+
 /// Writes a delta directory anew with some tensors replaced by others of the same size.
 ///
 /// `tensors` are by `SITE/ROLE`, `errors` the new relative errors by site, and `settings` takes the old one's place.
@@ -288,14 +361,8 @@ pub fn rewrite(
             )));
         }
     }
-    let mut specs = Vec::new();
-    for site in &manifest.sites {
-        specs.extend(
-            site.specs()?.into_iter().map(|spec| TensorSpec { role: format!("{}/{}", site.name, spec.role), ..spec }),
-        );
-    }
     let folder = Folder::create(out)?;
-    let mut writer = Writer::create(folder.path(), &specs)?;
+    let mut writer = Writer::create(folder.path(), &full_specs(&manifest.sites)?)?;
     let mut sites = manifest.sites.clone();
     for site in &mut sites {
         let slices: Vec<&[u8]> = site

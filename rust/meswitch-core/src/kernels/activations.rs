@@ -279,8 +279,8 @@ fn round_segment(x: &[f32], rounded: &mut [i8], steps: &[f32], sums: &mut [f32])
 #[inline(always)]
 fn of(lane: impl Fn(usize) -> f32) -> [f32; LANES] {
     let mut lanes = [0f32; LANES];
-    for at in 0..LANES {
-        lanes[at] = lane(at);
+    for (at, value) in lanes.iter_mut().enumerate() {
+        *value = lane(at);
     }
     lanes
 }

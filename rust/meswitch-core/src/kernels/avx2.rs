@@ -1,6 +1,8 @@
 //! Integer dot products with AVX2: `vpmaddubsw` sums two byte products into 16 bits, which hold a segment's sums as long
 //! as codes are below 16. So planes are masked where they stand within half a byte, and the upper half is shifted down.
 
+#![allow(clippy::needless_range_loop)] // rows, planes and tokens index several arrays at once
+
 use std::arch::x86_64::*;
 
 use super::activations::{SPAN, STEPS, Token};

@@ -3,6 +3,8 @@
 //! A plane's codes are masked where they stand, not shifted down: the step of each lane makes up for it. One token reads
 //! a row or two at a time, fetched well ahead, so that memory sets the pace. Several tokens share tiles of four rows.
 
+#![allow(clippy::needless_range_loop)] // rows, planes and tokens index several arrays at once
+
 use std::arch::x86_64::*;
 
 use super::activations::{SPAN, STEPS, Token};

@@ -9,6 +9,7 @@ use super::activations::{Activations, Token};
 use super::decode::{self, Codes};
 use super::matrix::{Matrix, Part};
 use super::rows::{Rows, widen_f16};
+use super::sparse::Packed;
 use super::{by_backend, team};
 use crate::layout::{self, RUN, row_bytes};
 
@@ -71,6 +72,7 @@ fn narrow_body(values: &[f16], width: usize, x: &[f32], wide: &mut [f32], sums: 
 }
 
 /// The tokens of one expert, ready for a site: `[tokens, …]` each.
+#[derive(Default)]
 struct Input {
     tokens: usize,
     /// Activations times column scales, unless all parts take integers.
@@ -81,13 +83,20 @@ struct Input {
     salient: Vec<f32>,
     /// `V · x`.
     inner: Vec<f32>,
+    /// Activations by column, for sparse entries.
+    packed: Option<Packed>,
 }
 
 impl Input {
     fn new(matrix: &Matrix<'_>, x: &[f32], exact: bool) -> Self {
         let columns = matrix.columns.max(1);
         let tokens = x.len() / columns;
-        let mut input = Self { tokens, scaled: x.to_vec(), integers: None, salient: Vec::new(), inner: Vec::new() };
+        let mut input = Self { tokens, ..Self::default() };
+        if matrix.sparse.is_some() {
+            input.packed = (tokens > 0).then(|| Packed::of(x, matrix.columns));
+            return input;
+        }
+        input.scaled = x.to_vec();
         if let Some(scales) = matrix.column_scales {
             let mut wide = vec![0f32; columns];
             widen_f16(scales, &mut wide);
@@ -192,9 +201,9 @@ pub unsafe fn add_products(products: &[Product<'_>], x: Rows, y: Rows, exact: bo
         }
     };
     if items.len() < 2 {
-        fill(0, 1)
+        fill(0, 1);
     } else {
-        team::parallel(&fill)
+        team::parallel(&fill);
     }
     let inputs = slots.into_iter().map(|slot| slot.into_inner().expect("filled"));
     let ready: Vec<(&Matrix<'_>, Input)> = items.iter().map(|item| item.0).zip(inputs).collect();
@@ -214,7 +223,7 @@ fn multiply(items: &[(&Matrix<'_>, Input)], add: Add<'_>) {
             rows(matrix, input, of, &|token, first, values| add(item, token, first, values));
         }
     };
-    let products = |(matrix, input): &(&Matrix<'_>, Input)| matrix.rows * matrix.columns * input.tokens;
+    let products = |(matrix, input): &(&Matrix<'_>, Input)| matrix.weights() * input.tokens;
     if items.iter().map(products).sum::<usize>() < ALONE { work(0, 1) } else { team::parallel(&work) }
 }
 
@@ -230,6 +239,9 @@ fn rows(matrix: &Matrix<'_>, input: &Input, of: Range<usize>, add: &(dyn Fn(usiz
             Some(all) if takes_integers(part, matrix.columns) => grouped(matrix, part, all, &of, &mut sums),
             _ => floats(matrix, part, input, &of, &mut sums),
         }
+    }
+    if let (Some(sparse), Some(x)) = (&matrix.sparse, &input.packed) {
+        sparse.multiply(x, matrix.unit, start, of.end, &mut sums);
     }
     side(matrix.salient.map(|(index, values)| (values, index.len())), &input.salient, start, count, &mut sums);
     side(matrix.low_rank.map(|(u, _)| (u, matrix.rank())), &input.inner, start, count, &mut sums);
@@ -368,6 +380,10 @@ pub fn dense(matrix: &Matrix<'_>, start: usize, out: &mut [f32]) {
 
 fn dense_row(matrix: &Matrix<'_>, row: usize, out: &mut [f32]) {
     let columns = matrix.columns;
+    if let Some(sparse) = &matrix.sparse {
+        sparse.each(row, columns, &mut |column, value| out[column] += value * matrix.unit);
+        return;
+    }
     let (mut unpacked, mut level) = (vec![0u8; columns], vec![0f32; columns]);
     for part in &matrix.parts {
         let groups = columns.div_ceil(part.group).max(1);

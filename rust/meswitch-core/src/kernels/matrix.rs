@@ -2,6 +2,7 @@
 
 use half::f16;
 
+use super::sparse::Sparse;
 use crate::error::{Error, Result};
 use crate::layout::{BITS, row_bytes};
 
@@ -37,6 +38,8 @@ pub struct Matrix<'a> {
     pub salient: Option<(&'a [u32], &'a [f16])>,
     /// `[rows, rank]` and `[rank, columns]`.
     pub low_rank: Option<(&'a [f16], &'a [f16])>,
+    /// What is not zero, in place of all the rest.
+    pub sparse: Option<Sparse<'a>>,
 }
 
 impl Part<'_> {
@@ -93,6 +96,12 @@ impl Matrix<'_> {
                 self.rows, self.columns
             )))
         };
+        if let Some(sparse) = &self.sparse {
+            if !self.parts.is_empty() || self.salient.is_some() || self.low_rank.is_some() {
+                return refuse("parts beside sparse entries", 0, self.parts.len());
+            }
+            return sparse.check(self.rows);
+        }
         for part in &self.parts {
             if !BITS.contains(&part.bits) || part.group == 0 {
                 return refuse("known bits and a positive group", 1, part.bits as usize);
@@ -129,14 +138,15 @@ impl Matrix<'_> {
     /// The rows that a thread takes: as many bytes as any other, from a multiple of `unit` on.
     #[must_use]
     pub fn share(&self, unit: usize, index: usize, threads: usize) -> std::ops::Range<usize> {
-        if self.parts.iter().all(|part| part.rows.is_none()) {
+        if self.sparse.is_none() && self.parts.iter().all(|part| part.rows.is_none()) {
             let share = self.rows.div_ceil(threads).next_multiple_of(unit);
             return (index * share).min(self.rows)..((index + 1) * share).min(self.rows);
         }
         let beside = self.rank() + self.salient.map_or(0, |(index, _)| index.len());
         let bytes = |row: usize| {
             let of = |part: &Part<'_>| part.span(0, row).len() * row_bytes(part.bits, self.columns);
-            self.parts.iter().map(of).sum::<usize>() + row * beside * 2
+            let entries = self.sparse.as_ref().map_or(0, |sparse| sparse.starts[row] as usize);
+            self.parts.iter().map(of).sum::<usize>() + row * beside * 2 + entries * 2
         };
         let all = bytes(self.rows);
         let first = |index: usize| {
@@ -144,15 +154,22 @@ impl Matrix<'_> {
             while low < high {
                 let middle = low.midpoint(high);
                 if bytes((middle * unit).min(self.rows)) * threads < all * index {
-                    low = middle + 1
+                    low = middle + 1;
                 } else {
-                    high = middle
+                    high = middle;
                 }
             }
             (low * unit).min(self.rows)
         };
         let end = if index + 1 == threads { self.rows } else { first(index + 1) };
         (if index == 0 { 0 } else { first(index) })..end
+    }
+
+    /// The weights that a product with one token reads.
+    #[must_use]
+    pub fn weights(&self) -> usize {
+        // An entry costs about what eight packed codes do.
+        self.sparse.as_ref().map_or(self.rows * self.columns, |sparse| 8 * sparse.gaps.len())
     }
 
     /// The rank of the low-rank part.
@@ -197,6 +214,7 @@ mod tests {
             column_scales: None,
             salient: None,
             low_rank: None,
+            sparse: None,
         };
         matrix.check().unwrap();
         for threads in 1..6 {

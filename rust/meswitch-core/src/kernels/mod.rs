@@ -11,6 +11,7 @@ pub mod linear;
 pub mod matrix;
 pub mod rows;
 mod scalar;
+pub mod sparse;
 pub mod team;
 
 pub use backend::{Backend, available, backend, check, features};

@@ -43,7 +43,7 @@ impl Rows {
         unsafe {
             match self.kind {
                 Kind::F32 => {
-                    out.copy_from_slice(std::slice::from_raw_parts((self.address as *const f32).add(at), length))
+                    out.copy_from_slice(std::slice::from_raw_parts((self.address as *const f32).add(at), length));
                 }
                 Kind::Bf16 => widen_bf16(std::slice::from_raw_parts((self.address as *const u16).add(at), length), out),
                 Kind::F16 => widen_f16(std::slice::from_raw_parts((self.address as *const f16).add(at), length), out),

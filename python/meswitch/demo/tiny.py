@@ -1,0 +1,159 @@
+"""How the tiny family is made: a small Llama-style base and three full fine-tunes of it, trained on the spot.
+
+corpus ── tokenizer ── base (the mixture, long) ──┬── code   (its own domain, short)
+                                                  ├── maths
+                                                  └── prose
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from meswitch.demo.corpus import DOMAINS, Split, corpus
+from meswitch.demo.display import Progress
+from meswitch.demo.training import IntArray, Training, batches, save, train, write_lines
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from meswitch.demo.family import Family
+
+END, PAD = "<|endoftext|>", "<|pad|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'Question: ' + message['content'] + '\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Answer: ' + message['content'] + eos_token }}"
+    "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a family is made of; lengths in tokens."""
+
+    vocabulary: int = 2048
+    hidden: int = 256
+    intermediate: int = 704
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    context: int = 512
+    mixture: tuple[float, ...] = (0.12, 0.03, 0.14, 0.71)  # of DOMAINS and the rest, what the base reads
+    base: Training = Training(((64, 8, 650), (512, 2, 130)), rate=1.5e-3, embedding=20.0, decay=0.1)
+    tune: Training = Training(((64, 16, 50), (128, 8, 40)), rate=5e-4, embedding=10.0)
+
+    def train(self, made: Family, seed: int, progress: Progress) -> None:
+        """Writes everything of the family but its `family.json`."""
+        _train_family(made, self, seed, progress)
+
+
+def _train_family(made: Family, settings: Settings, seed: int, progress: Progress) -> None:
+    progress("reading the corpus", 0, 1)
+    text = corpus(seed=seed)
+    progress("reading the corpus", 1, 1)
+    tokenizer = _train_tokenizer(text.train, settings, progress)
+    streams = {domain: _stream(tokenizer, text.train.documents[domain]) for domain in DOMAINS}
+    _write_texts(made, text.train, text.heldout)
+    everything = {**streams, "other": _stream(tokenizer, text.other)}
+
+    base = _fresh_model(tokenizer, settings, seed)
+    drawn = batches(everything, settings.mixture, settings.base, np.random.default_rng(seed))
+    train(base, drawn, settings.base, _shown(progress, "base"))
+    save(base, tokenizer, made.base)
+    for number, domain in enumerate(DOMAINS, start=1):
+        model = copy.deepcopy(base).float()
+        drawn = batches({domain: streams[domain]}, (1.0,), settings.tune, np.random.default_rng([seed, number]))
+        train(model, drawn, settings.tune, _shown(progress, f"fine-tune {domain}"))
+        save(model, tokenizer, made.experts[domain])
+
+
+def _shown(progress: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(f"training {what}", done, total)
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def _train_tokenizer(train: Split, settings: Settings, progress: Progress) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; numbers are read digit by digit."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    progress("training tokenizer", 0, 1)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocabulary,
+        special_tokens=[END, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    shares = {"code": 1_000_000, "maths": 200_000, "prose": 1_000_000}
+    bpe.train_from_iterator(("\n\n".join(train.documents[name])[:share] for name, share in shares.items()), trainer)
+    progress("training tokenizer", 1, 1)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=settings.context,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> IntArray:
+    """The documents' tokens, each closed by the end token: `int64 [n]`."""
+    end = tokenizer.convert_tokens_to_ids(END)
+    encoded = tokenizer.backend_tokenizer.encode_batch(documents)
+    return np.concatenate([np.array([*document.ids, end], dtype=np.int64) for document in encoded])
+
+
+def _write_texts(made: Family, train: Split, heldout: Split) -> None:
+    for side, files, prompts in (
+        (heldout, made.heldout, made.heldout_prompts),
+        (train, made.calibration, made.prompts),
+    ):
+        for name, path in files.items():
+            path.parent.mkdir(exist_ok=True)
+            write_lines(path, [{"text": text} for text in side.documents[name]])
+        write_lines(prompts, [{"prompt": prompt, "expert": name} for prompt, name in side.prompts])
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def _fresh_model(tokenizer: PreTrainedTokenizerFast, settings: Settings, seed: int) -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=settings.vocabulary,
+        hidden_size=settings.hidden,
+        intermediate_size=settings.intermediate,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        max_position_embeddings=settings.context,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # each block starts as the identity
+            torch.nn.init.zeros_(weight)
+    return model

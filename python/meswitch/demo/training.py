@@ -1,0 +1,94 @@
+"""Training of the families: batches from streams of tokens, AdamW, and the files that a family consists of."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Phases (window in tokens, windows a step, steps), and the rates of AdamW."""
+
+    phases: tuple[tuple[int, int, int], ...]
+    rate: float
+    embedding: float  # how much faster the embedding learns: few of its rows have a gradient in a step
+    decay: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        return sum(steps for _, _, steps in self.phases)
+
+
+def batches(
+    streams: dict[str, IntArray], shares: tuple[float, ...], training: Training, rng: np.random.Generator
+) -> Iterator[IntArray]:
+    """Batches `int64 [rows, window + 1]`, each row from a random place of a stream that is drawn by its share."""
+    texts = list(streams.values())
+    share = np.array(shares) / sum(shares)
+    for window, rows, steps in training.phases:
+        for _ in range(steps):
+            drawn = (texts[k] for k in rng.choice(len(texts), size=rows, p=share))
+            starts = ((text, rng.integers(len(text) - window)) for text in drawn)
+            yield np.stack([text[start : start + window + 1] for text, start in starts])
+
+
+def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the checkpoint; the model is bfloat16 from here on."""
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train(
+    model: LlamaForCausalLM, drawn: Iterator[IntArray], training: Training, shown: Callable[[int, int], None]
+) -> None:
+    """AdamW over the batches: a short warm-up, then a cosine to a tenth."""
+    optimizer = _optimizer(model, training)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    model.train()
+    for step, batch in enumerate(drawn):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * _schedule(step, training.steps)
+        ids = torch.from_numpy(batch)
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        shown(step + 1, training.steps)
+    model.eval()
+
+
+def _optimizer(model: LlamaForCausalLM, training: Training) -> torch.optim.Optimizer:
+    embedding = model.get_input_embeddings().weight
+    matrices = [p for p in model.parameters() if p.dim() > 1 and p is not embedding]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": training.decay},
+        {"params": [embedding], "lr": training.rate * training.embedding},
+        {"params": vectors},
+    ]
+    return torch.optim.AdamW(groups, lr=training.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """The share of the full rate at this step."""
+    return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / steps))

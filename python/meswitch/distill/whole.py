@@ -1,0 +1,100 @@
+"""Distillation of a whole model at once: KL(fine-tune ‖ expert) on logits, by the scales of every site together.
+
+text ── fine-tune (teacher) ──────────────────────────────┐
+     ── base + scales · codes, rebuilt every step ────────┴─ KL(fine-tune ‖ expert) ── Adam on the scales alone
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from meswitch.calibration import Progress
+from meswitch.checkpoint import HEAD, Checkpoint
+from meswitch.delta import Delta
+from meswitch.distill.descent import Recipe, descend
+from meswitch.distill.learner import Learner, Weight, learners
+from meswitch.distill.windows import Windows
+from meswitch.evaluate import load_model, rebuild
+
+_LOGITS = 2**26  # logits of one pass and model: 256 MiB
+_LOOKS = 8  # at the held-out text, over a run
+
+
+class Whole:
+    """Teacher, expert and the expert's weights, by the parameter each rebuilds."""
+
+    def __init__(self, base: Checkpoint, finetune: Checkpoint, delta: Delta, windows: Windows, recipe: Recipe) -> None:
+        self._teacher, self._expert = load_model(finetune.path), rebuild(base, delta)
+        self._windows, self._recipe = windows, recipe
+        for model in (self._teacher, self._expert):
+            model.eval().requires_grad_(False)
+        self._vocabulary: int = self._teacher.get_input_embeddings().num_embeddings
+        _untie(self._expert, delta, base)
+        self.learners: dict[str, Learner] = {}
+        self._weights: dict[str, Weight] = {}
+        parameters = dict(self._expert.named_parameters())
+        for name, learner in learners(site for site in delta.sites.values() if site.parts).items():
+            here = _parameter(parameters, name, f"{self._expert.base_model_prefix}.")
+            if here is not None and parameters[here].shape == learner.site.shape:
+                self.learners[name] = learner
+                self._weights[here] = Weight(learner.site, base, learner, keep=True)
+                parameters[here].data = self._weights[here].ground  # one copy of it is enough
+
+    def train(self, progress: Progress | None) -> tuple[float, float, int]:
+        """Leaves the best scales in the learners; returns KL before and after, and the steps taken."""
+        recipe, train = self._recipe, self._windows.train
+        done, total = 0, recipe.steps * min(recipe.batch, len(train)) * train.shape[1]
+
+        def told(numbers: Tensor) -> None:
+            nonlocal done
+            done += len(numbers) * train.shape[1]
+            if progress is not None:
+                progress(done, total)
+
+        batches = self._windows.batches(recipe.batch, recipe.steps, recipe.seed)
+        return descend(list(self.learners.values()), recipe, batches, self._descend, self._score, _LOOKS, told)
+
+    def _descend(self, numbers: Tensor) -> float:
+        """Adds the gradients of one step; returns its KL."""
+        total, batch = 0.0, self._windows.train[numbers]
+        for part in batch.split(self._most(batch)):
+            divergence = self._divergence(part, rounded=False) / batch.numel()
+            divergence.backward()
+            total += float(divergence.detach())
+        return total
+
+    @torch.no_grad()
+    def _score(self) -> float:
+        """KL in nats per held-out token, with the scales as they would be stored."""
+        heldout = self._windows.heldout
+        parts = heldout.split(min(self._most(heldout), max(1, 2048 // heldout.shape[1])))
+        return max(sum(float(self._divergence(part, rounded=True)) for part in parts) / heldout.numel(), 0.0)
+
+    def _most(self, batch: Tensor) -> int:
+        return max(1, _LOGITS // (self._vocabulary * batch.shape[1]))
+
+    def _divergence(self, batch: Tensor, *, rounded: bool) -> Tensor:
+        """KL(fine-tune ‖ expert), summed over the tokens of `batch`."""
+        inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch), "use_cache": False}
+        with torch.no_grad():
+            wanted = self._teacher(**inputs).logits.float().log_softmax(-1)
+        weights = {name: weight(rounded) for name, weight in self._weights.items()}
+        found = functional_call(self._expert, weights, kwargs=inputs).logits.float().log_softmax(-1)
+        return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+
+
+def _untie(expert: Any, delta: Delta, base: Checkpoint) -> None:
+    """A head with a site of its own is served on its own, whatever the fine-tune's config ties."""
+    head, table = expert.get_output_embeddings(), expert.get_input_embeddings()
+    if HEAD in delta.sites and head is not None and head.weight is table.weight:
+        weight = delta.sites[HEAD].rebuild(base).to(torch.float32, copy=True)
+        head.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _parameter(parameters: dict[str, Tensor], name: str, prefix: str) -> str | None:
+    """The model's name for a parameter of the checkpoint (GPT-2's files say `h.0…`, its model `transformer.h.0…`)."""
+    return next((found for found in (name, prefix + name, name.removeprefix(prefix)) if found in parameters), None)

@@ -1,0 +1,59 @@
+"""The text of a distillation: windows of tokens to train on, and others that only measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from meswitch.calibration import check_vocabulary, load_tokenizer, passages, read_texts, token_chunks
+from meswitch.errors import DataError
+
+_HELDOUT_TOKENS = 2048  # more would cost more than it tells
+_PASSAGE_CHARACTERS = 8192
+
+
+@dataclass(frozen=True)
+class Windows:
+    """`train int64 [n, length]`, `heldout int64 [m, length]`, n and m at least 1."""
+
+    train: Tensor
+    heldout: Tensor
+
+    @classmethod
+    def draw(cls, data: str | Path, tokenizer: Path, length: int, wanted: int, seed: int, share: float) -> Windows:
+        """About `wanted` windows to train on and a `share` as many to measure on, from passages all over the text.
+
+        Raises `DataError` for text of less than two windows.
+        """
+        loaded = load_tokenizer(tokenizer)
+        most = max(1, _HELDOUT_TOKENS // length)
+        drawn = passages(read_texts(data, loaded), _PASSAGE_CHARACTERS, seed)
+        chunks = token_chunks(drawn, loaded, length, max_tokens=(wanted + most) * length)
+        windows = [ids for ids in chunks if len(ids) == length]
+        if len(windows) < 2:
+            raise DataError(
+                f"expected text of at least {2 * length} tokens to distil on, found {sum(map(len, chunks))}: {data}",
+                hint="give more text, or a smaller window",
+            )
+        kept = min(most, max(1, round(share * len(windows))))
+        return cls(torch.stack(windows[:-kept]), torch.stack(windows[-kept:]))
+
+    def check(self, vocabulary: int, data: str | Path) -> None:
+        """Raises `DataError` for a token that the models have no row for."""
+        for ids in (self.train, self.heldout):
+            check_vocabulary(ids, vocabulary, data)
+
+    def batches(self, size: int, steps: int, seed: int) -> Iterator[Tensor]:
+        """`steps` times the numbers of at most `size` windows, passing over them in a new order each time."""
+        generator, count = torch.Generator().manual_seed(seed), len(self.train)
+        order: list[int] = []
+        size = min(size, count)
+        for _ in range(steps):
+            while len(order) < size:
+                order += torch.randperm(count, generator=generator).tolist()
+            yield torch.tensor(order[:size])
+            del order[:size]

@@ -1,0 +1,127 @@
+"""MoE checkpoints: every weight of every MoE expert is a site, under its name on disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from families import config_of, save_finetune, save_random
+from meswitch.calibration import calibrate
+from meswitch.checkpoint import Checkpoint
+from meswitch.compress import PRESETS, compress, restore
+from meswitch.delta import Delta
+from meswitch.evaluate import evaluate
+
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 11, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "head_dim": None,
+    },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+INSIDE = {
+    "mixtral": {f"block_sparse_moe.experts.{e}.{w}.weight" for e in range(11) for w in ("w1", "w2", "w3")},
+    "qwen2_moe": {f"mlp.experts.{e}.{w}_proj.weight" for e in range(4) for w in ("gate", "up", "down")},
+    "qwen3_moe": {f"mlp.experts.{e}.{w}_proj.weight" for e in range(4) for w in ("gate", "up", "down")},
+}
+GATES = {
+    "mixtral": {"block_sparse_moe.gate.weight"},
+    "qwen2_moe": {"mlp.gate.weight", "mlp.shared_expert_gate.weight"},
+    "qwen3_moe": {"mlp.gate.weight"},
+}
+
+
+@pytest.fixture(scope="module", params=MOE)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """base, finetune, text.txt, delta (calibrated)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    base = save_random(folder / "base", config_of(request.param, **MOE[request.param]))
+    tuned = save_finetune(folder / "finetune", base, 1)
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
+    compress(base, tuned, folder / "delta", calibration=calibrate(tuned, folder / "text.txt", max_tokens=256))
+    return request.param, folder
+
+
+def test_every_moe_expert_has_its_sites(made: tuple[str, Path]) -> None:
+    family, folder = made
+    delta = Delta.open(folder / "delta")
+    delta.verify(folder / "base")
+    assert set(delta.sites) == set(Checkpoint.open(folder / "finetune").names())
+    for layer in ("model.layers.0.", "model.layers.1."):
+        kinds = {name.removeprefix(layer): site.kind for name, site in delta.sites.items() if name.startswith(layer)}
+        assert kinds.keys() >= INSIDE[family] | GATES[family]
+        assert {kinds[name] for name in INSIDE[family]} == {"quantized"}
+        assert {kinds[name] for name in GATES[family]} == {"replaced"}
+        assert kinds["self_attn.q_proj.weight"] == "quantized"
+
+
+def test_sites_lie_in_the_order_in_which_they_run(made: tuple[str, Path]) -> None:
+    """Layer by layer; within a layer MoE experts by number, each in one piece."""
+    _, folder = made
+    names = list(Delta.open(folder / "delta").sites)
+    inner = [name for name in names if ".experts." in name]
+    places = [(int(name.split(".")[2]), int(name.split(".experts.")[1].split(".")[0])) for name in inner]
+    assert places == sorted(places)
+    layers = [int(name.split(".")[2]) for name in names if name.startswith("model.layers.")]
+    assert layers == sorted(layers)
+
+
+def test_restore_is_each_site_restored(made: tuple[str, Path], tmp_path: Path) -> None:
+    _, folder = made
+    restore(folder / "base", folder / "delta", tmp_path / "restored")
+    found = load_file(tmp_path / "restored" / "model.safetensors")
+    base, delta = Checkpoint.open(folder / "base"), Delta.open(folder / "delta")
+    assert found.keys() == delta.sites.keys()
+    for name, site in delta.sites.items():
+        assert torch.equal(found[name], site.restore(base.tensor(name))), name
+    AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
+
+
+def test_evaluate_compares_with_the_fine_tune(made: tuple[str, Path], tmp_path: Path) -> None:
+    _, folder = made
+    compress(folder / "base", folder / "finetune", tmp_path / "fine", bits=8)
+    rough, fine = (
+        evaluate(folder / "base", delta, folder / "finetune", folder / "text.txt", max_tokens=128)
+        for delta in (folder / "delta", tmp_path / "fine")
+    )
+    assert fine.kl < rough.kl < 0.1
+    assert fine.top1_agreement > 0.98
+
+
+def test_calibration_sees_what_moe_experts_read(made: tuple[str, Path]) -> None:
+    family, folder = made
+    moments = calibrate(folder / "finetune", folder / "text.txt", max_tokens=64).second_moments
+    model, seen = AutoModelForCausalLM.from_pretrained(folder / "finetune"), []
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "finetune")
+    model(torch.tensor([tokenizer((folder / "text.txt").read_text())["input_ids"][:64]]))
+    reads = [name for name in INSIDE[family] if not name.endswith(("w2.weight", "down_proj.weight"))]
+    expected = seen[0].flatten(0, 1).square().mean(0)
+    for name in reads:
+        torch.testing.assert_close(moments[f"model.layers.1.{name}"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_moe_experts_left_alone_cost_nothing(made: tuple[str, Path], tmp_path: Path, preset: str) -> None:
+    """The trunk changed and one MoE expert did: the others are shared."""
+    _, folder = made
+    ours, theirs = (load_file(folder / name / "model.safetensors") for name in ("base", "finetune"))
+    mixed = {
+        name: ours[name] if ".experts." in name and ".experts.2." not in name else tensor
+        for name, tensor in theirs.items()
+    }
+    shutil.copytree(folder / "finetune", tmp_path / "mixed")
+    save_file(mixed, tmp_path / "mixed" / "model.safetensors", metadata={"format": "pt"})
+    compress(folder / "base", tmp_path / "mixed", tmp_path / "delta", preset=preset)
+    for name, site in Delta.open(tmp_path / "delta").sites.items():
+        assert (site.nbytes > 0) == (mixed[name] is theirs[name]), name
