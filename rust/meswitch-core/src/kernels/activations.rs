@@ -6,7 +6,7 @@
 //! 32-bit lane without looking at the step. Columns after the last whole span share one step. Where that would leave
 //! too large an error, the largest columns are not rounded at all: a kernel multiplies them one by one.
 
-use crate::layout::RUN;
+use crate::layout::{self, RUN};
 
 /// Columns of a span.
 pub const SPAN: usize = 8 * RUN;
@@ -42,12 +42,46 @@ pub struct Activations {
     stride: usize,
     lines: Vec<Line>,
     steps: Vec<f32>,
-    /// For every code width in use, the steps of its planes.
-    planes: Vec<(u32, Vec<f32>)>,
+    /// For every code width in use, the steps of its planes, and where each token's outliers lie.
+    planes: Vec<Planes>,
     tail: Vec<f32>,
     /// `Σ x` of every 64 columns, in lanes.
     sums: Vec<f32>,
     outliers: Vec<Vec<(u32, f32)>>,
+}
+
+struct Planes {
+    bits: u32,
+    steps: Vec<f32>,
+    places: Vec<Places>,
+}
+
+/// Where the codes of outliers lie in a packed row, and what they are multiplied by; sixteen at a time, zeros at the end.
+#[derive(Default)]
+pub struct Places {
+    /// Which 32-bit word of the row.
+    pub words: Vec<i32>,
+    /// How far up in the word.
+    pub shifts: Vec<i32>,
+    /// The activations.
+    pub values: Vec<f32>,
+}
+
+impl Places {
+    fn of(outliers: &[(u32, f32)], bits: u32, columns: usize) -> Self {
+        let mut places = Self::default();
+        for (column, value) in outliers {
+            let (byte, shift) = layout::place(*column as usize, bits, columns);
+            places.words.push((byte / 4) as i32);
+            places.shifts.push((byte % 4 * 8) as i32 + shift as i32);
+            places.values.push(*value);
+        }
+        let whole = outliers.len().next_multiple_of(LANES);
+        places.words.resize(whole, 0);
+        places.shifts.resize(whole, 0);
+        places.values.resize(whole, 0.0);
+        places
+    }
 }
 
 /// One token as kernels see it.
@@ -62,6 +96,8 @@ pub struct Token<'a> {
     pub tail: f32,
     /// The columns that were not rounded, and their values.
     pub outliers: &'a [(u32, f32)],
+    /// Where their codes lie.
+    pub places: &'a Places,
 }
 
 impl Token<'_> {
@@ -110,7 +146,8 @@ impl Activations {
             for (steps, unit) in scaled.chunks_exact_mut(LANES).zip(units.iter().cycle()) {
                 steps.iter_mut().for_each(|step| *step *= unit);
             }
-            all.planes.push((*bits, scaled));
+            let places = all.outliers.iter().map(|outliers| Places::of(outliers, *bits, columns)).collect();
+            all.planes.push(Planes { bits: *bits, steps: scaled, places });
         }
         all
     }
@@ -137,14 +174,15 @@ impl Activations {
         let lines = &self.lines[token * self.stride..(token + 1) * self.stride];
         // SAFETY: as many bytes as the lines have.
         let rounded = unsafe { std::slice::from_raw_parts(lines.as_ptr().cast::<i8>(), self.stride * RUN) };
-        let steps = self.planes.iter().find(|(width, _)| *width == bits).map_or(&self.steps, |(_, steps)| steps);
-        let count = steps.len() / self.tokens();
+        let planes = self.planes.iter().find(|planes| planes.bits == bits).expect("a width asked for");
+        let count = self.steps.len() / self.tokens();
         Token {
             columns: self.columns,
             rounded,
-            steps: &steps[token * count..(token + 1) * count],
+            steps: &planes.steps[token * count..(token + 1) * count],
             tail: self.tail[token],
             outliers: &self.outliers[token],
+            places: &planes.places[token],
         }
     }
 
@@ -355,8 +393,9 @@ mod tests {
     impl Activations {
         /// What the rounded activations stand for.
         pub fn values(&self, token: usize) -> Vec<f32> {
-            let (of, main) = (self.token(token, 0), self.columns / SPAN * SPAN);
-            let step = |c: usize| if c < main { of.steps[c / SEGMENT * STEPS + c % SPAN / 4] } else { of.tail };
+            let (of, main) = (self.token(token, self.planes[0].bits), self.columns / SPAN * SPAN);
+            let steps = &self.steps[token * self.steps.len() / self.tokens()..];
+            let step = |c: usize| if c < main { steps[c / SEGMENT * STEPS + c % SPAN / 4] } else { of.tail };
             let mut x: Vec<f32> = (0..self.columns).map(|c| f32::from(of.rounded[c]) * step(c)).collect();
             for (column, value) in of.outliers {
                 assert_eq!(x[*column as usize], 0.0);
@@ -423,7 +462,7 @@ mod tests {
 
     #[test]
     fn nothing_and_what_is_not_finite() {
-        let of = |x: &[f32]| Activations::of(&mut x.to_vec(), x.len(), &[], |_, _| 1.0);
+        let of = |x: &[f32]| Activations::of(&mut x.to_vec(), x.len(), &[8], |_, _| 1.0);
         assert_eq!(back(&of(&[0.0; 5]), 0), [0.0; 5]);
         assert_eq!(back(&of(&[0.0; 600]), 0), [0.0; 600]);
         assert_eq!(of(&[]).tokens(), 0);

@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use super::activations::{SPAN, STEPS, Token};
+use super::activations::{Places, SPAN, STEPS, Token};
 use super::decode::{Codes, fetch};
 use crate::layout::RUN;
 
@@ -52,6 +52,29 @@ pub unsafe fn dot_scaled(codes: &Codes<'_>, scales: &[f32], tokens: &[Token<'_>]
             4 => scaled_planes::<2>(codes, scales, tokens, zeros, out),
             _ => scaled_planes::<1>(codes, scales, tokens, zeros, out),
         }
+    }
+}
+
+/// Adds the products of the columns that were not rounded, row by row.
+///
+/// # Safety
+/// The processor must have AVX-512 F; places must lie within a row.
+#[target_feature(enable = "avx512f")]
+pub unsafe fn outliers(codes: &Codes<'_>, places: &Places, out: &mut [f32]) {
+    let mask = _mm512_set1_epi32((1 << codes.bits) - 1);
+    for (row, out) in out.iter_mut().enumerate() {
+        let (from, mut sum) = (codes.row(row), _mm512_setzero_ps());
+        for at in (0..places.values.len()).step_by(16) {
+            // SAFETY: sixteen places each, all of them words of the row, which is whole words long.
+            unsafe {
+                let words = _mm512_loadu_si512(places.words.as_ptr().add(at).cast());
+                let shifts = _mm512_loadu_si512(places.shifts.as_ptr().add(at).cast());
+                let packed = _mm512_i32gather_epi32::<4>(words, from.cast());
+                let part = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(packed, shifts), mask));
+                sum = _mm512_fmadd_ps(part, _mm512_loadu_ps(places.values.as_ptr().add(at)), sum);
+            }
+        }
+        *out += _mm512_reduce_add_ps(sum);
     }
 }
 

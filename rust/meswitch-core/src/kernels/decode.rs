@@ -10,7 +10,7 @@ use super::backend::{Backend, backend};
 use super::scalar;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
-use crate::layout::{RUN, row_bytes, unpack_row};
+use crate::layout::{RUN, place, row_bytes, unpack_row};
 
 /// Fetches codes ahead of where they are read, far ahead into the second cache and nearer into the first: rows are
 /// shorter than what the memory takes to answer, and few lines can be on their way to the first.
@@ -78,11 +78,8 @@ impl<'a> Codes<'a> {
     }
 
     fn code(&self, row: usize, column: usize) -> u8 {
-        let planes = 8 / self.bits as usize;
-        let run = column / (RUN * planes) * RUN;
-        let (width, at) = ((self.length - run).min(RUN), column % (RUN * planes));
-        let byte = self.packed(row)[run + at % width];
-        (byte >> (at / width * self.bits as usize)) & ((1u16 << self.bits) - 1) as u8
+        let (byte, shift) = place(column, self.bits, self.columns);
+        (self.packed(row)[byte] >> shift) & ((1u16 << self.bits) - 1) as u8
     }
 }
 
@@ -132,9 +129,11 @@ fn dot_on(backend: Backend, codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [
     }
     for (token, out) in tokens.iter().zip(out.chunks_mut(codes.rows.max(1))) {
         if !token.outliers.is_empty() {
-            for (row, out) in out.iter_mut().enumerate() {
-                let one = |(column, x): &(u32, f32)| f32::from(codes.code(row, *column as usize)) * x;
-                *out += token.outliers.iter().map(one).sum::<f32>();
+            match backend {
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Backend::Avx512Vnni | Backend::Avx512 => unsafe { avx512::outliers(codes, token.places, out) },
+                _ => scalar::outliers(codes, token.places, out),
             }
         }
     }
@@ -223,7 +222,7 @@ mod tests {
             }
             let mut x: Vec<f32> = (0..tokens * columns).map(|at| noise(at, !seed)).collect();
             for x in x.chunks_mut(columns) {
-                (0..outliers).for_each(|k| x[(seed as usize ^ (k * 7919)) % columns] = 60.0);
+                (0..outliers * 9).for_each(|k| x[(seed as usize ^ (k * 7919)) % columns] = 60.0);
             }
             let scales: Vec<f32> = (0..columns.div_ceil(RUN)).map(|block| noise(block, seed / 2)).collect();
             let (ones, zero) = (vec![1.0; scales.len()], (most - 1) as f32 / 2.0);

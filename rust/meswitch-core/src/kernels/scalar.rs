@@ -1,6 +1,6 @@
 //! Integer dot products of any processor: the truth of the others, and what the compiler makes of it.
 
-use super::activations::{SEGMENT, SPAN, STEPS, Token};
+use super::activations::{Places, SEGMENT, SPAN, STEPS, Token};
 use super::decode::Codes;
 use crate::layout::{RUN, unpack_row};
 
@@ -36,6 +36,20 @@ pub fn dot_scaled(codes: &Codes<'_>, scales: &[f32], tokens: &[Token<'_>], zeros
             let zero: f32 = scales.iter().zip(zeros).map(|(scale, zero)| scale * zero).sum();
             out[at * codes.rows + row] = whole(&unpacked[..main], scales, token) - zero;
         }
+    }
+}
+
+/// Adds the products of the columns that were not rounded, row by row, in sixteen sums.
+pub fn outliers(codes: &Codes<'_>, places: &Places, out: &mut [f32]) {
+    let mask = (1u32 << codes.bits) - 1;
+    for (row, out) in out.iter_mut().enumerate() {
+        let packed = codes.packed(row);
+        let mut sums = [0f32; 16];
+        for (at, (word, shift)) in places.words.iter().zip(&places.shifts).enumerate() {
+            let bytes = packed[*word as usize * 4..][..4].try_into().expect("four");
+            sums[at % 16] += ((u32::from_le_bytes(bytes) >> shift) & mask) as f32 * places.values[at];
+        }
+        *out += sums.iter().sum::<f32>();
     }
 }
 
