@@ -1,6 +1,6 @@
 """Speed and memory of `compress` on a synthetic pair of checkpoints of a real model's shapes.
 
-    python benches/compress.py [--shapes llama-3b|mistral-7b|llama-1b|tiny] [--preset default] [--folder DIR]
+    python benches/compress.py [--shapes llama-3b|mistral-7b|llama-1b|llama-200m|tiny] [--preset default] [--folder DIR]
 
 Writes base and fine-tune (16 bits a weight, sharded), compresses in a process of its own, samples that process's
 anonymous memory, prints one JSON line, and removes the files. The values are synthetic: this says nothing of quality.
@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 # vocabulary, hidden, intermediate, layers, heads, key-value heads, tied
 SHAPES = {
     "tiny": (4096, 256, 688, 4, 8, 4, False),
+    "llama-200m": (32000, 1024, 2816, 14, 16, 8, True),
     "llama-1b": (128256, 2048, 8192, 16, 32, 8, True),
     "llama-3b": (128256, 3072, 8192, 28, 24, 8, True),
     "mistral-7b": (32000, 4096, 14336, 32, 32, 8, False),

@@ -1,32 +1,56 @@
 //! Decode kernels against the machine's own streaming rate, measured in the same run: GB/s of packed codes, and ratios.
 //!
-//!     cargo bench --bench kernels
+//!     cargo bench --bench kernels [-- BACKEND ...]
 //!
-//! Matrices are cycled through a gigabyte, so that codes come from memory and not from a cache. Medians of rounds that
-//! take turns with the streaming read, because machines drift.
+//! Matrices are cycled through half a gigabyte, so that codes come from memory and not from a cache. Short passes of the
+//! kernel take turns with passes that only read, on the same team of threads (libgomp's, as under torch, where it can be
+//! loaded). A kernel's pass counts if nobody took a core away from it and memory was quick just before and just after
+//! it; the ratio is that to the mean of those two. Every backend and number of threads has a process of its own.
 
+use std::ffi::CStr;
 use std::hint::black_box;
+use std::process::Command;
 use std::time::Instant;
 
 use half::f16;
 use meswitch_core::kernels::matrix::{Matrix, Part};
-use meswitch_core::kernels::{backend, linear};
+use meswitch_core::kernels::{available, backend, linear, team};
 use meswitch_core::layout::row_bytes;
 
-const BYTES: usize = 1 << 30;
-const ROUNDS: usize = 7;
+const BYTES: usize = 1 << 29;
+/// Bytes ahead at which the streaming read fetches: with it, it is the quicker by a tenth.
+const AHEAD: usize = 6144;
+/// Least bytes of a pass: some tenths of a millisecond.
+const PASS: usize = 1 << 22;
+/// Passes that count, and seconds after which a case has to do with fewer.
+const ROUNDS: usize = 15;
+const PATIENCE: f64 = 1.5;
+/// Memory is quick at this share of the quickest pass so far.
+const QUICK: f64 = 0.8;
 const SHAPES: [(usize, usize); 4] = [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)];
+/// Bits, tokens, columns that share a scale (0: the row).
+const CASES: [(u32, usize, usize); 13] = [
+    (1, 1, 0),
+    (2, 1, 0),
+    (3, 1, 0),
+    (4, 1, 0),
+    (8, 1, 0),
+    (2, 1, 128),
+    (1, 4, 0),
+    (1, 16, 0),
+    (2, 2, 0),
+    (2, 4, 0),
+    (2, 8, 0),
+    (2, 16, 0),
+    (4, 16, 0),
+];
 
-/// Sums a buffer's words: the quickest that memory can be read.
-fn stream(buffer: &[u8], threads: usize) -> f64 {
-    let start = Instant::now();
-    let share = buffer.len() / threads;
-    std::thread::scope(|scope| {
-        for part in buffer.chunks(share) {
-            scope.spawn(move || black_box(sum(part)));
-        }
+/// Sums a buffer's words on the team: the quickest that memory can be read.
+fn stream(buffer: &[u8]) {
+    team::parallel(&|index, threads| {
+        let share = buffer.len() / threads / 256 * 256;
+        black_box(sum(&buffer[index * share..(index + 1) * share]));
     });
-    buffer.len() as f64 / start.elapsed().as_secs_f64()
 }
 
 fn sum(part: &[u8]) -> u64 {
@@ -35,14 +59,25 @@ fn sum(part: &[u8]) -> u64 {
         // SAFETY: just asked.
         return unsafe { sum_wide(part) };
     }
-    part.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight"))).fold(0, u64::wrapping_add)
+    sum_words(part)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 fn sum_wide(part: &[u8]) -> u64 {
+    sum_words(part)
+}
+
+#[inline(always)]
+fn sum_words(part: &[u8]) -> u64 {
     let mut lanes = [0u64; 32];
     for words in part.chunks_exact(256) {
+        #[cfg(target_arch = "x86_64")]
+        for line in 0..4 {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: a hint, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(words.as_ptr().wrapping_add(line * 64 + AHEAD).cast()) };
+        }
         for (lane, word) in lanes.iter_mut().zip(words.chunks_exact(8)) {
             *lane = lane.wrapping_add(u64::from_le_bytes(word.try_into().expect("eight")));
         }
@@ -50,30 +85,20 @@ fn sum_wide(part: &[u8]) -> u64 {
     lanes.iter().fold(0, |all, lane| all.wrapping_add(*lane))
 }
 
-/// One pass over all matrices that the buffer holds: bytes a second.
-fn decode(buffer: &[u8], scales: &[f16], rows: usize, columns: usize, bits: u32, tokens: usize) -> f64 {
-    let x: Vec<f32> = (0..tokens * columns).map(|i| (i % 17) as f32 - 8.0).collect();
-    let size = rows * row_bytes(bits, columns);
-    let matrices: Vec<Matrix<'_>> = buffer
-        .chunks_exact(size)
-        .map(|codes| Matrix {
-            rows,
-            columns,
-            unit: 1.0,
-            parts: vec![Part { bits, zero: 1.5, group: columns, rows: None, codes, scales: &scales[..rows] }],
-            column_scales: None,
-            salient: None,
-            low_rank: None,
-            sparse: None,
-        })
-        .collect();
-    let start = Instant::now();
-    for matrix in &matrices {
-        linear::delta_linear(matrix, &x, false, &|_, _, values| {
-            black_box(values);
-        });
+/// Times that the processor was taken from this process.
+fn preemptions() -> i64 {
+    // SAFETY: a plain query into a zeroed record.
+    unsafe {
+        let mut usage = std::mem::zeroed::<libc::rusage>();
+        libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
+        usage.ru_nivcsw
     }
-    (matrices.len() * size) as f64 / start.elapsed().as_secs_f64()
+}
+
+fn seconds(work: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    work();
+    start.elapsed().as_secs_f64()
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -81,28 +106,122 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-fn main() {
+/// What a case came to: GB/s read, GB/s of codes, their ratio (medians), and the passes that counted.
+struct Found {
+    streamed: f64,
+    codes: f64,
+    ratio: f64,
+    passes: usize,
+}
+
+fn measure(
+    buffer: &[u8],
+    scales: &[f16],
+    (rows, columns): (usize, usize),
+    (bits, tokens, group): (u32, usize, usize),
+    best: &mut f64,
+) -> Found {
+    let x: Vec<f32> = (0..tokens * columns).map(|i| (i % 17) as f32 - 8.0).collect();
+    let group = if group == 0 { columns } else { group };
+    let size = rows * row_bytes(bits, columns);
+    let matrix = |codes| Matrix {
+        rows,
+        columns,
+        unit: 1.0,
+        parts: vec![Part { bits, zero: 1.5, group, rows: None, codes, scales: &scales[..rows * columns / group] }],
+        column_scales: None,
+        salient: None,
+        low_rank: None,
+        sparse: None,
+    };
+    let all: Vec<Matrix<'_>> = buffer.chunks_exact(size).map(matrix).collect();
+    let count = PASS.div_ceil(size);
+    let bytes = (count * size) as f64 / 1e9;
+    let (start, mut at) = (Instant::now(), 0);
+    let mut ahead = || {
+        at = (at + count) % (all.len() - count + 1);
+        at
+    };
+    let (mut counted, mut others) = (Vec::new(), Vec::new());
+    let read = |at: usize| bytes / seconds(|| stream(&buffer[at * size..(at + count) * size]));
+    let mut before = read(ahead());
+    while counted.len() < ROUNDS && start.elapsed().as_secs_f64() < PATIENCE {
+        let (taken, from) = (preemptions(), ahead());
+        let spent = seconds(|| {
+            for matrix in &all[from..from + count] {
+                linear::delta_linear(matrix, &x, false, &|_, _, values| {
+                    black_box(values);
+                });
+            }
+        });
+        let after = read(ahead());
+        *best = best.max(before).max(after);
+        let pass = (f64::midpoint(before, after), bytes / spent);
+        let quiet = preemptions() == taken && before.min(after) > QUICK * *best;
+        if quiet {
+            counted.push(pass);
+        } else {
+            others.push(pass);
+        }
+        before = after;
+    }
+    let passes = counted.len();
+    let used = if passes == 0 { others } else { counted };
+    let of = |value: fn(&(f64, f64)) -> f64| median(used.iter().map(value).collect());
+    Found { streamed: of(|p| p.0), codes: of(|p| p.1), ratio: of(|p| p.1 / p.0), passes }
+}
+
+fn table() {
     let buffer: Vec<u8> = (0..BYTES).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-    let scales = vec![f16::ONE; 14336];
-    let threads = meswitch_core::kernels::team::threads();
-    println!("backend {}, {threads} threads, {ROUNDS} rounds", backend());
-    println!("{:>14} {:>5} {:>7} {:>12} {:>12} {:>7}", "shape", "bits", "tokens", "stream GB/s", "codes GB/s", "ratio");
-    for (rows, columns) in SHAPES {
-        for (bits, tokens) in [(1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (2, 4), (2, 16)] {
-            let (mut streamed, mut decoded, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-            for _ in 0..ROUNDS {
-                let (s, d) = (stream(&buffer, threads), decode(&buffer, &scales, rows, columns, bits, tokens));
-                streamed.push(s / 1e9);
-                decoded.push(d / 1e9);
-                ratios.push(d / s);
+    let scales = vec![f16::ONE; 14336 * 4096 / 128];
+    println!("\nbackend {}, threads {}, libgomp {}", backend(), team::threads(), team::is_shared());
+    println!(
+        "{:>12} {:>5} {:>6} {:>7} {:>12} {:>11} {:>6} {:>9} {:>6}",
+        "shape", "bits", "group", "tokens", "stream GB/s", "codes GB/s", "ratio", "x 1 token", "passes"
+    );
+    let mut best = 0f64;
+    for shape in SHAPES {
+        let mut alone = [0f64; 9];
+        for case in CASES {
+            let (bits, tokens, group) = case;
+            let found = measure(&buffer, &scales, shape, case, &mut best);
+            if tokens == 1 && group == 0 {
+                alone[bits as usize] = found.ratio;
             }
             println!(
-                "{:>14} {bits:>5} {tokens:>7} {:>12.2} {:>12.2} {:>7.2}",
-                format!("{rows}x{columns}"),
-                median(streamed),
-                median(decoded),
-                median(ratios)
+                "{:>12} {bits:>5} {:>6} {tokens:>7} {:>12.2} {:>11.2} {:>6.2} {:>9.2} {:>6}",
+                format!("{}x{}", shape.0, shape.1),
+                if group == 0 { "row".to_owned() } else { group.to_string() },
+                found.streamed,
+                found.codes,
+                found.ratio,
+                alone[bits as usize] / found.ratio,
+                found.passes,
             );
+        }
+    }
+}
+
+fn main() {
+    const NAME: &CStr = c"libgomp.so.1";
+    if std::env::var_os("MESWITCH_BENCH_CHILD").is_some() {
+        // SAFETY: a C string; the library's initialisers are OpenMP's.
+        unsafe { libc::dlopen(NAME.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+        return table();
+    }
+    let asked: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let all: Vec<String> =
+        available().map(|backend| backend.to_string()).filter(|name| name != "scalar" && name != "avx512").collect();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    for name in if asked.is_empty() { all } else { asked } {
+        for threads in [cores, 1] {
+            let threads = threads.to_string();
+            let own = std::env::current_exe().expect("a path");
+            let status = Command::new(own)
+                .envs([("MESWITCH_BENCH_CHILD", "1"), ("MESWITCH_BACKEND", &name)])
+                .envs([("OMP_NUM_THREADS", &threads), ("RAYON_NUM_THREADS", &threads)])
+                .status();
+            assert!(status.is_ok_and(|status| status.success()), "{name}");
         }
     }
 }

@@ -82,8 +82,13 @@ def assert_alike(
         expected = alone(models[name], prompt, answer.token_ids)
         width = expected.shape[1]
         assert torch.isneginf(rows[:, width:]).all()
-        assert (rows[:, :width] - expected).abs().max() <= 1e-3 * expected.abs().max(), name
-        assert answer.token_ids == greedy(models[name], prompt, 8), name
+        most = (1e-3 if exact else 3e-2) * expected.abs().max()  # 8-bit activations, and norms after them
+        assert (rows[:, :width] - expected).abs().max() <= most, name
+        if exact:
+            assert answer.token_ids == greedy(models[name], prompt, 8), name
+        else:  # two tokens may be that near to each other
+            chosen = expected[range(len(answer.token_ids)), answer.token_ids]
+            assert (expected.max(dim=1).values - chosen).max() <= 2 * most, name
         assert answer.expert == name
 
 

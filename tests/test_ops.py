@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,9 +98,33 @@ def test_linear_is_the_reference(site: Site, slots: list[int], seed: int) -> Non
     ops.delta_linear(y, x, ops.Rows(slots), table, exact=True)
     assert close(y, expected)
     ops.delta_linear(rounded, x, ops.Rows(slots), table)
-    # Of the sum of magnitudes: a drawn site may cancel to nothing.
-    magnitude = x.abs() @ site.dense().abs().T
-    assert bool(((rounded - y).abs() <= 1e-4 * magnitude + 1e-6 * (1 + y.abs())).all())
+    # No activation is further than half a step from its own, and no step larger than a 127th of the largest.
+    scaled = x if site.column_scales is None else x * site.column_scales.float()
+    levels = replace(site, column_scales=None, salient=None, salient_index=None, u=None, v=None).dense()
+    largest = scaled.abs().amax(dim=1, keepdim=True) / 254
+    assert bool(((rounded - y).abs() <= 1.01 * largest * levels.abs().sum(dim=1) + 1e-5 * (1 + y.abs())).all())
+
+
+@pytest.mark.parametrize("columns", [576, 4096])
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("bits", reference.BITS)
+def test_rounding_costs_less_than_a_hundredth(bits: int, group_size: int | None, columns: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (256, columns), generator=generator).to(torch.uint8)
+    scales = torch.rand(256, -(-columns // (group_size or columns)), generator=generator).half()
+    part = Part(bits, (2**bits - 1) / 2, reference.pack(codes, bits), scales, group_size)
+    site = Site("plain", "quantized", (256, columns), torch.float32, parts=(part,))
+    table = ops.SiteTable(256, columns)
+    table.set(0, site)
+    x = torch.randn(6, columns, generator=generator)
+    x[1, 7] *= 50  # one channel
+    x[2, ::101] *= 50  # a few
+    x[3] *= torch.randn(columns, generator=generator)  # heavy tails
+    x[4, 5:9] *= 1000
+    y = torch.zeros(6, 256)
+    ops.delta_linear(y, x, ops.Rows([0] * 6), table)
+    expected = x @ site.dense().T
+    assert bool(((y - expected).norm(dim=1) < 0.01 * expected.norm(dim=1)).all())
 
 
 @settings(max_examples=40, deadline=None)
@@ -115,7 +141,7 @@ def test_embedding_is_the_reference(site: Site, slots: list[int], data: st.DataO
 
 
 def plain_site(out: int = 8, columns: int = 40, bits: int = 2) -> Site:
-    codes = torch.randint(0, 2**bits, (out, columns)).to(torch.uint8)
+    codes = torch.randint(0, 2**bits, (out, columns), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     part = Part(bits, (2**bits - 1) / 2, reference.pack(codes, bits), torch.ones(out, 1).half())
     return Site("plain", "quantized", (out, columns), torch.float32, parts=(part,))
 
@@ -125,7 +151,7 @@ def test_half_activations(dtype: torch.dtype) -> None:
     site = plain_site()
     table = ops.SiteTable(8, 40)
     table.set(0, site)
-    x, y = torch.randn(3, 40).to(dtype), torch.zeros(3, 8, dtype=dtype)
+    x, y = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(dtype), torch.zeros(3, 8, dtype=dtype)
     ops.delta_linear(y, x, ops.Rows([0, -1, 0]), table)
     expected = (x.float() @ site.dense().T).to(dtype)
     assert torch.allclose(y[0], expected[0], atol=0.05, rtol=0.02)
@@ -143,8 +169,10 @@ def test_a_wider_output_keeps_its_other_columns() -> None:
 def test_wrong_shapes_are_refused() -> None:
     table = ops.SiteTable(8, 40)
     table.set(0, plain_site())
-    with pytest.raises(ValueError, match="expected a tensor of 2 x 40"):
+    with pytest.raises(ValueError, match="expected rows of 40 elements"):
         ops.delta_linear(torch.zeros(2, 8), torch.zeros(2, 39), ops.Rows([0, 0]), table)
+    with pytest.raises(ValueError, match="expected 3 rows, found 2"):
+        ops.delta_linear(torch.zeros(2, 8), torch.zeros(2, 40), ops.Rows([0, 0, 0]), table)
     with pytest.raises(ValueError, match="neighbouring"):
         ops.delta_linear(torch.zeros(8, 2).T, torch.zeros(2, 40), ops.Rows([0, 0]), table)
     with pytest.raises(ValueError, match="float32"):

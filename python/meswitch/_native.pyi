@@ -6,7 +6,10 @@ __all__ = [
     "Checkpoint",
     "Delta",
     "Matrix",
+    "Rows",
+    "Table",
     "backend",
+    "backends",
     "compress",
     "cpu_features",
     "energies",
@@ -19,7 +22,7 @@ __all__ = [
 
 _Memory = tuple[int, int]
 _Part = tuple[int, float, int, _Memory | None, _Memory, _Memory]
-_Rows = tuple[int, int, str]
+_Tensor = tuple[int, int, int, str]
 
 @final
 class Checkpoint:
@@ -61,11 +64,18 @@ class Matrix:
         sparse: tuple[_Memory, _Memory, _Memory] | None,
         keep: object,
     ) -> Matrix: ...
-    def delta_linear(self, y: _Rows, x: _Rows, total: int, tokens: Sequence[int] | None, exact: bool) -> None: ...
-    def delta_embedding(
-        self, y: _Rows, total: int, tokens: Sequence[int], ids: Sequence[int], scale: float
-    ) -> None: ...
+    def delta_embedding(self, y: _Tensor, tokens: Sequence[int], ids: Sequence[int], scale: float) -> None: ...
     def dense(self, start: int, count: int, address: int) -> None: ...
+
+@final
+class Rows:
+    def __new__(cls, slots: Sequence[int]) -> Rows: ...
+
+@final
+class Table:
+    def __new__(cls, rows: int, columns: int) -> Table: ...
+    def set(self, slot: int, matrix: Matrix | None) -> None: ...
+    def delta_linear(self, y: _Tensor, x: _Tensor, rows: Rows, exact: bool) -> None: ...
 
 def compress(
     base: Checkpoint,
@@ -110,5 +120,6 @@ def write(
     progress: Callable[[str, int, int], object],
 ) -> None: ...
 def backend() -> str: ...
+def backends() -> list[str]: ...
 def team() -> tuple[int, bool]: ...
 def cpu_features() -> dict[str, bool]: ...

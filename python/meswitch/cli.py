@@ -609,14 +609,15 @@ def _examine() -> dict[str, Any]:
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
     versions = {name: _version(name) for name in packages}
     problems = [f"{name} is not installed" for name in packages if versions[name] == "not installed"]
-    native: dict[str, Any] = {"backend": None, "features": []}
+    native: dict[str, Any] = {"backend": None, "backends": [], "features": []}
     try:
         from meswitch import _native
 
         features: dict[str, bool] = getattr(_native, "cpu_features", dict)()
         native["features"] = sorted(name for name, there in features.items() if there)
         native["backend"] = getattr(_native, "backend", lambda: None)()
-    except ImportError as error:
+        native["backends"] = getattr(_native, "backends", list)()
+    except (ImportError, MeswitchError) as error:
         problems.append(f"meswitch._native does not load: {error}")
     return {
         "python": platform.python_version(),

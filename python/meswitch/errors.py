@@ -77,5 +77,9 @@ class RouterError(MeswitchError):
     """A router that is missing, malformed, or made for another base."""
 
 
+class BackendError(MeswitchError, ValueError):
+    """`MESWITCH_BACKEND` names an instruction set that is unknown or that this processor lacks."""
+
+
 class CudaUnavailableError(MeswitchError):
     """`device="cuda"` where there is none."""

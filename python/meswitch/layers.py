@@ -64,6 +64,10 @@ class Bank:
         if slot + 1 < self.rows.shape[0]:
             self.rows[slot + 1] = self.base
 
+    def of(self, slot: int) -> Tensor:
+        """The vector of one slot."""
+        return self.rows[slot + 1] if slot + 1 < self.rows.shape[0] else self.base
+
     def gather(self, index: Tensor, top: int) -> Tensor:
         """The vector of every token, `[T, ...]`, by slot + 1, at most `top`; the base's for a slot without."""
         if top >= self.rows.shape[0]:
@@ -103,7 +107,7 @@ class Wrapper:
             self.module.forward = self._own
 
     def active(self, rows: ops.Rows) -> bool:
-        return rows.any and not self.slots.isdisjoint(rows.groups)
+        return rows.any and not self.slots.isdisjoint(rows.tokens)
 
     def expect_rows(self, found: int, rows: ops.Rows) -> None:
         if found != len(rows.slots):
@@ -180,10 +184,18 @@ class LinearWrapper(Wrapper):
         rows = self.rows
         if not self.active(rows):
             return y
+        self.expect_rows(y.numel() // self.out_features, rows)
+        if self.plain and x.is_contiguous() and y.is_contiguous():
+            ops.delta_linear(y, x, rows, self.table, exact=self.exact)
+            return y
         flat_x, flat_y = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
-        self.expect_rows(flat_y.shape[0], rows)
         self.add(flat_y, flat_x, rows)
         return self.shaped(y, flat_y, flat_x, rows)
+
+    @property
+    def plain(self) -> bool:
+        """Whether deltas of the weight are all that there is to add."""
+        return not self.whole and self.bias is None
 
     def add(self, y: Tensor, x: Tensor, rows: ops.Rows) -> None:
         for slot in self.whole.keys() & rows.groups.keys():
@@ -215,6 +227,10 @@ class HeadWrapper(LinearWrapper):
     @property
     def rows(self) -> ops.Rows:
         return self.step.kept if self.kept else self.step.tokens
+
+    @property
+    def plain(self) -> bool:
+        return False
 
     def check(self, leaf: str, site: Site) -> None:
         known = site.shape[0] - (0 if site.added is None else site.added.shape[0])
@@ -385,6 +401,8 @@ class VectorWrapper(Wrapper):
         rows = self.step.tokens
         if not self.active(rows):
             return self.base(x, *args, **kwargs)
+        if rows.only is not None:  # whatever rows this module sees, they are that slot's
+            return self._with({leaf: bank.of(rows.only) for leaf, bank in self.banks.items()}, x, *args, **kwargs)
         values = {leaf: bank.gather(self.step.bank_index, self.step.top) for leaf, bank in self.banks.items()}
         return self._run(values, x, *args, **kwargs)
 
@@ -393,9 +411,13 @@ class VectorWrapper(Wrapper):
         shaped = {leaf: self._per_token(value, x) for leaf, value in values.items()}
         if type(self.module) in (nn.LayerNorm, nn.RMSNorm):
             return self._normalised(shaped, x)
+        return self._with(shaped, x, *args, **kwargs)
+
+    def _with(self, values: Mapping[str, Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module on `x`, with these parameters."""
         parameters = self.module._parameters
-        own = {leaf: parameters[leaf] for leaf in shaped}
-        parameters.update(shaped)  # type: ignore[arg-type]
+        own = {leaf: parameters[leaf] for leaf in values}
+        parameters.update(values)  # type: ignore[arg-type]
         try:
             return self.base(x, *args, **kwargs)
         finally:

@@ -15,8 +15,9 @@ from torch import Tensor
 from meswitch import _native
 from meswitch.delta import Site
 
-# From this many tokens of one expert on, a real matrix product over unpacked rows beats reading packed ones.
+# From this many tokens of one expert on, exact arithmetic is quicker as a matrix product of torch over unpacked rows.
 PREFILL = 16
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _TILE = 1 << 22  # weights of an unpacked tile: 16 MiB of 32-bit floats
 
 
@@ -35,6 +36,22 @@ class Rows:
                 self.tokens.setdefault(slot, []).append(token)
 
     @cached_property
+    def native(self) -> _native.Rows:
+        """The same for the kernels."""
+        return _native.Rows(self.slots)
+
+    @cached_property
+    def only(self) -> int | None:
+        """The one slot that every token belongs to, if there is one."""
+        first = next(iter(self.tokens), None)
+        return first if first is not None and len(self.tokens[first]) == len(self.slots) else None
+
+    @cached_property
+    def most(self) -> int:
+        """The tokens of the slot that has most of them."""
+        return max(map(len, self.tokens.values()), default=0)
+
+    @cached_property
     def groups(self) -> dict[int, Tensor]:
         """The tokens of each slot, `int64`; the base's are not among them."""
         return {slot: torch.tensor(tokens) for slot, tokens in self.tokens.items()}
@@ -44,7 +61,7 @@ class Rows:
         """The slots, `int64 [tokens]`."""
         return torch.tensor(self.slots, dtype=torch.int64)
 
-    @property
+    @cached_property
     def any(self) -> bool:
         """Whether any token belongs to an expert."""
         return bool(self.tokens)
@@ -55,6 +72,7 @@ class SiteTable:
 
     def __init__(self, out_features: int, in_features: int) -> None:
         self.out_features, self.in_features = out_features, in_features
+        self.native = _native.Table(out_features, in_features)
         self._sites: dict[int, Site] = {}
         self._matrices: dict[int, _native.Matrix] = {}
 
@@ -62,9 +80,11 @@ class SiteTable:
         """Puts a site into a slot; none, or a `shared` one, empties it."""
         self._sites.pop(slot, None)
         self._matrices.pop(slot, None)
+        self.native.set(slot, None)
         if site is not None and site.kind != "shared":
-            self._sites[slot] = site
-            self._matrices[slot] = matrix(site)
+            delta = matrix(site)
+            self.native.set(slot, delta)
+            self._sites[slot], self._matrices[slot] = site, delta
 
     def get(self, slot: int) -> Site | None:
         return self._sites.get(slot)
@@ -106,26 +126,25 @@ def matrix(site: Site) -> _native.Matrix:
 def delta_linear(y: Tensor, x: Tensor, rows: Rows, table: SiteTable, *, exact: bool = False) -> None:
     """`y[t] += Δ̂ of its slot · x[t]`, in place.
 
-    `x [T, in_features]`, `y [T, >= out_features]`, float32, bfloat16 or float16, on the CPU. With `exact` the
-    arithmetic is the reference's, in float32; else a few tokens' activations are rounded to 15 bits (an error of about
-    1e-4 of what the delta adds), which lets them run on integers.
+    `x [..., in_features]`, `y [..., >= out_features]`, a row a token, float32, bfloat16 or float16, on the CPU. With
+    `exact` the arithmetic is the reference's, in float32; else activations are rounded to 8 bits (an error of half a
+    per cent of what the delta adds, and at most one), which lets them run on integers, unless scales change within 64
+    columns.
     Raises `ValueError` where shapes, dtypes or devices do not fit.
     """
-    _check(y, rows, table.out_features)
-    _check(x, rows, table.in_features)
+    native_y, native_x = _rows(y, table.out_features), _rows(x, table.in_features)
+    if not exact or rows.most < PREFILL:
+        table.native.delta_linear(native_y, native_x, rows.native, exact)
+        return
+    x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for slot, tokens in rows.tokens.items():
         delta = table.matrix(slot)
-        if delta is None:
-            continue
-        if len(tokens) >= PREFILL:
+        if delta is not None:
             _prefill(y, x, tokens, delta, table)
-        else:
-            everyone = len(tokens) == len(rows.slots)
-            delta.delta_linear(_rows(y), _rows(x), len(rows.slots), None if everyone else tokens, exact)
 
 
 def _prefill(y: Tensor, x: Tensor, tokens: list[int], delta: _native.Matrix, table: SiteTable) -> None:
-    """Many tokens of one expert: rows unpacked a tile at a time, multiplied by torch."""
+    """Tokens of one expert: rows unpacked a tile at a time, multiplied by torch."""
     everyone = len(tokens) == x.shape[0]
     index = slice(None) if everyone else torch.tensor(tokens)
     chosen = x[index].float()
@@ -142,27 +161,30 @@ def delta_embedding(y: Tensor, ids: Tensor, rows: Rows, table: SiteTable, *, sca
 
     `ids [T]` of integers, `y [T, in_features]`. Raises `ValueError` where shapes or dtypes do not fit.
     """
-    _check(y, rows, table.in_features)
+    native_y = _rows(y, table.in_features)
     if ids.shape != (len(rows.slots),):
         raise ValueError(f"expected {len(rows.slots)} ids, found {tuple(ids.shape)}")
     for slot, tokens in rows.tokens.items():
         delta = table.matrix(slot)
         if delta is not None:
             own = ids.tolist() if len(tokens) == len(rows.slots) else ids[tokens].tolist()
-            delta.delta_embedding(_rows(y), len(rows.slots), tokens, own, scale)
+            delta.delta_embedding(native_y, tokens, own, scale)
 
 
-def _check(tensor: Tensor, rows: Rows, width: int) -> None:
-    if tensor.dim() != 2 or tensor.shape[0] != len(rows.slots) or tensor.shape[1] < width:
-        raise ValueError(f"expected a tensor of {len(rows.slots)} x {width}, found {tuple(tensor.shape)}")
-    if tensor.device.type != "cpu" or tensor.stride(1) != 1:
-        raise ValueError(f"expected rows of neighbouring elements on the CPU, found {tensor.device} {tensor.stride()}")
-
-
-def _rows(tensor: Tensor) -> tuple[int, int, str]:
-    # The stride of a single row may be anything.
-    stride = tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
-    return tensor.data_ptr(), stride, str(tensor.dtype).removeprefix("torch.")
+def _rows(tensor: Tensor, width: int) -> tuple[int, int, int, str]:
+    """A tensor `[..., >= width]` as the kernels see it: address, rows, elements from one to the next, dtype."""
+    shape = tensor.shape
+    full = shape[-1] if shape else 0
+    if tensor.is_contiguous():
+        count, stride = (tensor.numel() // full if full else 0), full
+    elif len(shape) == 2 and tensor.stride(1) == 1:
+        count = shape[0]
+        stride = tensor.stride(0) if count > 1 else full  # the stride of a single row may be anything
+    else:
+        raise ValueError(f"expected rows of neighbouring elements, found strides {tensor.stride()}")
+    if full < width or not tensor.is_cpu:
+        raise ValueError(f"expected rows of {width} elements on the CPU, found {tuple(shape)} on {tensor.device}")
+    return tensor.data_ptr(), count, stride, _NAMES.get(tensor.dtype, str(tensor.dtype))
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:

@@ -27,6 +27,9 @@ pub enum Error {
     /// A NaN or an infinity in a weight.
     #[error("{0}")]
     NonFinite(String),
+    /// An instruction set that is unknown or not there.
+    #[error("{0}")]
+    Backend(String),
     /// An argument outside its range.
     #[error("{0}")]
     Argument(String),

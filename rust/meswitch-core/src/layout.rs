@@ -22,6 +22,15 @@ pub const fn row_bytes(bits: u32, columns: usize) -> usize {
     columns / (RUN * per_byte) * RUN + rest.div_ceil(4 * per_byte) * 4
 }
 
+/// The byte of a packed row that holds a column's code, and how far up in it; not of 3 bits.
+#[must_use]
+pub fn place(column: usize, bits: u32, columns: usize) -> (usize, usize) {
+    let per_byte = 8 / bits as usize;
+    let run = column / (RUN * per_byte) * RUN;
+    let (width, at) = ((row_bytes(bits, columns) - run).min(RUN), column % (RUN * per_byte));
+    (run + at % width, at / width * bits as usize)
+}
+
 /// Packs one row of codes. `packed` is `row_bytes(bits, codes.len())` long and is overwritten.
 #[inline(always)]
 pub fn pack_row(codes: &[u8], bits: u32, packed: &mut [u8]) {

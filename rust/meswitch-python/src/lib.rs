@@ -15,14 +15,26 @@ mod _native {
     #[pymodule_export]
     use super::delta::{Checkpoint, Delta};
     #[pymodule_export]
-    use super::matrix::Matrix;
+    use super::matrix::{Matrix, Rows, Table};
 
     use super::*;
 
-    /// The instruction set in use: "scalar", "avx2" or "avx512".
+    /// Refuses a `MESWITCH_BACKEND` that cannot run here before anything runs on another.
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        meswitch_core::kernels::check().map_err(super::errors::to_python)
+    }
+
+    /// The instruction set in use: one of `backends`.
     #[pyfunction]
     fn backend() -> String {
         meswitch_core::kernels::backend().to_string()
+    }
+
+    /// The instruction sets that run here, the least first; `MESWITCH_BACKEND` may name one.
+    #[pyfunction]
+    fn backends() -> Vec<String> {
+        meswitch_core::kernels::available().map(|backend| backend.to_string()).collect()
     }
 
     /// How many threads kernels run on, and whether they are torch's own.

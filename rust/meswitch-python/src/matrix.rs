@@ -1,8 +1,10 @@
 //! The delta of one weight on the CPU: tensors' memory in, tensors' memory out.
 
-use half::{bf16, f16};
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
 use meswitch_core::Error;
-use meswitch_core::kernels::{linear, matrix, sparse};
+use meswitch_core::kernels::{linear, matrix, rows, sparse};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -22,19 +24,82 @@ pub struct Matrix {
     _keep: Py<PyAny>,
 }
 
-/// Rows of activations: address, bytes an element is apart from the next row's, and the type's code.
-#[derive(Clone, Copy)]
-struct Rows {
-    address: usize,
-    stride: usize,
-    kind: Kind,
+/// A tensor of rows: address, how many, elements from one to the next, dtype name.
+type Tensor<'a> = (usize, usize, usize, &'a str);
+
+/// Which slot each token of a step belongs to.
+#[pyclass(frozen)]
+pub struct Rows {
+    total: usize,
+    groups: Vec<(usize, Vec<u32>)>,
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Kind {
-    F32,
-    Bf16,
-    F16,
+#[pymethods]
+impl Rows {
+    /// One slot a token; below zero is the base.
+    #[new]
+    #[allow(clippy::needless_pass_by_value)] // what Python hands over
+    fn new(slots: Vec<i64>) -> Self {
+        let mut groups: Vec<(usize, Vec<u32>)> = Vec::new();
+        for (token, slot) in slots.iter().enumerate().filter(|(_, slot)| **slot >= 0) {
+            let slot = *slot as usize;
+            match groups.iter_mut().find(|group| group.0 == slot) {
+                Some(group) => group.1.push(token as u32),
+                None => groups.push((slot, vec![token as u32])),
+            }
+        }
+        Self { total: slots.len(), groups }
+    }
+}
+
+/// The deltas of one weight, by slot.
+#[pyclass(frozen)]
+pub struct Table {
+    rows: usize,
+    columns: usize,
+    slots: Mutex<BTreeMap<usize, Py<Matrix>>>,
+}
+
+#[pymethods]
+impl Table {
+    #[new]
+    fn new(rows: usize, columns: usize) -> Self {
+        Self { rows, columns, slots: Mutex::default() }
+    }
+
+    /// Puts a delta of that shape, or none, into a slot.
+    fn set(&self, slot: usize, matrix: Option<Py<Matrix>>) -> PyResult<()> {
+        if let Some(delta) = matrix.as_ref().map(Py::get) {
+            let found = (delta.matrix.rows, delta.matrix.columns);
+            if found != (self.rows, self.columns) {
+                let message = format!("expected a delta of {:?}, found {found:?}", (self.rows, self.columns));
+                return Err(PyValueError::new_err(message));
+            }
+        }
+        let mut slots = self.slots.lock().expect("no thread panics while it holds this");
+        match matrix {
+            Some(matrix) => slots.insert(slot, matrix),
+            None => slots.remove(&slot),
+        };
+        Ok(())
+    }
+
+    /// `y[t] += Δ̂ of its slot · x[t]` for every token whose slot has a delta here. Unless `exact`, activations are
+    /// rounded to 8 bits. Both tensors have a row for every token of `rows`.
+    fn delta_linear(&self, py: Python<'_>, y: Tensor<'_>, x: Tensor<'_>, rows: &Rows, exact: bool) -> PyResult<()> {
+        let (y, x) = (rows_of(y, rows.total, self.rows)?, rows_of(x, rows.total, self.columns)?);
+        let slots = self.slots.lock().expect("as above");
+        let mine: Vec<_> =
+            rows.groups.iter().filter_map(|(slot, tokens)| Some((slots.get(slot)?.clone_ref(py), tokens))).collect();
+        drop(slots);
+        let products: Vec<_> = mine
+            .iter()
+            .map(|(delta, tokens)| linear::Product { matrix: &delta.get().matrix, tokens: tokens.as_slice() })
+            .collect();
+        // SAFETY: the caller's tensors have `rows.total` rows of that many elements, and tokens are below that.
+        py.detach(|| unsafe { linear::add_products(&products, x, y, exact) });
+        Ok(())
+    }
 }
 
 #[pymethods]
@@ -83,49 +148,18 @@ impl Matrix {
         Ok(Self { matrix, _keep: keep })
     }
 
-    /// `y[t] += Δ̂ · x[t]` for the tokens named; all of them where none are. Unless `exact`, activations are
-    /// rounded to 15 bits.
-    ///
-    /// `y` and `x` are (address, row stride in elements, dtype name); both have `total` rows.
-    fn delta_linear(
-        &self,
-        py: Python<'_>,
-        y: (usize, usize, &str),
-        x: (usize, usize, &str),
-        total: usize,
-        tokens: Option<Vec<usize>>,
-        exact: bool,
-    ) -> PyResult<()> {
-        let tokens = tokens.unwrap_or_else(|| (0..total).collect());
-        let (y, x) = (rows_of(y, self.matrix.rows)?, rows_of(x, self.matrix.columns)?);
-        check_tokens(&tokens, total)?;
-        py.detach(|| {
-            let columns = self.matrix.columns;
-            let mut gathered = vec![0f32; tokens.len() * columns];
-            for (token, out) in tokens.iter().zip(gathered.chunks_mut(columns.max(1))) {
-                // SAFETY: the caller's tensor has `total` rows of at least `columns` elements, and `token < total`.
-                unsafe { x.read(*token, out) };
-            }
-            linear::delta_linear(&self.matrix, &gathered, exact, &|token, first, values| {
-                // SAFETY: as above for `y`; every (token, row) is handed out once, so no two threads share an element.
-                unsafe { y.add(tokens[token], first, values) };
-            });
-        });
-        Ok(())
-    }
-
     /// `y[t] += scale · Δ̂[ids[t], :]` for the tokens named; ids beyond the rows add nothing.
     #[allow(clippy::needless_pass_by_value)] // what Python hands over
     fn delta_embedding(
         &self,
         py: Python<'_>,
-        y: (usize, usize, &str),
-        total: usize,
+        y: Tensor<'_>,
         tokens: Vec<usize>,
         ids: Vec<i64>,
         scale: f32,
     ) -> PyResult<()> {
-        let y = rows_of(y, self.matrix.columns)?;
+        let total = y.1;
+        let y = rows_of(y, total, self.matrix.columns)?;
         check_tokens(&tokens, total)?;
         py.detach(|| {
             let mut row = vec![0f32; self.matrix.columns];
@@ -182,62 +216,19 @@ fn slice<T>((address, bytes): Memory) -> PyResult<&'static [T]> {
     Ok(unsafe { std::slice::from_raw_parts(address as *const T, bytes / size_of::<T>()) })
 }
 
-fn rows_of((address, stride, dtype): (usize, usize, &str), width: usize) -> PyResult<Rows> {
+fn rows_of((address, count, stride, dtype): Tensor<'_>, total: usize, width: usize) -> PyResult<rows::Rows> {
     let kind = match dtype {
-        "float32" => Kind::F32,
-        "bfloat16" => Kind::Bf16,
-        "float16" => Kind::F16,
+        "float32" => rows::Kind::F32,
+        "bfloat16" => rows::Kind::Bf16,
+        "float16" => rows::Kind::F16,
         other => return Err(PyValueError::new_err(format!("expected float32, bfloat16 or float16, found {other}"))),
     };
+    if count != total {
+        return Err(PyValueError::new_err(format!("expected {total} rows, found {count}")));
+    }
     if stride < width {
         return Err(PyValueError::new_err(format!("expected rows of at least {width} elements, found {stride}")));
     }
-    Ok(Rows { address, stride, kind })
-}
-
-impl Rows {
-    /// # Safety
-    /// The memory must have a row `row` of at least `out.len()` elements.
-    unsafe fn read(self, row: usize, out: &mut [f32]) {
-        let at = row * self.stride;
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.kind {
-                Kind::F32 => {
-                    out.copy_from_slice(std::slice::from_raw_parts((self.address as *const f32).add(at), out.len()));
-                }
-                Kind::Bf16 => {
-                    let values = std::slice::from_raw_parts((self.address as *const bf16).add(at), out.len());
-                    out.iter_mut().zip(values).for_each(|(out, value)| *out = value.to_f32());
-                }
-                Kind::F16 => {
-                    let values = std::slice::from_raw_parts((self.address as *const f16).add(at), out.len());
-                    out.iter_mut().zip(values).for_each(|(out, value)| *out = value.to_f32());
-                }
-            }
-        }
-    }
-
-    /// # Safety
-    /// The memory must have a row `row` of at least `first + values.len()` elements, and nobody else at them.
-    unsafe fn add(self, row: usize, first: usize, values: &[f32]) {
-        let at = row * self.stride + first;
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.kind {
-                Kind::F32 => {
-                    let out = std::slice::from_raw_parts_mut((self.address as *mut f32).add(at), values.len());
-                    out.iter_mut().zip(values).for_each(|(out, value)| *out += value);
-                }
-                Kind::Bf16 => {
-                    let out = std::slice::from_raw_parts_mut((self.address as *mut bf16).add(at), values.len());
-                    out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(out.to_f32() + value));
-                }
-                Kind::F16 => {
-                    let out = std::slice::from_raw_parts_mut((self.address as *mut f16).add(at), values.len());
-                    out.iter_mut().zip(values).for_each(|(out, value)| *out = f16::from_f32(out.to_f32() + value));
-                }
-            }
-        }
-    }
+    // SAFETY: a live tensor's memory, which the caller lends for the call; `stride` is at least what is asked for.
+    Ok(unsafe { rows::Rows::new(address, stride, kind) })
 }

@@ -3,16 +3,23 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-/// An instruction set that kernels are compiled for.
+use crate::error::{Error, Result};
+
+/// An instruction set that kernels are compiled for; a later one needs all that an earlier one needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Backend {
-    /// The portable truth; on ARM the compiler makes NEON of it, which every 64-bit ARM has.
+    /// The portable truth, and what the compiler makes of it.
     Scalar,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
-    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    /// x86-64 with AVX-512 F, BW, DQ and VL: float kernels use it, integer dot products stay with AVX2.
     Avx512,
+    /// The same with byte products that sum to 32 bits (VNNI).
+    Avx512Vnni,
 }
+
+/// All backends, the least first.
+pub const BACKENDS: [Backend; 4] = [Backend::Scalar, Backend::Avx2, Backend::Avx512, Backend::Avx512Vnni];
 
 impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -20,44 +27,61 @@ impl fmt::Display for Backend {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512vnni",
         })
     }
 }
 
-/// The instruction set in use: the best that the processor has, or a lesser one named by `MESWITCH_BACKEND`.
+/// The instruction set in use: the best that the processor has, or the one named by `MESWITCH_BACKEND`.
 pub fn backend() -> Backend {
     static CHOSEN: OnceLock<Backend> = OnceLock::new();
-    *CHOSEN.get_or_init(|| {
-        let best = detect();
-        match std::env::var("MESWITCH_BACKEND").as_deref() {
-            Ok("scalar") => Backend::Scalar,
-            Ok("avx2") => best.min(Backend::Avx2),
-            _ => best,
-        }
+    *CHOSEN.get_or_init(|| wanted().unwrap_or_else(|_| best()))
+}
+
+/// Whether `MESWITCH_BACKEND` names something that can run here.
+///
+/// # Errors
+/// [`Error::Backend`] with the names that would do.
+pub fn check() -> Result<()> {
+    wanted().map(drop)
+}
+
+/// The backends that this processor can run, the least first.
+pub fn available() -> impl Iterator<Item = Backend> {
+    BACKENDS.into_iter().filter(|backend| *backend <= best())
+}
+
+fn wanted() -> Result<Backend> {
+    match std::env::var_os("MESWITCH_BACKEND") {
+        None => Ok(best()),
+        Some(name) => named(&name.to_string_lossy()),
+    }
+}
+
+fn named(name: &str) -> Result<Backend> {
+    available().find(|backend| backend.to_string() == name).ok_or_else(|| {
+        let names: Vec<String> = available().map(|backend| backend.to_string()).collect();
+        Error::Backend(format!("MESWITCH_BACKEND: expected one of {}, found {name:?}", names.join(", ")))
     })
 }
 
-/// Whether byte products with 32-bit sums (AVX-512 VNNI) may be used.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn has_vnni() -> bool {
-    is_x86_feature_detected!("avx512vnni")
-}
-
-#[cfg(target_arch = "x86_64")]
-fn detect() -> Backend {
+fn best() -> Backend {
     let has =
         |wanted: &[&str]| features().iter().filter(|(name, on)| *on && wanted.contains(name)).count() == wanted.len();
-    if has(&["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c", "bmi2"]) {
-        Backend::Avx512
-    } else if has(&["avx2", "fma", "f16c", "bmi2"]) {
-        Backend::Avx2
-    } else {
+    if !has(&["avx2", "fma", "f16c", "bmi2"]) {
         Backend::Scalar
+    } else if !has(&["avx512f", "avx512bw", "avx512dq", "avx512vl"]) {
+        Backend::Avx2
+    } else if !has(&["avx512vnni"]) {
+        Backend::Avx512
+    } else {
+        Backend::Avx512Vnni
     }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn detect() -> Backend {
+fn best() -> Backend {
     Backend::Scalar
 }
 
@@ -76,4 +100,19 @@ pub fn features() -> Vec<(&'static str, bool)> {
 #[must_use]
 pub fn features() -> Vec<(&'static str, bool)> {
     Vec::new()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_runs_here_may_be_named() {
+        for backend in available() {
+            assert_eq!(named(&backend.to_string()).unwrap(), backend);
+        }
+        assert_eq!(available().next(), Some(Backend::Scalar));
+        let message = named("avx").unwrap_err().to_string();
+        assert!(message.starts_with("MESWITCH_BACKEND: expected one of scalar") && message.ends_with("found \"avx\""));
+    }
 }

@@ -1,13 +1,20 @@
 //! Arithmetic, dispatched once per process to what the processor has.
 
+pub mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod backend;
 pub mod decode;
 pub mod linear;
 pub mod matrix;
+pub mod rows;
+mod scalar;
 pub mod sparse;
 pub mod team;
 
-pub use backend::{Backend, backend, features};
+pub use backend::{Backend, available, backend, check, features};
 
 /// Compiles one body for every instruction set and calls the one that the processor runs.
 ///
@@ -28,7 +35,7 @@ macro_rules! by_backend {
                 fn avx512($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }
                 match $crate::kernels::backend() {
                     // SAFETY: `backend` names an instruction set only after the processor said that it has it.
-                    $crate::kernels::Backend::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::kernels::Backend::Avx512 | $crate::kernels::Backend::Avx512Vnni => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     $crate::kernels::Backend::Avx2 => return unsafe { avx2($($arg),*) },
                     _ => {}

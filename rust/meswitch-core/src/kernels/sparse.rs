@@ -171,7 +171,7 @@ fn single_body(gaps: &[u8], values: &[u8], x: &[f32]) -> f32 {
 /// [`single`], sixteen entries at a time where the processor gathers.
 fn dot(gaps: &[u8], values: &[u8], x: &[f32]) -> f32 {
     #[cfg(target_arch = "x86_64")]
-    if super::backend() == super::Backend::Avx512 && i32::try_from(x.len()).is_ok() {
+    if super::backend() >= super::Backend::Avx512 && i32::try_from(x.len()).is_ok() {
         // SAFETY: `backend` asked the processor.
         return unsafe { x86::dot(gaps, values, x) };
     }

@@ -1,0 +1,309 @@
+//! Integer dot products with AVX-512 VNNI: `vpdpbusd` sums four byte products into a 32-bit lane.
+//!
+//! A plane's codes are masked where they stand, not shifted down: the step of each lane makes up for it. One token reads
+//! a row or two at a time, fetched well ahead, so that memory sets the pace. Several tokens share tiles of four rows.
+
+#![allow(clippy::needless_range_loop)] // rows, planes and tokens index several arrays at once
+
+use std::arch::x86_64::*;
+
+use super::activations::{Places, SPAN, STEPS, Token};
+use super::decode::{Codes, fetch};
+use crate::layout::RUN;
+
+/// Tokens of a tile.
+const TOGETHER: usize = 4;
+/// Spans of a segment.
+const SPANS: usize = 8;
+
+macro_rules! features {
+    ($($item:item)*) => { $(#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")] $item)* };
+}
+
+/// What a plane's codes are multiplied by.
+pub fn unit(bits: u32, plane: usize) -> f32 {
+    (1u32 << (bits as usize * plane)) as f32
+}
+
+/// # Safety
+/// The processor must have AVX-512 F, BW, VL and VNNI; tokens must have at least the codes' columns.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub unsafe fn dot(codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match codes.bits {
+            1 => dot_planes::<8, 2>(codes, tokens, out),
+            2 => dot_planes::<4, 2>(codes, tokens, out),
+            4 => dot_planes::<2, 2>(codes, tokens, out),
+            _ => dot_planes::<1, 2>(codes, tokens, out),
+        }
+    }
+}
+
+/// # Safety
+/// As `dot`; `scales` has one value for each 64 columns of each row, every token's zeros as many as a row.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub unsafe fn dot_scaled(codes: &Codes<'_>, scales: &[f32], tokens: &[Token<'_>], zeros: &[&[f32]], out: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match codes.bits {
+            1 => scaled_planes::<8>(codes, scales, tokens, zeros, out),
+            2 => scaled_planes::<4>(codes, scales, tokens, zeros, out),
+            4 => scaled_planes::<2>(codes, scales, tokens, zeros, out),
+            _ => scaled_planes::<1>(codes, scales, tokens, zeros, out),
+        }
+    }
+}
+
+/// Adds the products of the columns that were not rounded, row by row.
+///
+/// # Safety
+/// The processor must have AVX-512 F; places must lie within a row.
+#[target_feature(enable = "avx512f")]
+pub unsafe fn outliers(codes: &Codes<'_>, places: &Places, out: &mut [f32]) {
+    let mask = _mm512_set1_epi32((1 << codes.bits) - 1);
+    for (row, out) in out.iter_mut().enumerate() {
+        let (from, mut sum) = (codes.row(row), _mm512_setzero_ps());
+        for at in (0..places.values.len()).step_by(16) {
+            // SAFETY: sixteen places each, all of them words of the row, which is whole words long.
+            unsafe {
+                let words = _mm512_loadu_si512(places.words.as_ptr().add(at).cast());
+                let shifts = _mm512_loadu_si512(places.shifts.as_ptr().add(at).cast());
+                let packed = _mm512_i32gather_epi32::<4>(words, from.cast());
+                let part = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(packed, shifts), mask));
+                sum = _mm512_fmadd_ps(part, _mm512_loadu_ps(places.values.as_ptr().add(at)), sum);
+            }
+        }
+        *out += _mm512_reduce_add_ps(sum);
+    }
+}
+
+features! {
+    /// One token reads `R` rows at a time.
+    unsafe fn dot_planes<const PLANES: usize, const R: usize>(codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [f32]) {
+        let rows = codes.rows;
+        if let [token] = tokens {
+            let whole = rows / R * R;
+            for row in (0..whole).step_by(R) {
+                // SAFETY: rows below `rows`.
+                out[row..row + R].copy_from_slice(&unsafe { stream::<PLANES, R>(codes, row, token) });
+            }
+            for row in whole..rows {
+                // SAFETY: as above.
+                out[row..=row].copy_from_slice(&unsafe { stream::<PLANES, 1>(codes, row, token) });
+            }
+            return;
+        }
+        for (group, tokens) in tokens.chunks(TOGETHER).enumerate() {
+            let (out, lead) = (&mut out[group * TOGETHER * rows..], group == 0);
+            // SAFETY: as this function.
+            unsafe {
+                match tokens.len() {
+                    1 => tiles::<PLANES, 8, 1>(codes, tokens, lead, out),
+                    2 => tiles::<PLANES, 8, 2>(codes, tokens, lead, out),
+                    3 => tiles::<PLANES, 6, 3>(codes, tokens, lead, out),
+                    _ => tiles::<PLANES, 4, TOGETHER>(codes, tokens, lead, out),
+                }
+            }
+        }
+    }
+
+    unsafe fn tiles<const PLANES: usize, const R: usize, const N: usize>(
+        codes: &Codes<'_>,
+        tokens: &[Token<'_>],
+        lead: bool,
+        out: &mut [f32],
+    ) {
+        let whole = codes.rows / R * R;
+        for row in (0..whole).step_by(R) {
+            // SAFETY: rows below `rows`.
+            unsafe { tile::<PLANES, R, N>(codes, row, tokens, lead, &mut out[row..]) };
+        }
+        for row in whole..codes.rows {
+            // SAFETY: as above.
+            unsafe { tile::<PLANES, 1, N>(codes, row, tokens, lead, &mut out[row..]) };
+        }
+    }
+
+    /// `R` rows of one token.
+    unsafe fn stream<const PLANES: usize, const R: usize>(codes: &Codes<'_>, row: usize, token: &Token<'_>) -> [f32; R] {
+        let (mut sums, masks) = ([_mm512_setzero_ps(); R], masks::<PLANES>());
+        let (x, spans) = (token.rounded.as_ptr(), codes.columns / SPAN);
+        let from: [*const u8; R] = std::array::from_fn(|r| codes.row(row + r));
+        for first in (0..spans).step_by(SPANS) {
+            let mut lanes = [[_mm512_setzero_si512(); 8]; R];
+            for span in first..spans.min(first + SPANS) {
+                for run in 0..8 / PLANES {
+                    // SAFETY: a whole run of codes, and its 64·PLANES columns of the token.
+                    unsafe {
+                        let at = (span * 8 / PLANES + run) * RUN;
+                        let packed: [__m512i; R] = std::array::from_fn(|r| {
+                            fetch(from[r].wrapping_add(at));
+                            _mm512_loadu_si512(from[r].add(at).cast())
+                        });
+                        for plane in 0..PLANES {
+                            let block = run * PLANES + plane;
+                            let x = _mm512_load_si512(x.add((span * 8 + block) * RUN).cast());
+                            for r in 0..R {
+                                let part = _mm512_and_si512(packed[r], masks[plane]);
+                                lanes[r][block] = _mm512_dpbusd_epi32(lanes[r][block], part, x);
+                            }
+                        }
+                    }
+                }
+            }
+            for block in 0..8 {
+                // SAFETY: within the segment's steps.
+                let steps = unsafe { _mm512_loadu_ps(token.steps.as_ptr().add(first / SPANS * STEPS + block * 16)) };
+                for r in 0..R {
+                    sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes[r][block]), steps, sums[r]);
+                }
+            }
+        }
+        // SAFETY: as this function.
+        std::array::from_fn(|r| unsafe { finish::<PLANES>(codes, from[r], token, sums[r]) })
+    }
+
+    /// `R` rows of `N` tokens; `lead` says that nobody has read the next rows yet.
+    unsafe fn tile<const PLANES: usize, const R: usize, const N: usize>(
+        codes: &Codes<'_>,
+        row: usize,
+        tokens: &[Token<'_>],
+        lead: bool,
+        out: &mut [f32],
+    ) {
+        let (mut sums, masks) = ([[_mm512_setzero_ps(); N]; R], masks::<PLANES>());
+        let spans = codes.columns / SPAN;
+        let from: [*const u8; R] = std::array::from_fn(|r| codes.row(row + r));
+        let x: [*const i8; N] = std::array::from_fn(|n| tokens[n].rounded.as_ptr());
+        for first in (0..spans).step_by(SPANS) {
+            for block in 0..8 {
+                let (run, plane) = (block / PLANES, block % PLANES);
+                let mut lanes = [[_mm512_setzero_si512(); N]; R];
+                for span in first..spans.min(first + SPANS) {
+                    // SAFETY: a whole run of codes, and 64 columns of each token.
+                    unsafe {
+                        let at = (span * 8 / PLANES + run) * RUN;
+                        let part: [__m512i; R] = std::array::from_fn(|r| {
+                            if lead && plane == 0 {
+                                fetch(from[r].wrapping_add(at));
+                            }
+                            _mm512_and_si512(_mm512_loadu_si512(from[r].add(at).cast()), masks[plane])
+                        });
+                        for n in 0..N {
+                            let x = _mm512_load_si512(x[n].add((span * 8 + block) * RUN).cast());
+                            for r in 0..R {
+                                lanes[r][n] = _mm512_dpbusd_epi32(lanes[r][n], part[r], x);
+                            }
+                        }
+                    }
+                }
+                for n in 0..N {
+                    // SAFETY: within the segment's steps.
+                    let steps =
+                        unsafe { _mm512_loadu_ps(tokens[n].steps.as_ptr().add(first / SPANS * STEPS + block * 16)) };
+                    for r in 0..R {
+                        sums[r][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes[r][n]), steps, sums[r][n]);
+                    }
+                }
+            }
+        }
+        for n in 0..N {
+            for r in 0..R {
+                // SAFETY: as this function.
+                out[n * codes.rows + r] = unsafe { finish::<PLANES>(codes, from[r], &tokens[n], sums[r][n]) };
+            }
+        }
+    }
+
+    unsafe fn scaled_planes<const PLANES: usize>(
+        codes: &Codes<'_>,
+        scales: &[f32],
+        tokens: &[Token<'_>],
+        zeros: &[&[f32]],
+        out: &mut [f32],
+    ) {
+        let blocks = codes.columns.div_ceil(RUN);
+        for row in 0..codes.rows {
+            let scales = &scales[row * blocks..(row + 1) * blocks];
+            for (at, token) in tokens.iter().enumerate() {
+                // SAFETY: a row below `rows`.
+                let sum = unsafe { scaled::<PLANES>(codes, row, scales, token) };
+                out[at * codes.rows + row] = match zeros.get(at) {
+                    Some(zeros) => _mm512_reduce_add_ps(_mm512_sub_ps(sum, product(scales, zeros))),
+                    None => _mm512_reduce_add_ps(sum),
+                };
+            }
+        }
+    }
+
+    /// One row of one token, every 64 columns times a scale; columns after the last whole span are left out.
+    unsafe fn scaled<const PLANES: usize>(codes: &Codes<'_>, row: usize, scales: &[f32], token: &Token<'_>) -> __m512 {
+        let (mut sums, masks, from) = ([_mm512_setzero_ps(); 4], masks::<PLANES>(), codes.row(row));
+        for span in 0..codes.columns / SPAN {
+            let scales: [__m512; 8] = std::array::from_fn(|block| _mm512_set1_ps(scales[span * 8 + block]));
+            for run in 0..8 / PLANES {
+                // SAFETY: a whole run of codes, its columns of the token, the steps of its segment.
+                unsafe {
+                    let at = (span * 8 / PLANES + run) * RUN;
+                    fetch(from.wrapping_add(at));
+                    let packed = _mm512_loadu_si512(from.add(at).cast());
+                    for plane in 0..PLANES {
+                        let block = run * PLANES + plane;
+                        let x = _mm512_load_si512(token.rounded.as_ptr().add((span * 8 + block) * RUN).cast());
+                        let part = _mm512_and_si512(packed, masks[plane]);
+                        let lanes = _mm512_dpbusd_epi32(_mm512_setzero_si512(), part, x);
+                        let steps = _mm512_loadu_ps(token.steps.as_ptr().add(span / SPANS * STEPS + block * 16));
+                        let scaled = _mm512_mul_ps(steps, scales[block]);
+                        sums[block % 4] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes), scaled, sums[block % 4]);
+                    }
+                }
+            }
+        }
+        _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]))
+    }
+
+    /// `Σ a·b` in lanes.
+    fn product(a: &[f32], b: &[f32]) -> __m512 {
+        let mut sum = _mm512_setzero_ps();
+        for (a, b) in a.chunks(16).zip(b.chunks(16)) {
+            let there = u16::MAX >> (16 - a.len().min(b.len()));
+            // SAFETY: masked loads of values that are there.
+            let (a, b) = unsafe { (_mm512_maskz_loadu_ps(there, a.as_ptr()), _mm512_maskz_loadu_ps(there, b.as_ptr())) };
+            sum = _mm512_fmadd_ps(a, b, sum);
+        }
+        sum
+    }
+
+    /// A row's sum, after its last columns.
+    unsafe fn finish<const PLANES: usize>(codes: &Codes<'_>, row: *const u8, token: &Token<'_>, sum: __m512) -> f32 {
+        let bits = 8 / PLANES;
+        let (main, mask) = (codes.columns / SPAN * SPAN, _mm512_set1_epi8(((1u16 << bits) - 1) as i8));
+        if main == codes.columns {
+            return _mm512_reduce_add_ps(sum);
+        }
+        let mut lanes = _mm512_setzero_si512();
+        let (mut at, mut column) = (main / PLANES, main);
+        while at < codes.length {
+            let width = (codes.length - at).min(RUN);
+            // SAFETY: masked loads touch the run's `width` bytes; padding makes the activations long enough.
+            unsafe {
+                let packed = _mm512_maskz_loadu_epi8(u64::MAX >> (RUN - width), row.add(at).cast());
+                for plane in 0..PLANES {
+                    let shift = _mm_cvtsi32_si128((plane * bits) as i32);
+                    let part = _mm512_and_si512(_mm512_srl_epi16(packed, shift), mask);
+                    let x = _mm512_loadu_si512(token.rounded.as_ptr().add(column + plane * width).cast());
+                    lanes = _mm512_dpbusd_epi32(lanes, part, x);
+                }
+            }
+            at += width;
+            column += PLANES * width;
+        }
+        _mm512_reduce_add_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes), _mm512_set1_ps(token.tail), sum))
+    }
+
+    fn masks<const PLANES: usize>() -> [__m512i; PLANES] {
+        let low = (1u16 << (8 / PLANES)) - 1;
+        std::array::from_fn(|plane| _mm512_set1_epi8((low << (plane * 8 / PLANES)) as i8))
+    }
+}
