@@ -95,12 +95,13 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Progress:
-    """The site that is next, weights done and in all, seconds since the start."""
+    """The site that is next, weights done and in all, seconds since the start, weights that an earlier run had done."""
 
     site: str
     done: int
     total: int
     seconds: float
+    resumed: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,8 @@ def compress(
     `auto` chooses bits, rank, groups and salient channels site by site instead, so that manifest and tensors weigh at
     most `target_bytes`, or `bpw` bits a weight (either means `auto`), or what the preset would (docs/architecture.md).
     `calibration` weighs errors by what the model sees, `sensitivity` (`sensitivity.sense`) sites and rows by what an
-    error there costs. An interrupted run leaves nothing at `out`; one that finishes replaces the delta directory that
-    stood there.
+    error there costs. An interrupted run leaves nothing at `out`, but its finished sites in `.NAME.incomplete` beside
+    it, and the same call goes on from there; one that finishes replaces the delta directory that stood there.
 
     Raises `CheckpointError`, `ArchitectureError` or `NonFiniteError`; `BudgetError` for a target that cannot be met;
     `OSError` where the disk says no; `ValueError` for an unknown preset, method or number of bits, or two targets.
@@ -170,9 +171,11 @@ def compress(
         "config_changes": _config_changes(job.base, job.finetune),
     }
 
+    resumed: int | None = None
+
     def step(site: str, done: int, total: int) -> None:
         if progress is not None:
-            progress(Progress(site, done, total, time.perf_counter() - start))
+            progress(Progress(site, done, total, time.perf_counter() - start, resumed or 0))
 
     found = None
     if auto:
@@ -184,6 +187,8 @@ def compress(
         settings["chosen"] = found.summary()
 
     def write(site: str, done: int, total: int) -> None:
+        nonlocal resumed
+        resumed = done if resumed is None else resumed
         step(site, total + done, 2 * total) if auto else step(site, done, total)
 
     _native.compress(*job.pair, target, plans, job.moments(plans), job.files, json.dumps(settings), job.name, write)
@@ -194,7 +199,7 @@ def compress(
         bytes=delta.nbytes,
         bpw=delta.bpw,
         seconds=seconds,
-        weights_per_second=delta.parameters / seconds,
+        weights_per_second=(delta.parameters - (resumed or 0)) / seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         config_changes=settings["config_changes"],
         chosen=None if found is None else found.summary(),

@@ -18,7 +18,8 @@ use crate::errors::to_python;
 /// Compresses a fine-tune into a delta directory.
 ///
 /// `plans` is a list of dicts, one a parameter in execution order; `moments` maps names to little-endian float32
-/// E[x²]; `progress(site, done, total)` is called before every site.
+/// E[x²]; `progress(site, done, total)` is called before every site, first with the weights that an interrupted call
+/// of the same arguments had done.
 #[pyfunction]
 #[pyo3(signature = (base, finetune, out, plans, moments, files, settings, base_name, progress))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // the signature that Python sees
