@@ -483,7 +483,8 @@ fn a_job_goes_on_from_what_holds() {
         let file = fs::File::options().write(true).open(partial.join(name)).unwrap();
         file.set_len(file.metadata().unwrap().len() - less).unwrap();
     };
-    let damages: [(&dyn Fn(), u64); 7] = [
+    let damages: [(&dyn Fn(), u64); 8] = [
+        (&|| drop(fs::write(partial.join("config.json"), "torn")), EMBEDDING + LAYER),
         (&|| truncate(".journal", 1), EMBEDDING),
         (&|| truncate(".journal", 300), EMBEDDING),
         (&|| truncate(TENSORS, 1), EMBEDDING),
@@ -520,6 +521,22 @@ fn a_job_goes_on_from_what_holds() {
         finished.unwrap().verify().unwrap();
         assert_eq!(content(&family.path("delta")), whole, "damage {number}");
     }
+}
+
+#[test]
+fn a_job_goes_on_from_its_very_end() {
+    let (family, settings) = (Family::new(), json!({"preset": "test"}));
+    family.compress().unwrap();
+    let (partial, whole) = (family.path(".delta.incomplete"), content(&family.path("delta")));
+    stopped_at(&family, 3, settings.clone()).1.err().unwrap();
+    let journal = fs::read(partial.join(".journal")).unwrap();
+    fs::remove_dir_all(&partial).unwrap();
+    fs::rename(family.path("delta"), &partial).unwrap();
+    fs::write(partial.join(".journal"), journal).unwrap();
+    let (found, finished) = stopped_at(&family, WHOLE, settings);
+    assert_eq!(found, EMBEDDING + LAYER + IN as u64);
+    finished.unwrap().verify().unwrap();
+    assert_eq!(content(&family.path("delta")), whole);
 }
 
 #[test]

@@ -245,6 +245,8 @@ pub struct Writer {
     file: BufWriter<File>,
     header: Header,
     reserved: usize,
+    // Where the tensors start: after the room, or where a writer that was killed at the end had moved them.
+    first: usize,
     files: BTreeMap<String, FileEntry>,
 }
 
@@ -259,8 +261,9 @@ impl Writer {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
         let mut file = BufWriter::with_capacity(1 << 20, file.map_err(Error::io(&path))?);
         let reserved = reserve(specs);
-        file.write_all(&vec![b' '; reserved]).map_err(Error::io(&path))?;
-        Ok(Self { path, file, header: Header::new(), reserved, files: BTreeMap::new() })
+        let first = moved_to(file.get_ref(), reserved).unwrap_or(reserved);
+        file.seek(SeekFrom::Start(first as u64)).map_err(Error::io(&path))?;
+        Ok(Self { path, file, header: Header::new(), reserved, first, files: BTreeMap::new() })
     }
 
     /// Takes in a site that lies next in the file that was there, if its tensors are those of its entry.
@@ -274,7 +277,7 @@ impl Writer {
             let start = end.next_multiple_of(ALIGNMENT);
             end = start + spec.size();
             let mut bytes = vec![0; spec.size()];
-            let read = self.file.get_ref().read_exact_at(&mut bytes, (self.reserved + start) as u64);
+            let read = self.file.get_ref().read_exact_at(&mut bytes, (self.first + start) as u64);
             if read.is_err() || entry.tensors.get(&spec.role) != Some(&checksum(&bytes)) {
                 return Ok(false);
             }
@@ -290,7 +293,7 @@ impl Writer {
     /// # Errors
     /// [`Error::Io`].
     pub fn cut(&mut self) -> Result<()> {
-        let end = (self.reserved + self.header.position) as u64;
+        let end = (self.first + self.header.position) as u64;
         let sought = self.file.seek(SeekFrom::Start(end)).and_then(|_| self.file.get_ref().set_len(end));
         sought.map_err(Error::io(&self.path))
     }
@@ -360,8 +363,8 @@ impl Writer {
         header.resize(start - 8, b' ');
         let head = [&(header.len() as u64).to_le_bytes()[..], &header].concat();
         let closer = self.path.with_file_name(CLOSER);
-        if start < self.reserved {
-            file.seek(SeekFrom::Start(self.reserved as u64)).map_err(io)?;
+        if start != self.first {
+            file.seek(SeekFrom::Start(self.first as u64)).map_err(io)?;
             write_closer(&closer, &head, &mut file).map_err(Error::io(&closer))?;
         } else {
             file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&head)).map_err(io)?;
@@ -372,11 +375,19 @@ impl Writer {
         manifest.files = self.files;
         let text = manifest.to_text();
         write_synced(&self.path.with_file_name(MANIFEST), text.as_bytes())?;
-        if start < self.reserved {
+        if start != self.first {
             fs::rename(&closer, &self.path).map_err(io)?;
         }
         Ok((manifest, tensors + text.len() as u64))
     }
+}
+
+/// Where the header says that the tensors start, if it is written already and that is before `reserved`.
+fn moved_to(file: &File, reserved: usize) -> Option<usize> {
+    let mut length = [0; 8];
+    file.read_exact_at(&mut length, 0).ok()?;
+    let length = usize::try_from(u64::from_le_bytes(length)).ok()?;
+    (length > 0 && length < reserved - 8).then_some(8 + length)
 }
 
 /// The tensors anew, closer to the header: until all is flushed, the sites of a writer killed here lie where they were.
