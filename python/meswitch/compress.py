@@ -109,12 +109,13 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Progress:
-    """The site that is next, weights done and in all, seconds since the start."""
+    """The site that is next, weights done and in all, seconds since the start, weights that an earlier run had done."""
 
     site: str
     done: int
     total: int
     seconds: float
+    resumed: int = 0
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ def compress(
     error there costs. With calibration, errors are compensated where the preset's rules say so, unless `compensate` is
     false or the model cannot be run a block at a time (fused MoE experts): memory then holds a block, and E[x xᵀ] of
     the widest input two or three times in float64. `preset` may be one of your own. An interrupted run leaves nothing
-    at `out`; one that finishes replaces the delta directory that stood there.
+    at `out`, but its finished sites in `.NAME.incomplete` beside it, and the same call goes on from there; one that
+    finishes replaces the delta directory that stood there.
 
     Raises `CheckpointError`, `ArchitectureError` or `NonFiniteError`; `BudgetError` for a target that cannot be met;
     `OSError` where the disk says no; `ValueError` for an unknown preset, method or number of bits, or two targets.
@@ -191,9 +193,11 @@ def compress(
         "compensated": False,
     }
 
+    resumed: int | None = None
+
     def step(site: str, done: int, total: int) -> None:
         if progress is not None:
-            progress(Progress(site, done, total, time.perf_counter() - start))
+            progress(Progress(site, done, total, time.perf_counter() - start, resumed or 0))
 
     found = None
     if auto:
@@ -205,6 +209,8 @@ def compress(
         settings["chosen"] = found.summary()
 
     def write(site: str, done: int, total: int) -> None:
+        nonlocal resumed
+        resumed = done if resumed is None else resumed
         step(site, total + done, 2 * total) if auto else step(site, done, total)
 
     factor = job.factors(plans) if compensate else None
@@ -219,7 +225,7 @@ def compress(
         bytes=delta.nbytes,
         bpw=delta.bpw,
         seconds=seconds,
-        weights_per_second=delta.parameters / seconds,
+        weights_per_second=(delta.parameters - (resumed or 0)) / seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         config_changes=settings["config_changes"],
         compensated=factor is not None,

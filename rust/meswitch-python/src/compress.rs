@@ -19,8 +19,9 @@ use crate::errors::to_python;
 /// Compresses a fine-tune into a delta directory.
 ///
 /// `plans` is a list of dicts, one a parameter in execution order; `moments` maps names to little-endian float32
-/// E[x²]; `progress(site, done, total)` is called before every site. `factor(site)` gives, as little-endian float32, U
-/// of H⁻¹ = UᵀU with H = E[x xᵀ] for error compensation, or none; it is asked in the order of the plans.
+/// E[x²]; `progress(site, done, total)` is called before every site, first with the weights that an interrupted call
+/// of the same arguments had done. `factor(site)` gives, as little-endian float32, U of H⁻¹ = UᵀU with H = E[x xᵀ] for
+/// error compensation, or none; it is asked in the order of the plans.
 #[pyfunction]
 #[pyo3(signature = (base, finetune, out, plans, moments, files, settings, base_name, progress, factor=None))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // the signature that Python sees
