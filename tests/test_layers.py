@@ -110,6 +110,22 @@ def test_linear(make: Any, kind: str | None) -> None:
     assert_rows_are_their_own(make(), torch.randn(1, 5, 8), kind=kind)
 
 
+@pytest.mark.parametrize("tokens", [5, 17])  # on either side of what the kernel for weights of 16 bits takes
+def test_a_linear_of_16_bits(tokens: int) -> None:
+    module, slots = nn.Linear(96, 40, bias=False).bfloat16(), [1, -1, 0, 1, -1, *[0] * (tokens - 5)]
+    layers = ExpertLayers(Toy(module))
+    experts = {slot: sites_of(module, slot) for slot in (0, 1)}
+    x = torch.randn(1, tokens, 96).bfloat16()
+    for slot, sites in experts.items():
+        layers.install(slot, sites, tied=False)
+    layers.step.begin(slots, [])
+    y = module(x)
+    for row, slot in enumerate(slots):
+        whole = module.weight.float() if slot < 0 else experts[slot][0].restore(module.weight.float())
+        expected = x[0, row].float() @ whole.T
+        assert (y[0, row].float() - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, nn.LayerNorm, nn.RMSNorm])
 def test_norm(kind: Any) -> None:
     assert_rows_are_their_own(norm(kind, 8), torch.randn(1, 5, 8))

@@ -166,6 +166,29 @@ def test_a_wider_output_keeps_its_other_columns() -> None:
     assert bool((y[:, 8:] == 5).all())
 
 
+@settings(deadline=None)
+@given(st.integers(1, 70), st.integers(1, 300), st.integers(1, 16), st.integers(0, 2**31))
+def test_a_base_of_16_bits_times_few_tokens(out: int, columns: int, tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out + 1, columns, generator=generator).bfloat16()[1:]
+    x = torch.randn(1, tokens, columns, generator=generator).bfloat16()
+    if ops.MOST_TOKENS == 0:
+        assert not ops.reads(weight)
+        return
+    assert ops.reads(weight) and not ops.reads(weight.float())
+    expected = x.double() @ weight.T.double()
+    found = ops.linear(x, weight)
+    assert found.shape == expected.shape
+    room = (x.double().abs() @ weight.T.double().abs()) * 1e-6 + expected.abs() * 2**-8
+    assert ((found.double() - expected).abs() <= room).all()
+
+
+def test_a_base_product_refuses_too_many_tokens() -> None:
+    weight = torch.zeros(4, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"and at most \d+ tokens, found 32 and 17"):
+        ops.linear(torch.zeros(17, 8, dtype=torch.bfloat16), weight)
+
+
 def test_wrong_shapes_are_refused() -> None:
     table = ops.SiteTable(8, 40)
     table.set(0, plain_site())

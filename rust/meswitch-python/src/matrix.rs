@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use meswitch_core::Error;
-use meswitch_core::kernels::{linear, matrix, rows, sparse};
+use meswitch_core::kernels::{dense, linear, matrix, rows, sparse};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -192,6 +192,39 @@ impl Matrix {
         py.detach(|| linear::dense(&self.matrix, start, out));
         Ok(())
     }
+}
+
+/// For how many tokens [`base_linear`] has a kernel on this processor.
+#[pyfunction]
+pub fn base_linear_tokens() -> usize {
+    if dense::is_available() { dense::TOKENS } else { 0 }
+}
+
+/// `y[t] = W · x[t]`: `weight [rows, columns]` and `x [tokens, columns]` of bfloat16, without holes between rows.
+#[pyfunction]
+pub fn base_linear(
+    py: Python<'_>,
+    weight: Memory,
+    rows: usize,
+    columns: usize,
+    x: Memory,
+    y: Tensor<'_>,
+) -> PyResult<()> {
+    let (weight, x): (&[u16], &[u16]) = (slice(weight)?, slice(x)?);
+    let (tokens, most) = (x.len() / columns.max(1), base_linear_tokens());
+    if weight.len() != rows * columns || x.len() != tokens * columns || tokens > most {
+        return Err(PyValueError::new_err(format!(
+            "expected {rows} rows of {columns} weights and at most {most} tokens, found {} and {tokens} of {}",
+            weight.len(),
+            x.len()
+        )));
+    }
+    let y = rows_of(y, tokens, rows)?;
+    if tokens > 0 {
+        // SAFETY: the caller's tensor has that many rows of that many elements; there is a kernel, for `tokens` at least.
+        py.detach(|| unsafe { dense::linear(weight, rows, columns, x, y) });
+    }
+    Ok(())
 }
 
 fn check_tokens(tokens: &[usize], total: usize) -> PyResult<()> {

@@ -7,6 +7,7 @@ mod avx2;
 mod avx512;
 mod backend;
 pub mod decode;
+pub mod dense;
 pub mod linear;
 pub mod matrix;
 pub mod rows;

@@ -51,6 +51,24 @@ impl Rows {
         }
     }
 
+    /// Writes a row's elements from `first` on.
+    ///
+    /// # Safety
+    /// As [`Self::add`].
+    pub unsafe fn write(self, row: usize, first: usize, values: &[f32]) {
+        let (at, length) = (row * self.stride + first, values.len());
+        // SAFETY: the caller's promise; a tensor is aligned to its elements, and any bits are a value.
+        unsafe {
+            match self.kind {
+                Kind::F32 => std::slice::from_raw_parts_mut((self.address as *mut f32).add(at), length).fill(0.0),
+                Kind::Bf16 | Kind::F16 => {
+                    std::slice::from_raw_parts_mut((self.address as *mut u16).add(at), length).fill(0);
+                }
+            }
+            self.add(row, first, values);
+        }
+    }
+
     /// Adds to a row's elements from `first` on.
     ///
     /// # Safety
