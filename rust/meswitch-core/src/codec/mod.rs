@@ -8,11 +8,15 @@ pub mod pair;
 mod probe;
 mod quantize;
 mod salient;
+mod settings;
+mod source;
 mod sparse;
+mod statistics;
 mod sweep;
 
 pub use compensate::Factor;
 pub use pair::Pair;
 pub use probe::{energies, probe};
-pub use quantize::{Class, Part, Quantized, Settings, Zero, quantize};
+pub use quantize::{Part, Quantized, quantize};
+pub use settings::{Class, Settings, Zero};
 pub use sparse::Sparse;

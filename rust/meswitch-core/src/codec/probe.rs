@@ -3,7 +3,8 @@
 use rayon::prelude::*;
 
 use super::low_rank::LowRank;
-use super::quantize::{Draft, Source, importance, measure};
+use super::source::{Draft, Source};
+use super::statistics::{importance, measure};
 use super::{Pair, Settings, salient, sweep};
 use crate::error::Result;
 
