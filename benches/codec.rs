@@ -73,7 +73,7 @@ fn sites(c: &mut Criterion) {
         group.bench_function(name, |b| {
             b.iter(|| {
                 let pair = Pair::new("bench", view(&base), view(&finetune), false).expect("a pair");
-                quantize(&pair, None, &settings).expect("finite")
+                quantize(&pair, None, &settings, &mut || Ok(None)).expect("finite")
             });
         });
     }

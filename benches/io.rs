@@ -65,7 +65,7 @@ fn delta(root: &Path) -> Delta {
         settings: serde_json::Value::Null,
         base_name: "bench",
     };
-    job.run(&mut |_| true).expect("a delta")
+    job.run(&mut |_| true, &mut |_| Ok(None)).expect("a delta")
 }
 
 /// Asks the kernel to forget a file's pages, so that the next read comes from the disk.

@@ -20,11 +20,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from torch import Tensor
+
 from meswitch.calibration import Calibration, calibrate
 from meswitch.compress import PRESETS, compress
 from meswitch.demo.family import Family, family
 from meswitch.distill import distill
 from meswitch.evaluate import evaluate
+from meswitch.sensitivity import sense
 
 WAYS = (*PRESETS, "1.1", "1.6", "2.1", "3.1")
 FORMS = ("compressed", "distilled", "svd")
@@ -87,22 +90,32 @@ class Bench:
                 for way in self.ways
                 if any((name, seed, domain, way, form, source) not in self.results for form in forms)
             ]
-            seen = calibrate(made.experts[domain], made.calibration[source]) if left else None
+            if not left:
+                continue
+            text = made.calibration[source]
+            seen = calibrate(made.experts[domain], text)
+            costs = sense(made.experts[domain], text, seen) if any(way not in PRESETS for way in left) else None
             for way in left:
-                for form, bpw, share, kl in self._measure(made, domain, source, way, seen, seed):
+                for form, bpw, share, kl in self._measure(made, domain, source, way, (seen, costs), seed):
                     row = Measured(name, seed, domain, way, form, source, bpw, share or 0.0, kl)
                     if row.key not in self.results:
                         self.results.add(row)
 
     def _measure(
-        self, made: Family, domain: str, source: str, way: str, seen: Calibration | None, seed: int
+        self,
+        made: Family,
+        domain: str,
+        source: str,
+        way: str,
+        seen: tuple[Calibration, dict[str, Tensor] | None],
+        seed: int,
     ) -> Iterator[tuple[str, float, float | None, float]]:
         """(form, bits a weight, recovered share, KL)."""
         finetune, heldout = made.experts[domain], made.heldout[domain]
         with tempfile.TemporaryDirectory() as folder:
             delta = Path(folder) / "delta"
-            size: dict[str, Any] = {"preset": way} if way in PRESETS else {"bpw": float(way)}
-            report = compress(made.base, finetune, delta, calibration=seen, **size)
+            size: dict[str, Any] = {"preset": way} if way in PRESETS else {"bpw": float(way), "sensitivity": seen[1]}
+            report = compress(made.base, finetune, delta, calibration=seen[0], **size)
             found = evaluate(made.base, delta, finetune, heldout, max_tokens=self.tokens, svd=True)
             yield "compressed", report.bpw, found.recovered_share, found.kl
             rival = found.to_json()["svd"]

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,6 +143,24 @@ def test_compress_reports(paths: dict[str, Path], tmp_path: Path) -> None:
     assert found["preset"] == "default" and found["bytes"] > 0 and 1 < found["bpw"] < 16
     shown = run(*given, "--preset", "small")
     assert shown.exit_code == 0 and "bits a weight" in shown.stdout and "compressing: 100%" in shown.stderr
+
+
+def test_compress_goes_on(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["compress", paths["base"], paths["finetune"], "-o", tmp_path / "delta", "--calibrate", paths["text.txt"]]
+
+    def interrupt(what: str) -> Callable[[int, int], None]:
+        def step(done: int, total: int) -> None:
+            if what == "compressing" and done:
+                raise KeyboardInterrupt
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_lines", interrupt)
+        assert run(*given).exit_code == 130
+    found = run(*given)
+    assert found.exit_code == 0 and found.stderr.count("going on from an interrupted run, which did ") == 1
+    assert "going on" not in run(*given).stderr
 
 
 def test_compress_warns_of_changed_settings(paths: dict[str, Path], tmp_path: Path) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import json
+import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -256,33 +262,118 @@ def test_progress_counts_every_weight(tmp_path: Path) -> None:
     assert [step.done for step in steps] == sorted(step.done for step in steps)
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
-def test_interrupted_leaves_nothing(tmp_path: Path, interruption: type[BaseException]) -> None:
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def run(stop: Callable[[int, float], bool], base: Path, finetune: Path, out: Path, **options: Any) -> list[Progress]:
+    """Compresses, until `stop` says so of the number of steps and the share done. Returns the steps."""
+    taken: list[Progress] = []
+
+    def step(progress: Progress) -> None:
+        taken.append(progress)
+        if stop(len(taken), progress.done / progress.total):
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        compress(base, finetune, out, progress=step, **options)
+    return taken
+
+
+def late(number: int, share: float) -> bool:
+    return share > 0.7
+
+
+def never(number: int, share: float) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, family: str) -> None:
+    base, finetune = pair(tmp_path, family, grow=3)
+    out, drawn, done = tmp_path / "delta", random.Random(family), 0
+    compress(base, finetune, tmp_path / "whole")
+    while not out.exists():
+        most = drawn.randint(1, 6)
+        steps = run(lambda number, share: number > most, base, finetune, out)  # noqa: B023  called in this turn
+        assert steps[0].done == done and all(step.resumed == done for step in steps)
+        done = steps[-1].done
+    assert content(out) == content(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "finetune", "whole", "delta"}
+
+
+def test_any_exception_of_progress_interrupts(tmp_path: Path) -> None:
     base, finetune = pair(tmp_path)
 
     def stop(step: Progress) -> None:
-        if step.done:
-            raise interruption
+        raise RuntimeError(step.done)
 
-    with pytest.raises(interruption):
+    with pytest.raises(RuntimeError, match=r"^0$"):
         compress(base, finetune, tmp_path / "delta", progress=stop)
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "finetune"}
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "finetune"}, "nothing is finished"
+    run(lambda number, share: number == 3, base, finetune, tmp_path / "delta")
+    with pytest.raises(RuntimeError, match=r"^[1-9]"):
+        compress(base, finetune, tmp_path / "delta", progress=stop)
 
 
-def test_a_killed_writer_is_cleaned_up_after(tmp_path: Path) -> None:
+def test_only_the_same_call_goes_on(tmp_path: Path) -> None:
     base, finetune = pair(tmp_path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    seen = [
+        Calibration({name: torch.full((32,), size)}, torch.zeros(VOCABULARY, dtype=torch.int64), tokens=1)
+        for size in (1.0, 2.0)
+    ]
+    given: list[dict[str, Any]] = [
+        {},
+        {"bits": 1},
+        {"calibration": seen[0]},
+        {"calibration": seen[1]},
+        {"method": "auto"},
+        {"target_bytes": 60_000},
+    ]
+    for number, options in enumerate(given):
+        taken = run(late, base, finetune, tmp_path / "delta", **options)
+        assert taken[-1].resumed == 0, "another call's sites are no use"
+        taken = run(never, base, finetune, tmp_path / "delta", **options)
+        compress(base, finetune, tmp_path / str(number), **options)
+        assert taken[-1].resumed > 0 and content(tmp_path / "delta") == content(tmp_path / str(number))
+        run(late, base, finetune, tmp_path / "delta", **options)
+
+
+def test_a_killed_writer_loses_one_site_at_most(tmp_path: Path) -> None:
+    """Killed anywhere, again and again."""
+    tensors = {f"layers.{at:02}.weight": torch.randn(768, 1024).bfloat16() for at in range(16)}
+    for name, scale in (("base", 0.0), ("finetune", 0.01)):
+        (tmp_path / name).mkdir()
+        changed = {name: tensor + scale * torch.randn(tensor.shape).bfloat16() for name, tensor in tensors.items()}
+        save_file(changed, tmp_path / name / WEIGHTS, metadata={"format": "pt"})
+    plan = {**asdict(PRESETS["default"].block), "transposed": False, "classes": []}
+    plans = [{**plan, "name": name, "bits": None if "05" in name else 2} for name in tensors]
     script = (
-        "import os; from meswitch.compress import compress\n"
-        f"compress({str(base)!r}, {str(finetune)!r}, {str(tmp_path / 'delta')!r},"
-        " progress=lambda step: step.done and os.kill(os.getpid(), 9))"
+        "import os, sys\nfrom meswitch._native import Checkpoint, compress\n"
+        f"compress(Checkpoint('base'), Checkpoint('finetune'), sys.argv[1], {plans!r}, {{}}, [], '{{}}', 'base',"
+        " lambda site, done, total: os.write(1, b'%d\\n' % done))"
     )
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
-    assert killed.returncode == -9
-    assert not (tmp_path / "delta").exists()
-    assert (tmp_path / ".delta.incomplete" / "delta.safetensors").exists()
-    compress(base, finetune, tmp_path / "delta")
-    Delta.open(tmp_path / "delta").verify(base)
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "finetune", "delta"}
+
+    def start(out: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", script, out], cwd=tmp_path, stdout=subprocess.PIPE)
+
+    start("whole").communicate()
+    drawn, kills = random.Random(5), 0
+    for out in map(str, range(3)):
+        last = 0
+        while not (tmp_path / out).exists():
+            with start(out) as child:
+                assert child.stdout is not None
+                said = [int(line) for line in itertools.islice(child.stdout, drawn.randint(2, 4))]
+                time.sleep(drawn.random() * 0.05)
+                child.kill()
+                said += map(int, child.stdout)
+            assert said[0] >= last, "what came before the site that was last announced is done"
+            last, kills = said[-1], kills + (child.returncode == -9)
+        assert content(tmp_path / out) == content(tmp_path / "whole")
+        assert not (tmp_path / f".{out}.incomplete").exists()
+    assert kills
 
 
 def refused(tmp_path: Path, error: type[Exception], match: str) -> None:
@@ -394,13 +485,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_no_space_left(tmp_path: Path, small_disk: Path) -> None:
     base, finetune = pair(tmp_path)
-    for work in (
-        lambda: compress(base, finetune, small_disk / "delta", bits=8),
-        lambda: restore(base, tmp_path / "delta", small_disk / "restored"),
-    ):
-        compress(base, finetune, tmp_path / "delta")
-        with pytest.raises(Exception, match=r"No space left|os error 28") as caught:
-            work()
-        if isinstance(caught.value, OSError):
-            assert caught.value.errno == errno.ENOSPC
-        assert not list(small_disk.iterdir())
+    compress(base, finetune, tmp_path / "delta", bits=8)
+    with pytest.raises(Exception, match=r"No space left|os error 28"):
+        restore(base, tmp_path / "delta", small_disk / "restored")
+    assert not list(small_disk.iterdir())
+    with pytest.raises(OSError, match="No space left") as caught:
+        compress(base, finetune, small_disk / "delta", bits=8)
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in small_disk.iterdir()] == [".delta.incomplete"]
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    assert run(never, base, finetune, small_disk / "delta", bits=8)[0].resumed > 0
+    assert content(small_disk / "delta") == content(tmp_path / "delta")

@@ -89,6 +89,7 @@ def compress(
     settings: str,
     base_name: str,
     progress: Callable[[str, int, int], object],
+    factor: Callable[[str], bytes | None] | None = None,
 ) -> None: ...
 def weigh(
     base: Checkpoint,

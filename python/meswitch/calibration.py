@@ -39,12 +39,13 @@ class Calibration:
     `second_moments`: E[x²] as `float32 [in_features]` by parameter name (`….weight`), one entry a linear module, and
     one a gate or up projection of a MoE expert: of all that its block reads. An embedding that is also the lm_head has
     the moments of the lm_head's input, under both names.
-    `token_counts`: `int64 [vocabulary]`.
+    `token_counts`: `int64 [vocabulary]`. `windows`: the tokens themselves, `int64 [length]` each.
     """
 
     second_moments: dict[str, Tensor]
     token_counts: Tensor
     tokens: int
+    windows: tuple[Tensor, ...] = ()
 
 
 def calibrate(
@@ -92,7 +93,7 @@ def calibrate(
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto")
         counts = check(model.get_input_embeddings().num_embeddings)
         moments = _whole(model, checkpoint, windows, told)
-    return Calibration(moments, counts, total)
+    return Calibration(moments, counts, total, tuple(windows))
 
 
 def _own_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
@@ -195,7 +196,7 @@ class _Sums:
         handles = [
             module.register_forward_pre_hook(hook(f"{name}.{read}", module is head))
             for name, module in modules
-            if (read := _reader(module)) is not None
+            if (read := reader(module)) is not None
         ]
         try:
             yield
@@ -217,7 +218,7 @@ class _Sums:
         }
 
 
-def _reader(module: nn.Module) -> str | None:
+def reader(module: nn.Module) -> str | None:
     """The parameter of a module that its input meets first, where that is a matrix or a stack of them."""
     from transformers.pytorch_utils import Conv1D
 

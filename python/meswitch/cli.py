@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,6 +22,9 @@ from typer.core import TyperGroup
 
 from meswitch import __version__
 from meswitch.errors import MeswitchError
+
+if TYPE_CHECKING:
+    from meswitch.compress import Progress
 
 _BITS = (1, 2, 3, 4, 8)
 _METHODS = ("auto", "whole", "blocks")
@@ -137,6 +140,8 @@ def compress(
       meswitch compress base/ math-finetune/ -o experts/math
       meswitch compress base/ math-finetune/ -o experts/math --preset small --calibrate prompts.jsonl --distill
       meswitch compress base/ math-finetune/ -o experts/math --bpw 1.5 --calibrate prompts.jsonl
+
+    Interrupted, the same command goes on after the last finished site.
     """
     if distill and calibrate is None:
         raise typer.BadParameter("needs the text to tune on: --calibrate FILE", param_hint="--distill")
@@ -179,7 +184,7 @@ def compress(
             target_bytes=target_bytes,
             calibration=seen,
             sensitivity=sensitivity,
-            progress=lambda p: step(p.done, p.total),
+            progress=_resumable(step),
         )
     for field, (ours, theirs) in made.config_changes.items():
         typer.echo(f"warning: the fine-tune computes with another {field}: {theirs!r}, base {ours!r}", err=True)
@@ -197,6 +202,20 @@ def compress(
     else:
         _show_chosen(made.chosen)
         typer.echo(f"{out}: {_size(made.bytes)}, {made.bpw:.2f} bits a weight, in {made.seconds:.1f} s")
+
+
+def _resumable(step: Callable[[int, int], None]) -> Callable[[Progress], None]:
+    """Shows the progress, and says once that it goes on from an earlier run."""
+    said = False
+
+    def show(progress: Progress) -> None:
+        nonlocal said
+        if progress.resumed and not said:
+            typer.echo(f"going on from an interrupted run, which did {progress.resumed:,} weights", err=True)
+            said = True
+        step(progress.done, progress.total)
+
+    return show
 
 
 def _target(bpw: float | None, size: str | None) -> int | None:

@@ -26,7 +26,8 @@ from meswitch.calibration import Calibration, frequencies
 from meswitch.checkpoint import HEAD, Checkpoint, moe_blocks, parameter_names, skeleton
 from meswitch.config import config_changes, text_config
 from meswitch.delta import TENSORS, Delta
-from meswitch.errors import CheckpointError, FormatError
+from meswitch.errors import CheckpointError, FormatError, UnsupportedModelError
+from meswitch.hessians import Hessians
 
 # The small files of a checkpoint that lie beside a delta's tensors.
 _BESIDE = (
@@ -40,7 +41,9 @@ METHODS = ("preset", "auto")
 class Rule:
     """How the sites of one role are stored; docs/architecture.md says what the codec does with it.
 
-    `unbiased` scales keep a delta whole along itself, where least squares shrinks it. `frequent` is the share of rows,
+    `unbiased` scales keep a delta whole along itself, where least squares shrinks it. `compensate` lets what one input
+    channel's code misses be made up for by the channels after it, where calibration says how they go together (GPTQ,
+    arXiv 2210.17323). `frequent` is the share of rows,
     the most frequent tokens first, that take `frequent_bits` a code. `sparse` keeps changed weights one by one where
     that takes less than codes.
     """
@@ -51,6 +54,7 @@ class Rule:
     one_scale: bool = False
     column_scales: bool = True
     unbiased: bool = True
+    compensate: bool = True
     salient: int = 0
     rank: int = 0
     frequent: float = 0.0
@@ -71,8 +75,8 @@ class Preset:
 PRESETS = {
     "default": Preset(
         block=Rule(bits=2),
-        embedding=Rule(bits=2, frequent=0.08, frequent_bits=4, skip_unchanged_rows=True),
-        head=Rule(bits=2, rank=1, frequent=0.08, frequent_bits=4, skip_unchanged_rows=True),
+        embedding=Rule(bits=2, frequent=0.06, frequent_bits=4, skip_unchanged_rows=True),
+        head=Rule(bits=2, rank=1, frequent=0.06, frequent_bits=4, skip_unchanged_rows=True),
     ),
     "small": Preset(
         block=Rule(bits=1),
@@ -81,12 +85,22 @@ PRESETS = {
     ),
     # The two papers' own settings: embeddings and head stay at 16 bits there.
     "me-switch": Preset(
-        block=Rule(bits=2, zero="level", column_scales=False, unbiased=False, salient=8, sparse=False),
+        block=Rule(
+            bits=2, zero="level", column_scales=False, unbiased=False, compensate=False, salient=8, sparse=False
+        ),
         embedding=None,
         head=None,
     ),
     "bitdelta": Preset(
-        block=Rule(bits=1, zero="symmetric", one_scale=True, column_scales=False, unbiased=False, sparse=False),
+        block=Rule(
+            bits=1,
+            zero="symmetric",
+            one_scale=True,
+            column_scales=False,
+            unbiased=False,
+            compensate=False,
+            sparse=False,
+        ),
         embedding=None,
         head=None,
     ),
@@ -95,12 +109,13 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Progress:
-    """The site that is next, weights done and in all, seconds since the start."""
+    """The site that is next, weights done and in all, seconds since the start, weights that an earlier run had done."""
 
     site: str
     done: int
     total: int
     seconds: float
+    resumed: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,9 +123,10 @@ class CompressReport:
     """What a compress made: the bytes of manifest and tensors, bits a weight, and what it took.
 
     `config_changes`: the fields of config.json by which the fine-tune computes differently, with base's and fine-tune's
-    value. The engine refuses an expert that has any; `restore` carries them. `chosen` says what method `auto` did, one
-    entry a role and form: `{role, form, sites, bytes_share, loss_share}`; none otherwise. `predicted_kl` is its guess
-    at KL(fine-tune ‖ expert) in nats a token, where sensitivity was given.
+    value. The engine refuses an expert that has any; `restore` carries them. `compensated`: whether channels make up
+    for the errors of others. `chosen` says what method `auto` did, one entry a role and form:
+    `{role, form, sites, bytes_share, loss_share}`; none otherwise. `predicted_kl` is its guess at
+    KL(fine-tune ‖ expert) in nats a token, where sensitivity was given.
     """
 
     preset: str
@@ -121,6 +137,7 @@ class CompressReport:
     weights_per_second: float
     peak_rss_bytes: int
     config_changes: dict[str, tuple[Any, Any]]
+    compensated: bool = False
     chosen: list[dict[str, Any]] | None = None
     predicted_kl: float | None = None
 
@@ -134,7 +151,7 @@ def compress(
     finetune: str | Path,
     out: str | Path,
     *,
-    preset: str = "default",
+    preset: str | Preset = "default",
     bits: int | None = None,
     embedding_bits: int | None = None,
     method: str = "preset",
@@ -142,6 +159,7 @@ def compress(
     target_bytes: int | None = None,
     calibration: Calibration | None = None,
     sensitivity: dict[str, Tensor] | None = None,
+    compensate: bool = True,
     progress: Callable[[Progress], None] | None = None,
 ) -> CompressReport:
     """Writes the delta directory of a fine-tune against its base.
@@ -150,29 +168,36 @@ def compress(
     `auto` chooses bits, rank, groups and salient channels site by site instead, so that manifest and tensors weigh at
     most `target_bytes`, or `bpw` bits a weight (either means `auto`), or what the preset would (docs/architecture.md).
     `calibration` weighs errors by what the model sees, `sensitivity` (`sensitivity.sense`) sites and rows by what an
-    error there costs. An interrupted run leaves nothing at `out`; one that finishes replaces the delta directory that
-    stood there.
+    error there costs. With calibration, errors are compensated where the preset's rules say so, unless `compensate` is
+    false or the model cannot be run a block at a time (fused MoE experts): memory then holds a block, and E[x xᵀ] of
+    the widest input two or three times in float64. `preset` may be one of your own. An interrupted run leaves nothing
+    at `out`, but its finished sites in `.NAME.incomplete` beside it, and the same call goes on from there; one that
+    finishes replaces the delta directory that stood there.
 
     Raises `CheckpointError`, `ArchitectureError` or `NonFiniteError`; `BudgetError` for a target that cannot be met;
     `OSError` where the disk says no; `ValueError` for an unknown preset, method or number of bits, or two targets.
     """
     auto = _check_choices(preset, method, (bits, embedding_bits), bpw, target_bytes)
+    label = preset if isinstance(preset, str) else "custom"
     start, target = time.perf_counter(), Path(out)
     refuse_overwriting(target)
     job = _Job(Checkpoint.open(base), Checkpoint.open(finetune), calibration)
-    rules = _override(PRESETS[preset], bits, embedding_bits)
+    rules = _override(PRESETS[preset] if isinstance(preset, str) else preset, bits, embedding_bits)
     plans = list(_plans(job.base, job.finetune, rules, calibration))
     settings: dict[str, Any] = {
-        "preset": preset,
+        "preset": label,
         "bits": bits,
         "embedding_bits": embedding_bits,
         "calibration_tokens": calibration.tokens if calibration else 0,
         "config_changes": _config_changes(job.base, job.finetune),
+        "compensated": False,
     }
+
+    resumed: int | None = None
 
     def step(site: str, done: int, total: int) -> None:
         if progress is not None:
-            progress(Progress(site, done, total, time.perf_counter() - start))
+            progress(Progress(site, done, total, time.perf_counter() - start, resumed or 0))
 
     found = None
     if auto:
@@ -184,19 +209,26 @@ def compress(
         settings["chosen"] = found.summary()
 
     def write(site: str, done: int, total: int) -> None:
+        nonlocal resumed
+        resumed = done if resumed is None else resumed
         step(site, total + done, 2 * total) if auto else step(site, done, total)
 
-    _native.compress(*job.pair, target, plans, job.moments(plans), job.files, json.dumps(settings), job.name, write)
+    factor = job.factors(plans) if compensate else None
+    settings["compensated"] = factor is not None
+    _native.compress(
+        *job.pair, target, plans, job.moments(plans), job.files, json.dumps(settings), job.name, write, factor
+    )
     seconds, delta = time.perf_counter() - start, Delta.open(target)
     return CompressReport(
-        preset=preset,
+        preset=label,
         method="auto" if auto else "preset",
         bytes=delta.nbytes,
         bpw=delta.bpw,
         seconds=seconds,
-        weights_per_second=delta.parameters / seconds,
+        weights_per_second=(delta.parameters - (resumed or 0)) / seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         config_changes=settings["config_changes"],
+        compensated=factor is not None,
         chosen=None if found is None else found.summary(),
         predicted_kl=None if found is None or not sensitivity else found.loss,
     )
@@ -216,10 +248,10 @@ def small_files(folder: Path) -> dict[str, Path]:
 
 
 def _check_choices(
-    preset: str, method: str, widths: tuple[int | None, ...], bpw: float | None, target_bytes: int | None
+    preset: str | Preset, method: str, widths: tuple[int | None, ...], bpw: float | None, target_bytes: int | None
 ) -> bool:
     """Whether sites are to be chosen for one by one."""
-    if preset not in PRESETS:
+    if isinstance(preset, str) and preset not in PRESETS:
         raise ValueError(f"expected a preset of {', '.join(PRESETS)}, found {preset!r}")
     if method not in METHODS:
         raise ValueError(f"expected a method of {', '.join(METHODS)}, found {method!r}")
@@ -253,6 +285,17 @@ class _Job:
         seen = self._calibration.second_moments
         wanted = (plan["name"] for plan in plans if plan["bits"] is not None)
         return {name: seen[name].float().contiguous().numpy().tobytes() for name in wanted if name in seen}
+
+    def factors(self, plans: list[dict[str, Any]]) -> Callable[[str], bytes | None] | None:
+        """What compensates the errors of the sites that ask for it, if anything can."""
+        wanted = {plan["name"] for plan in plans if plan.get("compensate")}
+        if self._calibration is None or not self._calibration.windows or not wanted:
+            return None
+        try:
+            hessians = Hessians(self.finetune, self._calibration.windows)
+        except UnsupportedModelError:
+            return None
+        return lambda site: hessians.factor(site) if site in wanted else None
 
     def allocate(
         self,

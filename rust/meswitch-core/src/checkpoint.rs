@@ -22,6 +22,7 @@ const HEAD: &str = "lm_head.weight";
 /// A mapped checkpoint folder.
 pub struct Checkpoint {
     path: PathBuf,
+    files: Vec<PathBuf>,
     tensors: MmapedSafetensors,
     names: Vec<String>,
     aliases: HashMap<String, String>,
@@ -159,13 +160,19 @@ impl Checkpoint {
         {
             aliases.insert(HEAD.to_owned(), embedding.clone());
         }
-        Ok(Self { path: folder.to_owned(), tensors, names, aliases })
+        Ok(Self { path: folder.to_owned(), files, tensors, names, aliases })
     }
 
     /// The folder.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The files that hold the tensors.
+    #[must_use]
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
     }
 
     /// The tensors on disk, by name in order.

@@ -1,6 +1,8 @@
 //! Base and fine-tune to a delta directory, a site at a time.
 
 use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use half::f16;
@@ -10,9 +12,10 @@ use crate::checkpoint::{Checkpoint, View};
 use crate::codec::{Pair, Quantized, Settings, quantize};
 use crate::delta::{
     Assembly, BaseEntry, Delta, FileEntry, Kind, PartEntry, Progress, SiteEntry, SparseEntry, TensorSpec, Writer,
-    checksum, weigh,
+    checksum, hex, weigh,
 };
 use crate::error::{Error, Result};
+use crate::fingerprint::sample;
 use crate::layout::row_bytes;
 
 /// What is to be done with one site.
@@ -27,6 +30,9 @@ pub struct Plan {
     /// E[x²] of its input channels, where known.
     pub moments: Option<Vec<f32>>,
 }
+
+/// What gives the values of a [`crate::codec::Factor`], by a site's name.
+pub type FactorOf<'a> = dyn FnMut(&str) -> Result<Option<Vec<f32>>> + 'a;
 
 /// The whole job.
 pub struct Job<'a> {
@@ -47,17 +53,48 @@ pub struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Runs the job. `progress` is asked before every site and stops the job by returning false.
+    /// Runs the job, or the rest of it after an interruption. `progress` is asked before every site and stops the job by
+    /// returning false; `factor` gives the values of a [`crate::codec::Factor`] for a site that takes codes, or none. The
+    /// job's other fields must decide what it gives.
     ///
     /// # Errors
-    /// [`Error::Architecture`] before any work where the two do not match; [`Error::NonFinite`], [`Error::Io`],
-    /// [`Error::Interrupted`]; nothing is left behind then.
-    pub fn run(&self, progress: &mut dyn FnMut(Progress<'_>) -> bool) -> Result<Delta> {
+    /// [`Error::Architecture`] before any work where the two do not match; [`Error::NonFinite`]: nothing is left behind
+    /// then. [`Error::Io`], [`Error::Interrupted`]: the same job goes on after the last whole site. Those of `factor`.
+    pub fn run(&self, progress: &mut dyn FnMut(Progress<'_>) -> bool, factor: &mut FactorOf<'_>) -> Result<Delta> {
         self.check()?;
         let sizes =
             self.plans.iter().map(|plan| Ok((plan.name.as_str(), self.finetune.view(&plan.name)?.len() as u64)));
         let sizes = sizes.collect::<Result<Vec<_>>>()?;
-        self.assembly().write(&sizes, &self.specs()?, progress, &mut |at, writer| self.site(&self.plans[at], writer))
+        self.assembly().write(Some(&self.key()?), &sizes, &self.specs()?, progress, &mut |at, writer| {
+            self.site(&self.plans[at], writer, factor)
+        })
+    }
+
+    /// The hash of everything that decides what the job writes; of the checkpoints, a sample and when they were written.
+    fn key(&self) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        let mut add = |bytes: &[u8]| {
+            hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+        };
+        add(env!("CARGO_PKG_VERSION").as_bytes());
+        add(self.base_name.as_bytes());
+        add(self.settings.to_string().as_bytes());
+        for checkpoint in [self.base, self.finetune] {
+            add(sample(checkpoint)?.as_bytes());
+            for file in checkpoint.files() {
+                let found = fs::metadata(file).map_err(Error::io(file))?;
+                add(format!("{} {} {}", found.len(), found.mtime(), found.mtime_nsec()).as_bytes());
+            }
+        }
+        for file in self.files {
+            add(file.file_name().unwrap_or_default().as_encoded_bytes());
+            add(&fs::read(file).map_err(Error::io(file))?);
+        }
+        for Plan { name, transposed, quantize, moments } in self.plans {
+            add(format!("{name:?} {transposed} {quantize:?} {}", moments.is_some()).as_bytes());
+            add(&moments.iter().flatten().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>());
+        }
+        Ok(hex(hasher.finalize().as_bytes()))
     }
 
     /// Everything that can be refused before any work.
@@ -120,7 +157,7 @@ impl Job<'_> {
         }
         let mut files = BTreeMap::new();
         for file in self.files {
-            let bytes = std::fs::metadata(file).map_err(Error::io(file))?.len();
+            let bytes = fs::metadata(file).map_err(Error::io(file))?.len();
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
             files.insert(name, FileEntry { bytes, checksum: checksum(&[]) });
         }
@@ -185,7 +222,7 @@ impl Job<'_> {
         Ok(specs)
     }
 
-    fn site(&self, plan: &Plan, writer: &mut Writer) -> Result<SiteEntry> {
+    fn site(&self, plan: &Plan, writer: &mut Writer, factor: &mut FactorOf<'_>) -> Result<SiteEntry> {
         let (base, finetune) = (self.base.view(&plan.name)?, self.finetune.view(&plan.name)?);
         let mut entry = blank(plan, &finetune);
         if same(&base, &finetune) {
@@ -194,7 +231,7 @@ impl Job<'_> {
         }
         if let Some(settings) = &plan.quantize {
             let pair = Pair::new(&plan.name, base, finetune.clone(), plan.transposed)?;
-            let quantized = quantize(&pair, plan.moments.as_deref(), settings)?;
+            let quantized = quantize(&pair, plan.moments.as_deref(), settings, &mut || factor(&plan.name))?;
             if let Some(tensors) = Tensors::of(&mut entry, &pair, quantized, finetune.data.len()) {
                 writer.site(&mut entry, &tensors.slices())?;
                 return Ok(entry);

@@ -9,9 +9,12 @@ use crate::error::Result;
 /// Bytes of a tensor's head, middle and tail that a sample reads.
 const SAMPLE: usize = 1024;
 
+/// The hash of one tensor: dtype, shape and content.
+pub type Digest = [u8; 32];
+
 /// The hash of a base: names, dtypes, shapes and content, gathered a tensor at a time in any order.
 #[derive(Default)]
-pub struct Fingerprint(BTreeMap<String, [u8; 32]>);
+pub struct Fingerprint(BTreeMap<String, Digest>);
 
 impl Fingerprint {
     /// Reads a whole checkpoint.
@@ -26,11 +29,18 @@ impl Fingerprint {
         Ok(fingerprint)
     }
 
-    /// Takes in one tensor.
-    pub fn add(&mut self, name: &str, view: &View<'_>) {
+    /// Takes in one tensor, whose hash it returns.
+    pub fn add(&mut self, name: &str, view: &View<'_>) -> Digest {
         let mut hasher = head(view);
         hasher.update_rayon(view.data);
-        self.0.insert(name.to_owned(), *hasher.finalize().as_bytes());
+        let digest = *hasher.finalize().as_bytes();
+        self.put(name, digest);
+        digest
+    }
+
+    /// Takes in one tensor that was hashed before.
+    pub fn put(&mut self, name: &str, digest: Digest) {
+        self.0.insert(name.to_owned(), digest);
     }
 
     /// Whether that tensor was taken in.

@@ -9,6 +9,7 @@ use meswitch_core::compress::{Job, Plan};
 use meswitch_core::delta::{Assembly, Progress, SiteEntry};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyDict};
 use serde_json::Value;
 
@@ -18,9 +19,11 @@ use crate::errors::to_python;
 /// Compresses a fine-tune into a delta directory.
 ///
 /// `plans` is a list of dicts, one a parameter in execution order; `moments` maps names to little-endian float32
-/// E[x²]; `progress(site, done, total)` is called before every site.
+/// E[x²]; `progress(site, done, total)` is called before every site, first with the weights that an interrupted call
+/// of the same arguments had done. `factor(site)` gives, as little-endian float32, U of H⁻¹ = UᵀU with H = E[x xᵀ] for
+/// error compensation, or none; it is asked in the order of the plans.
 #[pyfunction]
-#[pyo3(signature = (base, finetune, out, plans, moments, files, settings, base_name, progress))]
+#[pyo3(signature = (base, finetune, out, plans, moments, files, settings, base_name, progress, factor=None))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // the signature that Python sees
 pub fn compress(
     py: Python<'_>,
@@ -33,16 +36,27 @@ pub fn compress(
     settings: &str,
     base_name: &str,
     progress: Py<PyAny>,
+    factor: Option<Py<PyAny>>,
 ) -> PyResult<()> {
     let plans = plans.iter().map(|plan| read_plan(plan, &moments)).collect::<PyResult<Vec<_>>>()?;
     let settings = read_json(settings)?;
     let (base, finetune) = (&base.0, &finetune.0);
-    let mut raised = None;
+    let (mut raised, mut refused) = (None, None);
     let outcome = py.detach(|| {
         let job = Job { base, finetune, plans: &plans, out: &out, files: &files, settings, base_name };
-        job.run(&mut |step| tell(&progress, step, &mut raised))
+        job.run(&mut |step| tell(&progress, step, &mut raised), &mut |site| {
+            let Some(factor) = &factor else { return Ok(None) };
+            let given = Python::attach(|py| {
+                let values: Option<PyBackedBytes> = factor.call1(py, (site,))?.extract(py)?;
+                Ok(values.map(|values| floats(&values)))
+            });
+            given.map_err(|error: PyErr| {
+                refused = Some(error);
+                Error::Interrupted
+            })
+        })
     });
-    raised.map_or_else(|| outcome.map(drop).map_err(to_python), Err)
+    raised.or(refused).map_or_else(|| outcome.map(drop).map_err(to_python), Err)
 }
 
 /// Writes a delta directory of sites that are given.

@@ -4,6 +4,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::columns::{Columns, Outcome};
+use super::compensate::{self, Factor, Levels};
 use super::low_rank::LowRank;
 use super::{Pair, Sparse, fit, salient, sweep};
 use crate::error::Result;
@@ -127,11 +128,17 @@ pub(super) struct Draft {
     pub scales: Vec<f32>,
 }
 
-/// Quantizes one site; none where base and fine-tune are equal. `moments` are E[x²] of the input channels.
+/// Quantizes one site; none where base and fine-tune are equal. `moments` are E[x²] of the input channels; `factor` is
+/// asked for their [`Factor`] if the site takes codes.
 ///
 /// # Errors
-/// [`crate::Error::NonFinite`] where a weight is NaN or infinite.
-pub fn quantize(pair: &Pair<'_>, moments: Option<&[f32]>, settings: &Settings) -> Result<Option<Quantized>> {
+/// [`crate::Error::NonFinite`] where a weight is NaN or infinite; those of `factor` and of [`Factor::new`].
+pub fn quantize(
+    pair: &Pair<'_>,
+    moments: Option<&[f32]>,
+    settings: &Settings,
+    factor: &mut dyn FnMut() -> Result<Option<Vec<f32>>>,
+) -> Result<Option<Quantized>> {
     let rows: Vec<usize> = (0..pair.rows).collect();
     let statistics = measure(pair, &rows)?;
     let energy: f64 = statistics.row_energy.iter().map(|e| f64::from(*e)).sum();
@@ -149,8 +156,11 @@ pub fn quantize(pair: &Pair<'_>, moments: Option<&[f32]>, settings: &Settings) -
     let low_rank = LowRank::fit(pair, &importance, settings.rank)?;
     let source = Source { pair, low_rank: low_rank.as_ref(), importance: &importance };
     let left = source.energy(&left)?;
-    let fitted = source.fit_all(drafts, &statistics, settings)?;
+    let mut fitted = source.fit_all(drafts, &statistics, settings)?;
     let chosen = salient::choose(&fitted.outcome.error, &importance, settings.salient);
+    if let Some(values) = factor()? {
+        source.compensate(&mut fitted, settings, &chosen, Factor::new(&values, pair.columns)?)?;
+    }
     let residual = source.residual(&fitted, settings, &chosen)?;
     let missed: f64 =
         fitted.outcome.error.iter().enumerate().filter(|(i, _)| !chosen.contains(&(*i as u32))).map(|(_, e)| e).sum();
@@ -397,6 +407,48 @@ impl Source<'_> {
         let mut all = Outcome::new(width);
         bands.iter().for_each(|band| all.add(band));
         Ok(all)
+    }
+
+    /// Codes all drafts anew, each channel's error compensated by the channels after it; scales of rows may move.
+    fn compensate(&self, fitted: &mut Fitted, settings: &Settings, exact: &[u32], factor: Factor<'_>) -> Result<()> {
+        let width = self.pair.columns;
+        let size = settings.group_size.unwrap_or(width).max(1);
+        let groups = width.div_ceil(size).max(1);
+        let (columns, band_rows) = (&fitted.columns, self.pair.band_rows());
+        let scale_of: Vec<f32> = (0..width).map(|column| columns.scale(column)).collect();
+        let mut outcome = Outcome::new(width);
+        for draft in &mut fitted.drafts {
+            let (bits, zero, stride) = (draft.bits, draft.zero, row_bytes(draft.bits, width));
+            let levels =
+                Levels { bits, zero, group_size: size, columns: &scale_of, exact, unbiased: settings.unbiased };
+            let bands: Vec<Outcome> = draft
+                .rows
+                .par_chunks(band_rows)
+                .zip(draft.codes.par_chunks_mut((stride * band_rows).max(1)))
+                .zip(draft.scales.par_chunks_mut(groups * band_rows))
+                .map_init(<(Vec<f32>, Vec<f32>, Vec<u8>)>::default, |(spare, tile, codes), ((band, packed), scales)| {
+                    let mut tally = Tally::new(width);
+                    let tiles = band.chunks(self.pair.tile_rows());
+                    let mut packed = packed.chunks_mut(stride);
+                    for (rows, scales) in tiles.zip(scales.chunks_mut(groups * self.pair.tile_rows())) {
+                        self.read(rows, spare, tile)?;
+                        codes.resize(tile.len(), 0);
+                        compensate::recode(tile, codes, scales, &levels, factor);
+                        self.read(rows, spare, tile)?;
+                        let coded = codes.chunks(width).zip(scales.chunks(groups));
+                        for ((row, (codes, scales)), packed) in tile.chunks_mut(width).zip(coded).zip(&mut packed) {
+                            columns.divide(row);
+                            tally.add(row, codes, scales, size, zero);
+                            crate::layout::pack_row(codes, bits, packed);
+                        }
+                    }
+                    Ok(tally.outcome(columns))
+                })
+                .collect::<Result<_>>()?;
+            bands.iter().for_each(|band| outcome.add(band));
+        }
+        fitted.outcome = outcome;
+        Ok(())
     }
 
     /// What the codes miss in the chosen channels, `[rows, chosen]`.

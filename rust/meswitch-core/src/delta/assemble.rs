@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use serde_json::Value;
 
+use super::journal::{Finished, Journal};
 use super::manifest::{BaseEntry, FileEntry, Kind, Manifest, SiteEntry, TensorSpec, VERSION};
 use super::writer::full_specs;
 use super::{Delta, Folder, Writer};
@@ -41,33 +42,47 @@ pub struct Progress<'a> {
 impl Assembly<'_> {
     /// Writes the directory. `sizes` are the sites in the order in which a model runs them, each with its number of
     /// weights; `specs` all tensors that may come, by full name; `site` writes the one of that index. `progress` is
-    /// asked before every site and stops the job by returning false.
+    /// asked before every site and stops the job by returning false. With a `key`, which stands for everything that
+    /// decides the outcome, finished sites outlast an interruption: a call with the same key goes on from there.
     ///
     /// # Errors
-    /// Those of `site`; [`Error::Io`], [`Error::Interrupted`]. Nothing is left behind then.
+    /// Those of `site`; [`Error::Io`], [`Error::Interrupted`]. Nothing else than finished sites is left behind then, and
+    /// those only by these two.
     pub fn write(
         &self,
+        key: Option<&str>,
         sizes: &[(&str, u64)],
         specs: &[TensorSpec],
         progress: &mut dyn FnMut(Progress<'_>) -> bool,
         site: &mut dyn FnMut(usize, &mut Writer) -> Result<SiteEntry>,
     ) -> Result<Delta> {
         let total = sizes.iter().map(|(_, weights)| weights).sum();
-        let folder = Folder::create(self.out)?;
-        let mut writer = Writer::create(folder.path(), specs)?;
-        let (mut sites, mut fingerprint, mut done) = (Vec::new(), Fingerprint::default(), 0);
-        for (at, (name, weights)) in sizes.iter().enumerate() {
+        let mut folder = if key.is_some() { Folder::open(self.out) } else { Folder::create(self.out) }?;
+        let mut draft = Draft::open(&mut folder, key, specs)?;
+        let mut done = sizes[..draft.sites.len()].iter().map(|(_, weights)| weights).sum();
+        let filled = sizes.iter().enumerate().skip(draft.sites.len()).try_for_each(|(at, (name, weights))| {
             if !progress(Progress { site: name, done, total }) {
                 return Err(Error::Interrupted);
             }
-            sites.push(site(at, &mut writer)?);
-            if self.base.names().binary_search_by(|own| own.as_str().cmp(name)).is_ok() {
+            let entry = site(at, &mut draft.writer)?;
+            done += weights;
+            draft.add(entry, self.base)
+        });
+        let lasting = matches!(filled, Ok(()) | Err(Error::Interrupted | Error::Io { .. }));
+        folder.keep(key.is_some() && lasting && !draft.sites.is_empty());
+        filled.and_then(|()| self.finish(draft))?;
+        folder.finish()?;
+        progress(Progress { site: "", done, total });
+        Delta::open(self.out)
+    }
+
+    /// Everything after the sites.
+    fn finish(&self, draft: Draft) -> Result<()> {
+        let Draft { mut writer, mut fingerprint, sites, .. } = draft;
+        for name in self.base.names() {
+            if !fingerprint.has(name) {
                 fingerprint.add(name, &self.base.view(name)?);
             }
-            done += weights;
-        }
-        for name in self.base.names().iter().filter(|name| !fingerprint.has(name)).cloned().collect::<Vec<_>>() {
-            fingerprint.add(&name, &self.base.view(&name)?);
         }
         for file in self.files {
             writer.copy(file)?;
@@ -77,10 +92,7 @@ impl Assembly<'_> {
             sample: sample(self.base)?,
             name: self.base_name.to_owned(),
         };
-        writer.finish(self.manifest(base, BTreeMap::new(), sites))?;
-        folder.finish()?;
-        progress(Progress { site: "", done, total });
-        Delta::open(self.out)
+        writer.finish(self.manifest(base, BTreeMap::new(), sites)).map(drop)
     }
 
     pub(crate) fn manifest(
@@ -115,7 +127,7 @@ impl Assembly<'_> {
         self.check(entries)?;
         let sizes: Vec<_> =
             entries.iter().map(|entry| (entry.name.as_str(), entry.parameters().unwrap_or(0))).collect();
-        self.write(&sizes, &full_specs(entries)?, progress, &mut |at, writer| {
+        self.write(None, &sizes, &full_specs(entries)?, progress, &mut |at, writer| {
             let mut entry = entries[at].clone();
             let tensors = tensors(&entry)?;
             let slices: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();
@@ -158,6 +170,52 @@ impl Assembly<'_> {
             }
             None => Ok(()),
         }
+    }
+}
+
+/// A directory on its way.
+struct Draft {
+    journal: Option<Journal>,
+    writer: Writer,
+    fingerprint: Fingerprint,
+    sites: Vec<SiteEntry>,
+}
+
+impl Draft {
+    /// Starts one, or goes on after the last whole site of an earlier writer with the same key.
+    fn open(folder: &mut Folder, key: Option<&str>, specs: &[TensorSpec]) -> Result<Self> {
+        let (journal, left) = key.map(|key| Journal::open(folder, key)).transpose()?.unzip();
+        let left = left.unwrap_or_default();
+        folder.keep(!left.is_empty());
+        let writer = Writer::create(folder.path(), specs)?;
+        let mut draft = Self { journal, writer, fingerprint: Fingerprint::default(), sites: Vec::new() };
+        for Finished { entry, digest } in left {
+            if !draft.writer.find(&entry)? {
+                break;
+            }
+            if let Some(digest) = digest {
+                draft.fingerprint.put(&entry.name, digest);
+            }
+            draft.sites.push(entry);
+        }
+        if let Some(journal) = &draft.journal {
+            journal.keep(draft.sites.len())?;
+            draft.writer.cut()?;
+        }
+        Ok(draft)
+    }
+
+    /// Takes in a site that was written.
+    fn add(&mut self, entry: SiteEntry, base: &Checkpoint) -> Result<()> {
+        let own = base.names().binary_search(&entry.name).is_ok();
+        let digest = own.then(|| Ok(self.fingerprint.add(&entry.name, &base.view(&entry.name)?))).transpose()?;
+        let site = Finished { entry, digest };
+        if let Some(journal) = &mut self.journal {
+            self.writer.flush()?;
+            journal.add(&site)?;
+        }
+        self.sites.push(site.entry);
+        Ok(())
     }
 }
 

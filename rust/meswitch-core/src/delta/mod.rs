@@ -1,6 +1,7 @@
 //! A delta directory: `meswitch.json` (the manifest) and `delta.safetensors` (the tensors), laid out in docs/format.md.
 
 mod assemble;
+mod journal;
 mod manifest;
 mod reader;
 mod writer;

@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::{BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, BufWriter, ErrorKind, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::journal::JOURNAL;
 use super::manifest::{FileEntry, MANIFEST, Manifest, SiteEntry, TENSORS, TensorSpec};
 use super::{ALIGNMENT, Delta, checksum};
 use crate::error::{Error, Result};
@@ -18,14 +19,28 @@ pub struct Folder {
     partial: PathBuf,
     // The partial folder, locked: a second writer of the same target is told, not mixed in.
     lock: File,
+    kept: bool,
 }
 
 impl Folder {
-    /// Makes `.NAME.incomplete` beside the target, emptied of what an interrupted writer left there.
+    /// Makes `.NAME.incomplete` beside the target, emptied of what an interrupted writer left there. A failure leaves
+    /// nothing.
+    ///
+    /// # Errors
+    /// Those of [`Folder::open`].
+    pub fn create(target: &Path) -> Result<Self> {
+        let mut folder = Self::open(target)?;
+        folder.empty()?;
+        folder.keep(false);
+        Ok(folder)
+    }
+
+    /// Makes `.NAME.incomplete` beside the target, or takes the one that an interrupted writer left. A failure leaves it to
+    /// the next.
     ///
     /// # Errors
     /// [`Error::Argument`] where another process is writing the same folder; [`Error::Io`].
-    pub fn create(target: &Path) -> Result<Self> {
+    pub fn open(target: &Path) -> Result<Self> {
         let name = target
             .file_name()
             .and_then(|name| name.to_str())
@@ -44,11 +59,24 @@ impl Folder {
                 target.display()
             )));
         }
-        for left in fs::read_dir(&partial).map_err(Error::io(&partial))? {
-            let left = left.map_err(Error::io(&partial))?.path();
+        Ok(Self { target: target.to_owned(), partial, lock, kept: true })
+    }
+
+    /// Whether a failure leaves the folder to the next writer.
+    pub fn keep(&mut self, kept: bool) {
+        self.kept = kept;
+    }
+
+    /// Removes what lies in the folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn empty(&self) -> Result<()> {
+        for left in fs::read_dir(&self.partial).map_err(Error::io(&self.partial))? {
+            let left = left.map_err(Error::io(&self.partial))?.path();
             fs::remove_file(&left).map_err(Error::io(&left))?;
         }
-        Ok(Self { target: target.to_owned(), partial, lock })
+        Ok(())
     }
 
     /// Where files are to be written.
@@ -63,6 +91,12 @@ impl Folder {
     /// [`Error::Io`].
     pub fn finish(self) -> Result<()> {
         sync(&self.partial)?;
+        // At the very last: a folder without its journal is one to start anew.
+        let journal = self.partial.join(JOURNAL);
+        match fs::remove_file(&journal) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io(&journal)(error)),
+            _ => {}
+        }
         if self.target.exists() {
             replace(&self.partial, &self.target)?;
         } else {
@@ -74,8 +108,8 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        // After `finish` this is another's folder or none; after a failure nothing may be left.
-        if same(&self.lock, &self.partial) {
+        // After `finish` this is another's folder or none.
+        if !self.kept && same(&self.lock, &self.partial) {
             let _ = fs::remove_dir_all(&self.partial);
         }
     }
@@ -211,21 +245,65 @@ pub struct Writer {
     file: BufWriter<File>,
     header: Header,
     reserved: usize,
+    // Where the tensors start: after the room, or where a writer that was killed at the end had moved them.
+    first: usize,
     files: BTreeMap<String, FileEntry>,
 }
 
 impl Writer {
-    /// Starts `delta.safetensors` in a folder. `specs` are all tensors that may come, by full name: the header's room
-    /// is kept before the first of them.
+    /// Starts `delta.safetensors` in a folder, or opens the one that is there, for [`Writer::find`]. `specs` are all
+    /// tensors that may come, by full name: the header's room is kept before the first of them.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn create(folder: &Path, specs: &[TensorSpec]) -> Result<Self> {
         let path = folder.join(TENSORS);
-        let mut file = BufWriter::with_capacity(1 << 20, open_new(&path)?);
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let mut file = BufWriter::with_capacity(1 << 20, file.map_err(Error::io(&path))?);
         let reserved = reserve(specs);
-        file.write_all(&vec![b' '; reserved]).map_err(Error::io(&path))?;
-        Ok(Self { path, file, header: Header::new(), reserved, files: BTreeMap::new() })
+        let first = moved_to(file.get_ref(), reserved).unwrap_or(reserved);
+        file.seek(SeekFrom::Start(first as u64)).map_err(Error::io(&path))?;
+        Ok(Self { path, file, header: Header::new(), reserved, first, files: BTreeMap::new() })
+    }
+
+    /// Takes in a site that lies next in the file that was there, if its tensors are those of its entry.
+    ///
+    /// # Errors
+    /// [`Error::Format`] where the entry contradicts itself.
+    pub fn find(&mut self, entry: &SiteEntry) -> Result<bool> {
+        let specs = entry.specs()?;
+        let mut end = self.header.position;
+        for spec in &specs {
+            let start = end.next_multiple_of(ALIGNMENT);
+            end = start + spec.size();
+            let mut bytes = vec![0; spec.size()];
+            let read = self.file.get_ref().read_exact_at(&mut bytes, (self.first + start) as u64);
+            if read.is_err() || entry.tensors.get(&spec.role) != Some(&checksum(&bytes)) {
+                return Ok(false);
+            }
+        }
+        for spec in specs {
+            self.header.add(&format!("{}/{}", entry.name, spec.role), &spec.dtype, &spec.shape, spec.size());
+        }
+        Ok(true)
+    }
+
+    /// Drops what lies in the file after the sites that were found: the next one goes there.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn cut(&mut self) -> Result<()> {
+        let end = (self.first + self.header.position) as u64;
+        let sought = self.file.seek(SeekFrom::Start(end)).and_then(|_| self.file.get_ref().set_len(end));
+        sought.map_err(Error::io(&self.path))
+    }
+
+    /// Gives all that was written to the operating system.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn flush(&mut self) -> Result<()> {
+        self.file.flush().map_err(Error::io(&self.path))
     }
 
     /// Writes a site's tensors, in the order of its entry's specs, and completes the entry with sizes and checksums.
@@ -282,41 +360,44 @@ impl Writer {
         let io = |error| Error::io(&self.path)(error);
         let mut file = self.file.into_inner().map_err(|error| io(error.into_error()))?;
         let start = place(header.len(), self.reserved, position);
-        if start < self.reserved {
-            move_down(&mut file, self.reserved, start).map_err(io)?;
-        }
         header.resize(start - 8, b' ');
         let head = [&(header.len() as u64).to_le_bytes()[..], &header].concat();
-        file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&head)).map_err(io)?;
-        file.sync_all().map_err(io)?;
+        let closer = self.path.with_file_name(CLOSER);
+        if start != self.first {
+            file.seek(SeekFrom::Start(self.first as u64)).map_err(io)?;
+            write_closer(&closer, &head, &mut file).map_err(Error::io(&closer))?;
+        } else {
+            file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&head)).map_err(io)?;
+            file.sync_all().map_err(io)?;
+        }
         let tensors = (start + position) as u64;
         self.files.insert(TENSORS.into(), FileEntry { bytes: tensors, checksum: checksum(&head) });
         manifest.files = self.files;
         let text = manifest.to_text();
         write_synced(&self.path.with_file_name(MANIFEST), text.as_bytes())?;
+        if start != self.first {
+            fs::rename(&closer, &self.path).map_err(io)?;
+        }
         Ok((manifest, tensors + text.len() as u64))
     }
 }
 
-fn open_new(path: &Path) -> Result<File> {
-    File::options().read(true).write(true).create_new(true).open(path).map_err(Error::io(path))
+/// Where the header says that the tensors start, if it is written already and that is before `reserved`.
+fn moved_to(file: &File, reserved: usize) -> Option<usize> {
+    let mut length = [0; 8];
+    file.read_exact_at(&mut length, 0).ok()?;
+    let length = usize::try_from(u64::from_le_bytes(length)).ok()?;
+    (length > 0 && length < reserved - 8).then_some(8 + length)
 }
 
-/// Moves everything from one offset on to a lower one, where the room kept for the header is a burden.
-fn move_down(file: &mut File, from: usize, to: usize) -> std::io::Result<()> {
-    let mut buffer = vec![0; 1 << 20];
-    let (mut source, mut target) = (from as u64, to as u64);
-    loop {
-        file.seek(SeekFrom::Start(source))?;
-        let count = file.read(&mut buffer)?;
-        if count == 0 {
-            return file.set_len(target);
-        }
-        file.seek(SeekFrom::Start(target))?;
-        file.write_all(&buffer[..count])?;
-        source += count as u64;
-        target += count as u64;
-    }
+/// The tensors anew, closer to the header: until all is flushed, the sites of a writer killed here lie where they were.
+const CLOSER: &str = ".delta.safetensors";
+
+fn write_closer(path: &Path, head: &[u8], tensors: &mut File) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(head)?;
+    io::copy(tensors, &mut file)?;
+    file.sync_all()
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
