@@ -118,8 +118,8 @@ def factor(hessian: Tensor, tokens: int) -> Tensor:
 
     H is first drawn towards its diagonal by n / (n + tokens), as an estimate from few tokens deserves, and damped.
 
-    >>> factor(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), 1 << 30).diag().tolist()
-    [0.49844086170196533, 0.9877296090126038]
+    >>> [round(value, 3) for value in factor(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), 1 << 30).diag().tolist()]
+    [0.498, 0.988]
     """
     channels = len(hessian)
     own = hessian.diag().double()
