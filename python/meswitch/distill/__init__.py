@@ -74,7 +74,7 @@ def distill(
     steps: int = 120,
     window: int = 128,
     batch: int = 8,
-    rate: float = 0.05,
+    rate: float = 0.02,
     seed: int = 0,
     heldout_share: float = 0.1,
     progress: Progress | None = None,
@@ -84,9 +84,10 @@ def distill(
     `method` is `whole` (memory: both models in float32 and more, 13 bytes a weight), `blocks` (one block of both, and
     hidden states), or `auto`: `whole` where that fits in half of the memory that is free. A step is `batch` windows
     of `window` tokens (forms of `data`: `calibration.read_texts`); `blocks` takes `steps` of them in every block.
-    `rate` is Adam's, on the logarithm of each scale. `heldout_share` of the windows, at most about 2,048 tokens, is for
-    measuring alone. The same arguments give the same scales. `out` may be `delta` itself. `whole` leaves sites alone
-    whose parameter transformers fuses with others when it loads them (MoE experts).
+    `rate` is Adam's, on the logarithm of each scale; a delta that was not compensated wants 0.05. `heldout_share` of
+    the windows, at most about 2,048 tokens, is for measuring alone. The same arguments give the same scales. `out` may
+    be `delta` itself. `whole` leaves sites alone whose parameter transformers fuses with others when it loads them
+    (MoE experts).
 
     `blocks` writes down every block that it finished; interrupted, and started again alike, it goes on from there.
 
