@@ -65,16 +65,9 @@ def calibrate(
 
     Raises `DataError` for a data file that cannot be read or holds no token, `OSError` for one that is not there.
     """
-    if max_tokens < 1 or window < 1:
-        raise ValueError(f"expected at least 1 token and a window of at least 1, found {max_tokens}, {window}")
     from transformers import AutoModelForCausalLM
 
-    checkpoint = Checkpoint.open(model_path)
-    tokenizer = load_tokenizer(checkpoint.path)
-    texts = passages(read_texts(data, tokenizer), window * _CHARACTERS_A_TOKEN, seed)
-    windows = token_chunks(texts, tokenizer, window, max_tokens=max_tokens)
-    if not windows:
-        raise DataError(f"expected text to calibrate on, found no token: {data}")
+    checkpoint, windows = drawn(model_path, data, max_tokens, window, seed, "calibrate on")
     ids, total = torch.cat(windows), sum(map(len, windows))
 
     def check(vocabulary: int) -> Tensor:
@@ -94,6 +87,21 @@ def calibrate(
         counts = check(model.get_input_embeddings().num_embeddings)
         moments = _whole(model, checkpoint, windows, told)
     return Calibration(moments, counts, total, tuple(windows))
+
+
+def drawn(
+    model_path: str | Path, data: str | Path, max_tokens: int, window: int, seed: int, purpose: str
+) -> tuple[Checkpoint, list[Tensor]]:
+    """The checkpoint in `model_path`, and windows of text from all over `data`: `int64 [window]` each, or less."""
+    if max_tokens < 1 or window < 1:
+        raise ValueError(f"expected at least 1 token and a window of at least 1, found {max_tokens}, {window}")
+    checkpoint = Checkpoint.open(model_path)
+    tokenizer = load_tokenizer(checkpoint.path)
+    texts = passages(read_texts(data, tokenizer), window * _CHARACTERS_A_TOKEN, seed)
+    windows = token_chunks(texts, tokenizer, window, max_tokens=max_tokens)
+    if not windows:
+        raise DataError(f"expected text to {purpose}, found no token: {data}")
+    return checkpoint, windows
 
 
 def _own_dtype(checkpoint: Checkpoint) -> torch.dtype | None:

@@ -17,21 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meswitch.calibration import (
-    Calibration,
-    Progress,
-    check_vocabulary,
-    checkpoint_names,
-    frequencies,
-    load_tokenizer,
-    passages,
-    read_texts,
-    token_chunks,
-)
-from meswitch.checkpoint import Checkpoint
-from meswitch.errors import DataError
+from meswitch.calibration import Calibration, Progress, check_vocabulary, checkpoint_names, drawn, frequencies
 
-_CHARACTERS_A_TOKEN = 4
 _PRODUCT = 2**26  # entries of g·xᵀ held at a time: 256 MiB
 
 
@@ -53,16 +40,9 @@ def sense(
 
     Raises `DataError` for a data file that cannot be read or holds no token, `OSError` for one that is not there.
     """
-    if max_tokens < 1 or window < 1:
-        raise ValueError(f"expected at least 1 token and a window of at least 1, found {max_tokens}, {window}")
     from transformers import AutoModelForCausalLM
 
-    checkpoint = Checkpoint.open(model_path)
-    tokenizer = load_tokenizer(checkpoint.path)
-    texts = passages(read_texts(data, tokenizer), window * _CHARACTERS_A_TOKEN, seed)
-    windows = token_chunks(texts, tokenizer, window, max_tokens=max_tokens)
-    if not windows:
-        raise DataError(f"expected text to measure sensitivity on, found no token: {data}")
+    checkpoint, windows = drawn(model_path, data, max_tokens, window, seed, "measure sensitivity on")
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto").eval().requires_grad_(False)
     sums = _Sums(model)
     generator = torch.Generator().manual_seed(seed)

@@ -65,6 +65,9 @@ impl Scales {
     }
 }
 
+/// A core's working memory: for reading, a tile, codes.
+type Spare = (Vec<f32>, Vec<f32>, Vec<u8>);
+
 /// What the codes are fitted to.
 pub(super) struct Source<'a> {
     pub pair: &'a Pair<'a>,
@@ -145,40 +148,26 @@ impl Source<'_> {
 
     /// Fits scales and codes of a part's rows; says what that leaves per column.
     fn fit(&self, draft: &mut Draft, columns: &Columns, settings: &Settings, scales: Scales) -> Result<Outcome> {
-        let width = self.pair.columns;
-        let size = settings.group_size.unwrap_or(width).max(1);
-        let (stride, groups) = (row_bytes(draft.bits, width), width.div_ceil(size).max(1));
-        let band_rows = self.pair.band_rows();
-        let (bits, zero) = (draft.bits, draft.zero);
+        let (width, size) = (self.pair.columns, self.group_size(settings));
+        let (bits, zero, stride) = (draft.bits, draft.zero, row_bytes(draft.bits, self.pair.columns));
         let weight = columns.weight(self.importance);
-        let bands: Vec<Outcome> = draft
-            .rows
-            .par_chunks(band_rows)
-            .zip(draft.codes.par_chunks_mut((stride * band_rows).max(1)))
-            .zip(draft.scales.par_chunks_mut(groups * band_rows))
-            .map_init(<(Vec<f32>, Vec<f32>, Vec<u8>)>::default, |(spare, tile, codes), ((band, packed), found)| {
-                codes.resize(width, 0);
-                let mut tally = Tally::new(width);
-                let mut rows = packed.chunks_mut(stride).zip(found.chunks_mut(groups));
-                for tile_rows in band.chunks(self.pair.tile_rows()) {
-                    self.read(tile_rows, spare, tile)?;
-                    for (row, (packed, found)) in tile.chunks_mut(width).zip(&mut rows) {
-                        columns.divide(row);
-                        let groups =
-                            row.chunks(size).zip(weight.chunks(size)).zip(codes.chunks_mut(size)).zip(&mut *found);
-                        for (((delta, weight), codes), scale) in groups {
-                            *scale = scales.fit(delta, weight, bits, zero, codes);
-                        }
-                        tally.add(row, codes, found, size, zero);
-                        crate::layout::pack_row(codes, bits, packed);
+        self.in_bands(draft, columns, settings, |(spare, tile, codes), band, packed, found, tally| {
+            codes.resize(width, 0);
+            let mut rows = packed.chunks_mut(stride).zip(found.chunks_mut(width.div_ceil(size).max(1)));
+            for tile_rows in band.chunks(self.pair.tile_rows()) {
+                self.read(tile_rows, spare, tile)?;
+                for (row, (packed, found)) in tile.chunks_mut(width).zip(&mut rows) {
+                    columns.divide(row);
+                    let groups = row.chunks(size).zip(weight.chunks(size)).zip(codes.chunks_mut(size)).zip(&mut *found);
+                    for (((delta, weight), codes), scale) in groups {
+                        *scale = scales.fit(delta, weight, bits, zero, codes);
                     }
+                    tally.add(row, codes, found, size, zero);
+                    crate::layout::pack_row(codes, bits, packed);
                 }
-                Ok(tally.outcome(columns))
-            })
-            .collect::<Result<_>>()?;
-        let mut all = Outcome::new(width);
-        bands.iter().for_each(|band| all.add(band));
-        Ok(all)
+            }
+            Ok(())
+        })
     }
 
     /// Codes all drafts anew, each channel's error compensated by the channels after it; scales of rows may move.
@@ -189,25 +178,18 @@ impl Source<'_> {
         exact: &[u32],
         factor: Factor<'_>,
     ) -> Result<()> {
-        let width = self.pair.columns;
-        let size = settings.group_size.unwrap_or(width).max(1);
-        let groups = width.div_ceil(size).max(1);
-        let (columns, band_rows) = (&fitted.columns, self.pair.band_rows());
+        let (width, size) = (self.pair.columns, self.group_size(settings));
+        let (groups, columns) = (width.div_ceil(size).max(1), &fitted.columns);
         let scale_of: Vec<f32> = (0..width).map(|column| columns.scale(column)).collect();
         let mut outcome = Outcome::new(width);
         for draft in &mut fitted.drafts {
             let (bits, zero, stride) = (draft.bits, draft.zero, row_bytes(draft.bits, width));
             let levels =
                 Levels { bits, zero, group_size: size, columns: &scale_of, exact, unbiased: settings.unbiased };
-            let bands: Vec<Outcome> = draft
-                .rows
-                .par_chunks(band_rows)
-                .zip(draft.codes.par_chunks_mut((stride * band_rows).max(1)))
-                .zip(draft.scales.par_chunks_mut(groups * band_rows))
-                .map_init(<(Vec<f32>, Vec<f32>, Vec<u8>)>::default, |(spare, tile, codes), ((band, packed), scales)| {
-                    let mut tally = Tally::new(width);
-                    let tiles = band.chunks(self.pair.tile_rows());
+            let left =
+                self.in_bands(draft, columns, settings, |(spare, tile, codes), band, packed, scales, tally| {
                     let mut packed = packed.chunks_mut(stride);
+                    let tiles = band.chunks(self.pair.tile_rows());
                     for (rows, scales) in tiles.zip(scales.chunks_mut(groups * self.pair.tile_rows())) {
                         self.read(rows, spare, tile)?;
                         codes.resize(tile.len(), 0);
@@ -220,13 +202,43 @@ impl Source<'_> {
                             crate::layout::pack_row(codes, bits, packed);
                         }
                     }
-                    Ok(tally.outcome(columns))
-                })
-                .collect::<Result<_>>()?;
-            bands.iter().for_each(|band| outcome.add(band));
+                    Ok(())
+                })?;
+            outcome.add(&left);
         }
         fitted.outcome = outcome;
         Ok(())
+    }
+
+    fn group_size(&self, settings: &Settings) -> usize {
+        settings.group_size.unwrap_or(self.pair.columns).max(1)
+    }
+
+    /// Does `work` on bands of a part's rows over all cores, with the packed codes and scales of each; adds up what it
+    /// tallies.
+    fn in_bands(
+        &self,
+        draft: &mut Draft,
+        columns: &Columns,
+        settings: &Settings,
+        work: impl Fn(&mut Spare, &[usize], &mut [u8], &mut [f32], &mut Tally) -> Result<()> + Sync,
+    ) -> Result<Outcome> {
+        let (width, band_rows) = (self.pair.columns, self.pair.band_rows());
+        let groups = width.div_ceil(self.group_size(settings)).max(1);
+        let bands: Vec<Outcome> = draft
+            .rows
+            .par_chunks(band_rows)
+            .zip(draft.codes.par_chunks_mut((row_bytes(draft.bits, width) * band_rows).max(1)))
+            .zip(draft.scales.par_chunks_mut(groups * band_rows))
+            .map_init(Spare::default, |spare, ((band, packed), scales)| {
+                let mut tally = Tally::new(width);
+                work(spare, band, packed, scales, &mut tally)?;
+                Ok(tally.outcome(columns))
+            })
+            .collect::<Result<_>>()?;
+        let mut all = Outcome::new(width);
+        bands.iter().for_each(|band| all.add(band));
+        Ok(all)
     }
 
     /// What the codes miss in the chosen channels, `[rows, chosen]`.
