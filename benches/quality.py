@@ -3,10 +3,11 @@
     python benches/quality.py [--family tiny --family smol] [--seed 0 --seed 1 --seed 2] [--way default --way small]
                               [--tokens 12288] [--no-distill] [--calibrate-on DOMAIN] [--results FILE] [--plot FILE.png]
 
-Ways are presets and sizes in bits a weight (`2.1`: as `meswitch compress --bpw 2.1`); each is measured as compressed
-and after `distill`, beside truncated SVDs of equal bytes. Families are trained if they are not cached. Every number
-goes to the results file (JSON lines) as soon as it is known and is not measured again; tables and plot are made from
-that file, as means over seeds.
+Ways are presets, the papers' presets with embeddings and head in them too (`bitdelta at 1 bit`: as `meswitch compress
+--preset bitdelta --bits 1`) and sizes in bits a weight (`2.1`: `--bpw 2.1`); each is measured as compressed and after
+`distill`, beside truncated SVDs of equal bytes. Families are trained if they are not cached. Every number goes to the
+results file (JSON lines) as soon as it is known and is not measured again; tables and plot are made from that file, as
+means over seeds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from meswitch.distill import distill
 from meswitch.evaluate import evaluate
 from meswitch.sensitivity import sense
 
-WAYS = (*PRESETS, "1.1", "1.6", "2.1", "3.1")
+# The papers' forms at our size: embeddings and head in them too.
+WHOLE = {"me-switch at 2 bits": ("me-switch", 2), "bitdelta at 1 bit": ("bitdelta", 1)}
+WAYS = (*PRESETS, *WHOLE, "1.1", "1.6", "2.1", "3.1")
 FORMS = ("compressed", "distilled", "svd")
 
 
@@ -94,7 +97,7 @@ class Bench:
                 continue
             text = made.calibration[source]
             seen = calibrate(made.experts[domain], text)
-            costs = sense(made.experts[domain], text, seen) if any(way not in PRESETS for way in left) else None
+            costs = sense(made.experts[domain], text, seen) if any(targets(way) for way in left) else None
             for way in left:
                 for form, bpw, share, kl in self._measure(made, domain, source, way, (seen, costs), seed):
                     row = Measured(name, seed, domain, way, form, source, bpw, share or 0.0, kl)
@@ -114,17 +117,27 @@ class Bench:
         finetune, heldout = made.experts[domain], made.heldout[domain]
         with tempfile.TemporaryDirectory() as folder:
             delta = Path(folder) / "delta"
-            size: dict[str, Any] = {"preset": way} if way in PRESETS else {"bpw": float(way), "sensitivity": seen[1]}
-            report = compress(made.base, finetune, delta, calibration=seen[0], **size)
+            report = compress(made.base, finetune, delta, calibration=seen[0], **settings(way, seen[1]))
             found = evaluate(made.base, delta, finetune, heldout, max_tokens=self.tokens, svd=True)
             yield "compressed", report.bpw, found.recovered_share, found.kl
             rival = found.to_json()["svd"]
             yield "svd", report.bpw * rival["bytes"] / report.bytes, rival["recovered_share"], rival["kl"]
             if self.distilled:
-                rate = 0.02 if report.compensated else 0.05  # what suits each best
-                distill(made.base, finetune, delta, delta, made.calibration[source], rate=rate, seed=seed)
+                distill(made.base, finetune, delta, delta, made.calibration[source], seed=seed)
                 found = evaluate(made.base, delta, finetune, heldout, max_tokens=self.tokens)
                 yield "distilled", report.bpw, found.recovered_share, found.kl
+
+
+def targets(way: str) -> bool:
+    return way not in PRESETS and way not in WHOLE
+
+
+def settings(way: str, sensitivity: dict[str, Tensor] | None) -> dict[str, Any]:
+    """What `compress` takes for a way."""
+    if targets(way):
+        return {"bpw": float(way), "sensitivity": sensitivity}
+    preset, bits = WHOLE.get(way, (way, None))
+    return {"preset": preset, "bits": bits}
 
 
 def groups(results: Results) -> dict[str, list[Measured]]:

@@ -74,7 +74,7 @@ def distill(
     steps: int = 120,
     window: int = 128,
     batch: int = 8,
-    rate: float = 0.02,
+    rate: float | None = None,
     seed: int = 0,
     heldout_share: float = 0.1,
     progress: Progress | None = None,
@@ -84,10 +84,10 @@ def distill(
     `method` is `whole` (memory: both models in float32 and more, 13 bytes a weight), `blocks` (one block of both, and
     hidden states), or `auto`: `whole` where that fits in half of the memory that is free. A step is `batch` windows
     of `window` tokens (forms of `data`: `calibration.read_texts`); `blocks` takes `steps` of them in every block.
-    `rate` is Adam's, on the logarithm of each scale; a delta that was not compensated wants 0.05. `heldout_share` of
-    the windows, at most about 2,048 tokens, is for measuring alone. The same arguments give the same scales. `out` may
-    be `delta` itself. `whole` leaves sites alone whose parameter transformers fuses with others when it loads them
-    (MoE experts).
+    `rate` is Adam's, on the logarithm of each scale; none means what suits the codes: 0.02 where errors were
+    compensated, 0.05 where not. `heldout_share` of the windows, at most about 2,048 tokens, is for measuring alone.
+    The same arguments give the same scales. `out` may be `delta` itself. `whole` leaves sites alone whose parameter
+    transformers fuses with others when it loads them (MoE experts).
 
     `blocks` writes down every block that it finished; interrupted, and started again alike, it goes on from there.
 
@@ -97,17 +97,17 @@ def distill(
     """
     if method not in METHODS:
         raise ValueError(f"expected a method of {', '.join(METHODS)}, found {method!r}")
-    if steps < 1 or window < 2 or batch < 1 or not rate > 0 or not 0 < heldout_share < 1:
+    if steps < 1 or window < 2 or batch < 1 or (rate is not None and not rate > 0) or not 0 < heldout_share < 1:
         raise ValueError(
             "expected at least 1 step, a window of 2, a batch of 1, a rate above 0 and a held-out share between 0 and "
             f"1, found {steps}, {window}, {batch}, {rate}, {heldout_share}"
         )
     start, tuned, checkpoint = time.perf_counter(), Checkpoint.open(finetune), Checkpoint.open(base)
     refuse_overwriting(Path(out))
-    recipe = Recipe(steps, batch, rate, seed)
     windows = Windows.draw(data, tuned.path, window, steps * batch, seed, heldout_share)
     with closing(Delta.open(delta)) as source:
         source.check_base(checkpoint)
+        recipe = Recipe(steps, batch, rate or _rate(source), seed)
         windows.check(_vocabulary(tuned, source), data)
         chosen = _fitting(source) if method == "auto" else method
         journal = None
@@ -143,6 +143,12 @@ def _vocabulary(finetune: Checkpoint, delta: Delta) -> int:
 def _fitting(delta: Delta) -> Method:
     """The method that half of the memory that is free has room for."""
     return "whole" if _BYTES_A_WEIGHT * delta.parameters <= psutil.virtual_memory().available / 2 else "blocks"
+
+
+def _rate(delta: Delta) -> float:
+    """What suits the delta's codes: errors that make up for each other bear less."""
+    settings = delta.manifest["settings"]
+    return 0.02 if isinstance(settings, dict) and settings.get("compensated") else 0.05
 
 
 def _about(
