@@ -18,7 +18,7 @@ FLOORS = (
     ("demo",),
     ("engine", "distill", "adapter"),
     ("scheduling", "experts", "router", "moe", "compress"),
-    ("layers", "evaluate", "sensitivity", "hessians"),
+    ("layers", "attention", "evaluate", "sensitivity", "hessians"),
     ("ops", "calibration", "allocation", "low_rank"),
     ("delta", "decoder"),
     ("reference", "checkpoint", "config"),

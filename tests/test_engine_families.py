@@ -102,6 +102,15 @@ def test_mixed_batch_equals_each_model_alone(family: str, tmp_path: Path) -> Non
         assert_alike(base, experts, models, names, prompts_of(5, 60, 17, 33, 1), exact=exact)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+def test_requests_of_equal_and_of_very_different_lengths(family: str, tmp_path: Path) -> None:
+    """One batch of attention, padded ones, and neighbours too unlike to be one."""
+    base = save_random(tmp_path / "base", config_of(family))
+    experts, models = serve(tmp_path, base, {"a": save_finetune(tmp_path / "tuned", base, 10)})
+    for lengths in ((9, 9, 9, 9), (100, 2, 3, 90), (1, 1, 30, 25)):
+        assert_alike(base, experts, models, ["a", "base", "a", "a"], prompts_of(*lengths))
+
+
 @pytest.mark.parametrize("base_tied", [True, False])
 def test_grown_vocabulary(base_tied: bool, tmp_path: Path) -> None:
     base = save_random(tmp_path / "base", config_of("llama", tie_word_embeddings=base_tied))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, LogitsProcessorList
+from transformers import LogitsProcessorList
 from transformers.generation.continuous_batching.cache import (
     ATTN_TYPE_TO_ALLOCATOR,
     group_layers_by_attn_type,
@@ -148,39 +148,6 @@ def _draw(draw: Draw, state: RequestState, scores: Tensor) -> int:
         return int(processed.argmax())
     probabilities = processed.softmax(dim=-1)
     return int(torch.multinomial(probabilities, 1, generator=draw.generator))
-
-
-CAPPED = "meswitch_paged_softcap"
-
-
-def capped_paged_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    cache: Any = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention over the paged cache with soft-capped logits (Gemma 2), which transformers' own leaves out.
-
-    `query [1, heads, T, d]`, `key` and `value [1, kv_heads, T, d]`; gives `[1, T, heads, d]` and the weights.
-    """
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-    groups = query.shape[1] // key.shape[1]
-    logits = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    if attention_mask is not None:
-        logits = logits + attention_mask
-    weights = logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    output = weights @ value.repeat_interleave(groups, dim=1)
-    return output.transpose(1, 2).contiguous(), weights
-
-
-AttentionInterface.register(CAPPED, capped_paged_attention)
 
 
 @dataclass(frozen=True)

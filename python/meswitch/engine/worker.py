@@ -28,7 +28,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from meswitch import scheduling
+from meswitch import attention, scheduling
 from meswitch.engine.request import Request
 from meswitch.errors import (
     BudgetError,
@@ -243,6 +243,11 @@ class Worker(threading.Thread):
         processors.tensors_required = 1  # it counts only those it converted itself
         manager.logit_processor = processors
         manager.output_router = _Silent()  # type: ignore[assignment]
+        capped = getattr(self.text_config, "attn_logit_softcapping", None) is not None
+        sdpa = self.model.config._attn_implementation == "sdpa"
+        self.plain_attention = "sdpa" if sdpa and not capped else "eager"
+        if sdpa or capped:  # before the processor, so that it sets up no masks
+            self.model.set_attn_implementation(attention.PAGED)
         state = torch.get_rng_state()  # building a processor seeds the global generator
         try:
             self.processor: Any = manager._create_batch_processor()
@@ -250,8 +255,8 @@ class Worker(threading.Thread):
             raise BudgetError(f"kv_budget: {plan.nbytes} bytes do not fit this machine: {error}") from error
         torch.set_rng_state(state)
         self.scheduler: Any = self.processor.scheduler
-        if getattr(self.text_config, "attn_logit_softcapping", None) is not None:
-            self.model.set_attn_implementation(scheduling.CAPPED)  # the processor has set up its masks by now
+        if sdpa or capped:
+            attention.hand_reads(self.processor.inputs_and_outputs)
         self.kv_tokens = infer_max_single_request_tokens(self.processor.cache)
         self.plan = plan
 
@@ -266,16 +271,14 @@ class Worker(threading.Thread):
 
     def plainly(self, function: Callable[[], T]) -> T:
         """Runs `function` on the base as it is outside continuous batching, between steps."""
-        attention = self.model.config._attn_implementation
-        if attention == "sdpa":
-            return self.call(function)
 
         def switched() -> T:
-            self.model.set_attn_implementation("eager")
+            paged = self.model.config._attn_implementation
+            self.model.set_attn_implementation(self.plain_attention)
             try:
                 return function()
             finally:
-                self.model.set_attn_implementation(attention)
+                self.model.set_attn_implementation(paged)
 
         return self.call(switched)
 
