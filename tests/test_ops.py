@@ -166,27 +166,54 @@ def test_a_wider_output_keeps_its_other_columns() -> None:
     assert bool((y[:, 8:] == 5).all())
 
 
+@pytest.mark.skipif(ops.MOST_TOKENS == 0, reason="no kernel for this processor")
 @settings(deadline=None)
-@given(st.integers(1, 70), st.integers(1, 300), st.integers(1, 16), st.integers(0, 2**31))
-def test_a_base_of_16_bits_times_few_tokens(out: int, columns: int, tokens: int, seed: int) -> None:
+@given(
+    site=sites() | sparse_sites(),
+    slots=st.lists(st.integers(-1, 2), min_size=1, max_size=ops.MOST_TOKENS),
+    seed=st.integers(0, 2**31),
+)
+def test_a_base_of_16_bits_and_the_deltas_on_it(site: Site, slots: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out + 1, columns, generator=generator).bfloat16()[1:]
-    x = torch.randn(1, tokens, columns, generator=generator).bfloat16()
-    if ops.MOST_TOKENS == 0:
-        assert not ops.reads(weight)
-        return
+    table, rows = ops.SiteTable(site.out_features, site.in_features), ops.Rows(slots)
+    table.set(1, site)
+    # Not at the start of its memory.
+    weight = torch.randn(site.out_features + 1, site.in_features, generator=generator).bfloat16()[1:]
+    x = torch.randn(len(slots), site.in_features, generator=generator).bfloat16()
     assert ops.reads(weight) and not ops.reads(weight.float())
-    expected = x.double() @ weight.T.double()
-    found = ops.linear(x, weight)
-    assert found.shape == expected.shape
-    room = (x.double().abs() @ weight.T.double().abs()) * 1e-6 + expected.abs() * 2**-8
-    assert ((found.double() - expected).abs() <= room).all()
+    base = (x.double() @ weight.T.double()).float()
+    added = torch.zeros_like(base)
+    ops.delta_linear(added, x, rows, table)
+    room = (x.double().abs() @ weight.T.double().abs()).float() * 1e-6 + added.abs() * 1e-5
+    alone = ops.linear(x, weight, table)
+    assert bool(((alone.float() - base).abs() <= room + base.abs() * 2**-8).all())
+    together = ops.linear(x, weight, table, rows)
+    assert bool(((together.float() - base - added).abs() <= room + (base + added).abs() * 2**-8 + 1e-6).all())
+    for token, slot in enumerate(slots):  # the same bits alone and among others
+        one = x[token : token + 1]
+        assert torch.equal(ops.linear(one, weight, table), alone[token : token + 1])
+        assert torch.equal(ops.linear(one, weight, table, ops.Rows([slot])), together[token : token + 1])
 
 
-def test_a_base_product_refuses_too_many_tokens() -> None:
-    weight = torch.zeros(4, 8, dtype=torch.bfloat16)
+@pytest.mark.skipif(ops.MOST_TOKENS == 0, reason="no kernel for this processor")
+@pytest.mark.parametrize("columns", [2048, 2600])
+def test_a_token_gives_the_same_bits_in_long_rows(columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    weight, x = (torch.randn(rows, columns, generator=generator).bfloat16() for rows in (301, ops.MOST_TOKENS))
+    table = ops.SiteTable(301, columns)
+    for tokens in range(1, ops.MOST_TOKENS + 1):
+        found = ops.linear(x[:tokens], weight, table)
+        assert torch.equal(found[-1:], ops.linear(x[tokens - 1 : tokens], weight, table))
+
+
+def test_a_base_product_refuses_too_many_tokens_and_other_shapes() -> None:
+    weight, table = torch.zeros(4, 8, dtype=torch.bfloat16), ops.SiteTable(4, 8)
     with pytest.raises(ValueError, match=r"and at most \d+ tokens, found 32 and 17"):
-        ops.linear(torch.zeros(17, 8, dtype=torch.bfloat16), weight)
+        ops.linear(torch.zeros(17, 8, dtype=torch.bfloat16), weight, table)
+    with pytest.raises(ValueError, match="expected 4 rows of 8 weights"):
+        ops.linear(torch.zeros(1, 8, dtype=torch.bfloat16), weight[:3], table)
+    with pytest.raises(ValueError, match="expected 2 rows, found 1"):
+        ops.linear(torch.zeros(1, 8, dtype=torch.bfloat16), weight, table, ops.Rows([0, 0]))
 
 
 def test_wrong_shapes_are_refused() -> None:

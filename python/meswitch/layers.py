@@ -187,16 +187,23 @@ class LinearWrapper(Wrapper):
             self.bias.clear(slot)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self._product(x) if self._reads(x) else self.base(x, *args, **kwargs)
         rows = self.rows
-        if not self.active(rows):
+        active = self.active(rows)
+        if active:
+            self.expect_rows(x.numel() // self.in_features, rows)
+        if self._reads(x):
+            summed = active and self.at_once(rows)
+            weight: Tensor = self.module.weight  # type: ignore[assignment]
+            y = ops.linear(x, weight, self.table, rows if summed else None)
+        else:
+            summed, y = False, self.base(x, *args, **kwargs)
+        if not active or (summed and self.plain):
             return y
-        self.expect_rows(y.numel() // self.out_features, rows)
         if self.plain and x.is_contiguous() and y.is_contiguous():
             ops.delta_linear(y, x, rows, self.table, exact=self.exact)
             return y
         flat_x, flat_y = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
-        self.add(flat_y, flat_x, rows)
+        self.add(flat_y, flat_x, rows, summed)
         return self.shaped(y, flat_y, flat_x, rows)
 
     def _reads(self, x: Tensor) -> bool:
@@ -204,21 +211,22 @@ class LinearWrapper(Wrapper):
         few = x.numel() <= ops.MOST_TOKENS * self.in_features and x.dtype == torch.bfloat16 and x.is_contiguous()
         return few and self.direct and x.numel() > 0
 
-    def _product(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return ops.linear(x, weight)
+    def at_once(self, rows: ops.Rows) -> bool:
+        """Whether the base's product may come with the deltas of all its tokens."""
+        return True
 
     @property
     def plain(self) -> bool:
         """Whether deltas of the weight are all that there is to add."""
         return not self.whole and self.bias is None
 
-    def add(self, y: Tensor, x: Tensor, rows: ops.Rows) -> None:
+    def add(self, y: Tensor, x: Tensor, rows: ops.Rows, summed: bool) -> None:
+        """All that experts change here; deltas of the weight too, unless they are `summed` already."""
         for slot in self.whole.keys() & rows.groups.keys():
             index = rows.groups[slot]
             weight = self.whole[slot][: self.out_features].to(x.dtype)
             y[index] = F.linear(x[index], weight, self.own_bias)
-        if self.table.occupied:
+        if self.table.occupied and not summed:
             ops.delta_linear(y, x, rows, self.table, exact=self.exact)
         if self.bias is not None:
             index = self.step.kept_index if rows is self.step.kept else self.step.bank_index
@@ -246,7 +254,10 @@ class HeadWrapper(LinearWrapper):
 
     @property
     def plain(self) -> bool:
-        return False
+        return super().plain and not self.borrowed and all(rows == self.out_features for rows in self.widths.values())
+
+    def at_once(self, rows: ops.Rows) -> bool:
+        return self.borrowed.isdisjoint(rows.tokens)
 
     def check(self, leaf: str, site: Site) -> None:
         known = site.shape[0] - (0 if site.added is None else site.added.shape[0])
@@ -277,11 +288,11 @@ class HeadWrapper(LinearWrapper):
         for of_slot in (self.widths, self.added, self.added_bias):
             of_slot.pop(slot, None)
 
-    def add(self, y: Tensor, x: Tensor, rows: ops.Rows) -> None:
+    def add(self, y: Tensor, x: Tensor, rows: ops.Rows, summed: bool) -> None:
         for slot in self.borrowed & rows.groups.keys():
             index = rows.groups[slot]
             y[index] = F.linear(x[index], self.embedding.weight, self.own_bias)  # type: ignore[arg-type]
-        super().add(y, x, rows)
+        super().add(y, x, rows, summed)
 
     def shaped(self, y: Tensor, flat_y: Tensor, flat_x: Tensor, rows: ops.Rows) -> Tensor:
         widths = {slot: self.widths.get(slot, self.out_features) for slot in rows.groups}

@@ -151,15 +151,17 @@ def reads(weight: Tensor) -> bool:
     return fits and MOST_TOKENS > 0
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x · weightᵀ`, `x [..., in_features]` contiguous bfloat16 of at most `MOST_TOKENS` rows, summed in float32.
+def linear(x: Tensor, weight: Tensor, table: SiteTable, rows: Rows | None = None) -> Tensor:
+    """`x · weightᵀ`, and what each token's own delta adds to it; without `rows`, every token is the base's.
 
-    Reads the weight at the rate of memory for up to four tokens; eight take less than twice as long as one, where torch
-    takes three to five times as long. `reads(weight)` must hold. Raises `ValueError` where shapes do not fit.
+    `x [..., in_features]` contiguous bfloat16 of at most `MOST_TOKENS` rows, `weight [out_features, in_features]` one
+    that `reads` takes. Summed in float32 and rounded once; activations are rounded to 8 bits for the deltas, as
+    `delta_linear` does unless it is exact. Base and deltas are read in one pass of all threads. Raises `ValueError`
+    where shapes do not fit.
     """
-    rows, columns = weight.shape
-    y = x.new_empty(*x.shape[:-1], rows)
-    _native.base_linear(_memory(weight), rows, columns, _memory(x), (y.data_ptr(), y.numel() // rows, rows, "bfloat16"))
+    y = x.new_empty(*x.shape[:-1], table.out_features)
+    native_y, native_x = _rows(y, table.out_features), _rows(x, table.in_features)
+    table.native.linear(native_y, native_x, _memory(weight), None if rows is None else rows.native)
     return y
 
 

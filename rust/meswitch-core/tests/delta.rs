@@ -10,7 +10,7 @@ use meswitch_core::checkpoint::Checkpoint;
 use meswitch_core::codec::{Class, Settings, Zero};
 use meswitch_core::compress::{Job, Plan};
 use meswitch_core::delta::{Delta, Kind, MANIFEST, Manifest, TENSORS, rewrite};
-use meswitch_core::kernels::linear;
+use meswitch_core::kernels::unpack;
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use serde_json::json;
 use tempfile::TempDir;
@@ -595,7 +595,7 @@ fn what_is_written_rebuilds_the_fine_tune() {
     };
     matrix.check().unwrap();
     let mut dense = vec![0f32; OUT * IN];
-    linear::dense(&matrix, 0, &mut dense);
+    unpack::dense(&matrix, 0, &mut dense);
     let wide = |tensors: &Tensors| -> Vec<f32> {
         tensors["layer.weight"].1.iter().map(|value| bf16::from_f32(*value).to_f32()).collect()
     };

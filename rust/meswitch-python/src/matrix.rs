@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use meswitch_core::Error;
-use meswitch_core::kernels::{dense, linear, matrix, rows, sparse};
+use meswitch_core::kernels::{dense, linear, matrix, rows, sparse, unpack};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -88,17 +88,59 @@ impl Table {
     /// rounded to 8 bits. Both tensors have a row for every token of `rows`.
     fn delta_linear(&self, py: Python<'_>, y: Tensor<'_>, x: Tensor<'_>, rows: &Rows, exact: bool) -> PyResult<()> {
         let (y, x) = (rows_of(y, rows.total, self.rows)?, rows_of(x, rows.total, self.columns)?);
-        let slots = self.slots.lock().expect("as above");
-        let mine: Vec<_> =
-            rows.groups.iter().filter_map(|(slot, tokens)| Some((slots.get(slot)?.clone_ref(py), tokens))).collect();
-        drop(slots);
-        let products: Vec<_> = mine
-            .iter()
-            .map(|(delta, tokens)| linear::Product { matrix: &delta.get().matrix, tokens: tokens.as_slice() })
-            .collect();
+        let mine = self.of(py, rows);
+        let products = products(&mine);
         // SAFETY: the caller's tensors have `rows.total` rows of that many elements, and tokens are below that.
         py.detach(|| unsafe { linear::add_products(&products, x, y, exact) });
         Ok(())
+    }
+
+    /// `y[t] = W · x[t]`, and `Δ̂ of its slot · x[t]` for every token whose slot has a delta here: `weight [rows, columns]`
+    /// of bfloat16, at most `base_linear_tokens` tokens. Without `rows`, every token is the base's.
+    #[pyo3(signature = (y, x, weight, rows = None))]
+    fn linear(
+        &self,
+        py: Python<'_>,
+        y: Tensor<'_>,
+        x: Tensor<'_>,
+        weight: Memory,
+        rows: Option<&Rows>,
+    ) -> PyResult<()> {
+        let (weight, tokens, most) = (slice(weight)?, rows.map_or(x.1, |rows| rows.total), base_linear_tokens());
+        let (y, x) = (rows_of(y, tokens, self.rows)?, rows_of(x, tokens, self.columns)?);
+        if weight.len() != self.rows * self.columns || tokens > most {
+            return Err(PyValueError::new_err(format!(
+                "expected {} rows of {} weights and at most {most} tokens, found {} and {tokens}",
+                self.rows,
+                self.columns,
+                weight.len()
+            )));
+        }
+        let base = dense::Base { weight, rows: self.rows, columns: self.columns, tokens };
+        let mine = rows.map(|rows| self.of(py, rows)).unwrap_or_default();
+        let products = products(&mine);
+        if tokens > 0 {
+            // SAFETY: the caller's tensors have that many rows of that many elements, tokens are below that, and there is
+            // a kernel, for one token at least.
+            py.detach(|| unsafe { linear::linear(&base, &products, x, y) });
+        }
+        Ok(())
+    }
+}
+
+/// Deltas and their tokens.
+type Mine<'a> = Vec<(Py<Matrix>, &'a [u32])>;
+
+fn products<'a>(mine: &'a Mine<'_>) -> Vec<linear::Product<'a>> {
+    mine.iter().map(|(delta, tokens)| linear::Product { matrix: &delta.get().matrix, tokens }).collect()
+}
+
+impl Table {
+    /// The deltas of the slots that have tokens.
+    fn of<'a>(&self, py: Python<'_>, rows: &'a Rows) -> Mine<'a> {
+        let slots = self.slots.lock().expect("no thread panics while it holds this");
+        let delta = |(slot, tokens): &'a (usize, Vec<u32>)| Some((slots.get(slot)?.clone_ref(py), tokens.as_slice()));
+        rows.groups.iter().filter_map(delta).collect()
     }
 }
 
@@ -166,7 +208,7 @@ impl Matrix {
             for (token, id) in tokens.iter().zip(ids) {
                 if (0..self.matrix.rows as i64).contains(&id) {
                     row.fill(0.0);
-                    linear::add_row(&self.matrix, id as usize, scale, &mut row);
+                    unpack::add_row(&self.matrix, id as usize, scale, &mut row);
                     // SAFETY: `token < total`, and the caller's tensor has `total` rows of `columns` elements.
                     unsafe { y.add(*token, 0, &row) };
                 }
@@ -189,42 +231,15 @@ impl Matrix {
         }
         // SAFETY: the caller's tensor is contiguous 32-bit floats of `count` rows of `columns`.
         let out = unsafe { std::slice::from_raw_parts_mut(address as *mut f32, length) };
-        py.detach(|| linear::dense(&self.matrix, start, out));
+        py.detach(|| unpack::dense(&self.matrix, start, out));
         Ok(())
     }
 }
 
-/// For how many tokens [`base_linear`] has a kernel on this processor.
+/// For how many tokens `Table.linear` has a kernel on this processor.
 #[pyfunction]
 pub fn base_linear_tokens() -> usize {
     if dense::is_available() { dense::TOKENS } else { 0 }
-}
-
-/// `y[t] = W · x[t]`: `weight [rows, columns]` and `x [tokens, columns]` of bfloat16, without holes between rows.
-#[pyfunction]
-pub fn base_linear(
-    py: Python<'_>,
-    weight: Memory,
-    rows: usize,
-    columns: usize,
-    x: Memory,
-    y: Tensor<'_>,
-) -> PyResult<()> {
-    let (weight, x): (&[u16], &[u16]) = (slice(weight)?, slice(x)?);
-    let (tokens, most) = (x.len() / columns.max(1), base_linear_tokens());
-    if weight.len() != rows * columns || x.len() != tokens * columns || tokens > most {
-        return Err(PyValueError::new_err(format!(
-            "expected {rows} rows of {columns} weights and at most {most} tokens, found {} and {tokens} of {}",
-            weight.len(),
-            x.len()
-        )));
-    }
-    let y = rows_of(y, tokens, rows)?;
-    if tokens > 0 {
-        // SAFETY: the caller's tensor has that many rows of that many elements; there is a kernel, for `tokens` at least.
-        py.detach(|| unsafe { dense::linear(weight, rows, columns, x, y) });
-    }
-    Ok(())
 }
 
 fn check_tokens(tokens: &[usize], total: usize) -> PyResult<()> {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::{Pair, sweep};
 use crate::error::Result;
-use crate::kernels::linear::dot;
+use crate::kernels::floats::dot;
 
 /// Iterations; each reads the site twice. Enough for the leading directions of a spectrum that falls.
 const ITERATIONS: usize = 3;

@@ -32,10 +32,10 @@ pub unsafe fn dot(codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [f32]) {
     // SAFETY: the caller's promise.
     unsafe {
         match codes.bits {
-            1 => dot_planes::<8, 2>(codes, tokens, out),
-            2 => dot_planes::<4, 2>(codes, tokens, out),
-            4 => dot_planes::<2, 2>(codes, tokens, out),
-            _ => dot_planes::<1, 2>(codes, tokens, out),
+            1 => dot_planes::<8>(codes, tokens, out),
+            2 => dot_planes::<4>(codes, tokens, out),
+            4 => dot_planes::<2>(codes, tokens, out),
+            _ => dot_planes::<1>(codes, tokens, out),
         }
     }
 }
@@ -61,36 +61,59 @@ pub unsafe fn dot_scaled(codes: &Codes<'_>, scales: &[f32], tokens: &[Token<'_>]
 /// The processor must have AVX-512 F; places must lie within a row.
 #[target_feature(enable = "avx512f")]
 pub unsafe fn outliers(codes: &Codes<'_>, places: &Places, out: &mut [f32]) {
-    let mask = _mm512_set1_epi32((1 << codes.bits) - 1);
     for (row, out) in out.iter_mut().enumerate() {
-        let (from, mut sum) = (codes.row(row), _mm512_setzero_ps());
-        for at in (0..places.values.len()).step_by(16) {
-            // SAFETY: sixteen places each, all of them words of the row, which is whole words long.
-            unsafe {
-                let words = _mm512_loadu_si512(places.words.as_ptr().add(at).cast());
-                let shifts = _mm512_loadu_si512(places.shifts.as_ptr().add(at).cast());
-                let packed = _mm512_i32gather_epi32::<4>(words, from.cast());
-                let part = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(packed, shifts), mask));
-                sum = _mm512_fmadd_ps(part, _mm512_loadu_ps(places.values.as_ptr().add(at)), sum);
-            }
-        }
-        *out += _mm512_reduce_add_ps(sum);
+        // SAFETY: the caller's promise.
+        *out += reduce_one(unsafe { gathered(codes.bits, codes.row(row), places, _mm512_setzero_ps()) });
     }
 }
 
+/// The sum of one row's outliers in lanes.
+#[target_feature(enable = "avx512f")]
+unsafe fn gathered(bits: u32, row: *const u8, places: &Places, mut sum: __m512) -> __m512 {
+    let mask = _mm512_set1_epi32((1 << bits) - 1);
+    for at in (0..places.values.len()).step_by(16) {
+        // SAFETY: sixteen places each, all of them words of the row, which is whole words long.
+        unsafe {
+            let words = _mm512_loadu_si512(places.words.as_ptr().add(at).cast());
+            let shifts = _mm512_loadu_si512(places.shifts.as_ptr().add(at).cast());
+            let packed = _mm512_i32gather_epi32::<4>(words, row.cast());
+            let part = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(packed, shifts), mask));
+            sum = _mm512_fmadd_ps(part, _mm512_loadu_ps(places.values.as_ptr().add(at)), sum);
+        }
+    }
+    sum
+}
+
+/// The sums of four vectors' lanes; each the same bits wherever it stands.
+#[target_feature(enable = "avx512f")]
+pub fn reduce([a, b, c, d]: [__m512; 4]) -> __m128 {
+    let pair = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    let (ab, cd) = (_mm512_castps_pd(pair(a, b)), _mm512_castps_pd(pair(c, d)));
+    let fours =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    let halves = _mm256_add_ps(
+        _mm512_castps512_ps256(fours),
+        _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(fours))),
+    );
+    _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves))
+}
+
+/// The sum of one vector's lanes.
+#[target_feature(enable = "avx512f")]
+fn reduce_one(sum: __m512) -> f32 {
+    let none = _mm512_setzero_ps();
+    _mm_cvtss_f32(reduce([sum, none, none, none]))
+}
+
 features! {
-    /// One token reads `R` rows at a time.
-    unsafe fn dot_planes<const PLANES: usize, const R: usize>(codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [f32]) {
+    unsafe fn dot_planes<const PLANES: usize>(codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [f32]) {
         let rows = codes.rows;
         if let [token] = tokens {
-            let whole = rows / R * R;
-            for row in (0..whole).step_by(R) {
-                // SAFETY: rows below `rows`.
-                out[row..row + R].copy_from_slice(&unsafe { stream::<PLANES, R>(codes, row, token) });
-            }
-            for row in whole..rows {
-                // SAFETY: as above.
-                out[row..=row].copy_from_slice(&unsafe { stream::<PLANES, 1>(codes, row, token) });
+            let whole = rows / 4 * 4;
+            // SAFETY: rows below `rows`.
+            unsafe {
+                stream::<PLANES, 4>(codes, 0..whole, token, out);
+                stream::<PLANES, 1>(codes, whole..rows, token, out);
             }
             return;
         }
@@ -125,43 +148,74 @@ features! {
         }
     }
 
-    /// `R` rows of one token.
-    unsafe fn stream<const PLANES: usize, const R: usize>(codes: &Codes<'_>, row: usize, token: &Token<'_>) -> [f32; R] {
-        let (mut sums, masks) = ([_mm512_setzero_ps(); R], masks::<PLANES>());
-        let (x, spans) = (token.rounded.as_ptr(), codes.columns / SPAN);
-        let from: [*const u8; R] = std::array::from_fn(|r| codes.row(row + r));
-        for first in (0..spans).step_by(SPANS) {
-            let mut lanes = [[_mm512_setzero_si512(); 8]; R];
-            for span in first..spans.min(first + SPANS) {
-                for run in 0..8 / PLANES {
-                    // SAFETY: a whole run of codes, and its 64·PLANES columns of the token.
-                    unsafe {
-                        let at = (span * 8 / PLANES + run) * RUN;
-                        let packed: [__m512i; R] = std::array::from_fn(|r| {
-                            fetch(from[r].wrapping_add(at));
-                            _mm512_loadu_si512(from[r].add(at).cast())
-                        });
-                        for plane in 0..PLANES {
-                            let block = run * PLANES + plane;
-                            let x = _mm512_load_si512(x.add((span * 8 + block) * RUN).cast());
-                            for r in 0..R {
-                                let part = _mm512_and_si512(packed[r], masks[plane]);
-                                lanes[r][block] = _mm512_dpbusd_epi32(lanes[r][block], part, x);
-                            }
+    /// Rows of one token, `R` of them reduced together and two at a time read.
+    unsafe fn stream<const PLANES: usize, const R: usize>(
+        codes: &Codes<'_>,
+        rows: std::ops::Range<usize>,
+        token: &Token<'_>,
+        out: &mut [f32],
+    ) {
+        let (masks, spans, x) = (masks::<PLANES>(), codes.columns / SPAN, token.rounded.as_ptr());
+        for row in rows.step_by(R) {
+            let mut four = [_mm512_setzero_ps(); 4];
+            for pair in (0..R).step_by(2) {
+                // A row alone is read twice.
+                let from = [codes.row(row + pair), codes.row(row + (pair + 1).min(R - 1))];
+                let mut sums = [[_mm512_setzero_ps(); 2]; 2];
+                for first in (0..spans).step_by(SPANS) {
+                    let mut lanes = [[_mm512_setzero_si512(); 8]; 2];
+                    for span in first..spans.min(first + SPANS) {
+                        // SAFETY: whole runs of codes, and their columns of the token.
+                        unsafe { add_span::<PLANES>(from, span, x, &masks, &mut lanes) };
+                    }
+                    for block in 0..8 {
+                        // SAFETY: within the segment's steps.
+                        let steps =
+                            unsafe { _mm512_loadu_ps(token.steps.as_ptr().add(first / SPANS * STEPS + block * 16)) };
+                        for r in 0..2 {
+                            let lanes = _mm512_cvtepi32_ps(lanes[r][block]);
+                            sums[r][block % 2] = _mm512_fmadd_ps(lanes, steps, sums[r][block % 2]);
                         }
                     }
                 }
+                for r in 0..2.min(R) {
+                    let sum = _mm512_add_ps(sums[r][0], sums[r][1]);
+                    // SAFETY: as this function.
+                    four[pair + r] = unsafe { finish::<PLANES>(codes, from[r], token, sum) };
+                }
             }
-            for block in 0..8 {
-                // SAFETY: within the segment's steps.
-                let steps = unsafe { _mm512_loadu_ps(token.steps.as_ptr().add(first / SPANS * STEPS + block * 16)) };
-                for r in 0..R {
-                    sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes[r][block]), steps, sums[r]);
+            let mut found = [0f32; 4];
+            // SAFETY: room for four.
+            unsafe { _mm_storeu_ps(found.as_mut_ptr(), reduce(four)) };
+            out[row..row + R].copy_from_slice(&found[..R]);
+        }
+    }
+
+    #[inline]
+    unsafe fn add_span<const PLANES: usize>(
+        from: [*const u8; 2],
+        span: usize,
+        x: *const i8,
+        masks: &[__m512i; PLANES],
+        lanes: &mut [[__m512i; 8]; 2],
+    ) {
+        for run in 0..8 / PLANES {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let at = (span * 8 / PLANES + run) * RUN;
+                fetch(from[0].wrapping_add(at));
+                fetch(from[1].wrapping_add(at));
+                let packed = [_mm512_loadu_si512(from[0].add(at).cast()), _mm512_loadu_si512(from[1].add(at).cast())];
+                for plane in 0..PLANES {
+                    let block = run * PLANES + plane;
+                    let x = _mm512_load_si512(x.add((span * 8 + block) * RUN).cast());
+                    for r in 0..2 {
+                        let part = _mm512_and_si512(packed[r], masks[plane]);
+                        lanes[r][block] = _mm512_dpbusd_epi32(lanes[r][block], part, x);
+                    }
                 }
             }
         }
-        // SAFETY: as this function.
-        std::array::from_fn(|r| unsafe { finish::<PLANES>(codes, from[r], token, sums[r]) })
     }
 
     /// `R` rows of `N` tokens; `lead` says that nobody has read the next rows yet.
@@ -172,7 +226,7 @@ features! {
         lead: bool,
         out: &mut [f32],
     ) {
-        let (mut sums, masks) = ([[_mm512_setzero_ps(); N]; R], masks::<PLANES>());
+        let (mut sums, masks) = ([[[_mm512_setzero_ps(); 2]; N]; R], masks::<PLANES>());
         let spans = codes.columns / SPAN;
         let from: [*const u8; R] = std::array::from_fn(|r| codes.row(row + r));
         let x: [*const i8; N] = std::array::from_fn(|n| tokens[n].rounded.as_ptr());
@@ -184,12 +238,13 @@ features! {
                     // SAFETY: a whole run of codes, and 64 columns of each token.
                     unsafe {
                         let at = (span * 8 / PLANES + run) * RUN;
-                        let part: [__m512i; R] = std::array::from_fn(|r| {
+                        let mut part = [_mm512_setzero_si512(); R];
+                        for r in 0..R {
                             if lead && plane == 0 {
                                 fetch(from[r].wrapping_add(at));
                             }
-                            _mm512_and_si512(_mm512_loadu_si512(from[r].add(at).cast()), masks[plane])
-                        });
+                            part[r] = _mm512_and_si512(_mm512_loadu_si512(from[r].add(at).cast()), masks[plane]);
+                        }
                         for n in 0..N {
                             let x = _mm512_load_si512(x[n].add((span * 8 + block) * RUN).cast());
                             for r in 0..R {
@@ -203,15 +258,17 @@ features! {
                     let steps =
                         unsafe { _mm512_loadu_ps(tokens[n].steps.as_ptr().add(first / SPANS * STEPS + block * 16)) };
                     for r in 0..R {
-                        sums[r][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes[r][n]), steps, sums[r][n]);
+                        let sum = &mut sums[r][n][block % 2];
+                        *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes[r][n]), steps, *sum);
                     }
                 }
             }
         }
         for n in 0..N {
             for r in 0..R {
+                let sum = _mm512_add_ps(sums[r][n][0], sums[r][n][1]);
                 // SAFETY: as this function.
-                out[n * codes.rows + r] = unsafe { finish::<PLANES>(codes, from[r], &tokens[n], sums[r][n]) };
+                out[n * codes.rows + r] = reduce_one(unsafe { finish::<PLANES>(codes, from[r], &tokens[n], sum) });
             }
         }
     }
@@ -241,7 +298,10 @@ features! {
     unsafe fn scaled<const PLANES: usize>(codes: &Codes<'_>, row: usize, scales: &[f32], token: &Token<'_>) -> __m512 {
         let (mut sums, masks, from) = ([_mm512_setzero_ps(); 4], masks::<PLANES>(), codes.row(row));
         for span in 0..codes.columns / SPAN {
-            let scales: [__m512; 8] = std::array::from_fn(|block| _mm512_set1_ps(scales[span * 8 + block]));
+            let mut wide = [_mm512_setzero_ps(); 8];
+            for block in 0..8 {
+                wide[block] = _mm512_set1_ps(scales[span * 8 + block]);
+            }
             for run in 0..8 / PLANES {
                 // SAFETY: a whole run of codes, its columns of the token, the steps of its segment.
                 unsafe {
@@ -254,7 +314,7 @@ features! {
                         let part = _mm512_and_si512(packed, masks[plane]);
                         let lanes = _mm512_dpbusd_epi32(_mm512_setzero_si512(), part, x);
                         let steps = _mm512_loadu_ps(token.steps.as_ptr().add(span / SPANS * STEPS + block * 16));
-                        let scaled = _mm512_mul_ps(steps, scales[block]);
+                        let scaled = _mm512_mul_ps(steps, wide[block]);
                         sums[block % 4] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes), scaled, sums[block % 4]);
                     }
                 }
@@ -275,13 +335,20 @@ features! {
         sum
     }
 
-    /// A row's sum, after its last columns.
-    unsafe fn finish<const PLANES: usize>(codes: &Codes<'_>, row: *const u8, token: &Token<'_>, sum: __m512) -> f32 {
+    /// A row's sum in lanes, with its last columns and those that were not rounded.
+    unsafe fn finish<const PLANES: usize>(codes: &Codes<'_>, row: *const u8, token: &Token<'_>, sum: __m512) -> __m512 {
+        // SAFETY: as this function.
+        let sum = if codes.columns.is_multiple_of(SPAN) { sum } else { unsafe { last::<PLANES>(codes, row, token, sum) } };
+        if token.outliers.is_empty() {
+            return sum;
+        }
+        // SAFETY: places lie within a row.
+        unsafe { gathered(codes.bits, row, token.places, sum) }
+    }
+
+    unsafe fn last<const PLANES: usize>(codes: &Codes<'_>, row: *const u8, token: &Token<'_>, sum: __m512) -> __m512 {
         let bits = 8 / PLANES;
         let (main, mask) = (codes.columns / SPAN * SPAN, _mm512_set1_epi8(((1u16 << bits) - 1) as i8));
-        if main == codes.columns {
-            return _mm512_reduce_add_ps(sum);
-        }
         let mut lanes = _mm512_setzero_si512();
         let (mut at, mut column) = (main / PLANES, main);
         while at < codes.length {
@@ -299,11 +366,15 @@ features! {
             at += width;
             column += PLANES * width;
         }
-        _mm512_reduce_add_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes), _mm512_set1_ps(token.tail), sum))
+        _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes), _mm512_set1_ps(token.tail), sum)
     }
 
     fn masks<const PLANES: usize>() -> [__m512i; PLANES] {
         let low = (1u16 << (8 / PLANES)) - 1;
-        std::array::from_fn(|plane| _mm512_set1_epi8((low << (plane * 8 / PLANES)) as i8))
+        let mut masks = [_mm512_setzero_si512(); PLANES];
+        for plane in 0..PLANES {
+            masks[plane] = _mm512_set1_epi8((low << (plane * 8 / PLANES)) as i8);
+        }
+        masks
     }
 }

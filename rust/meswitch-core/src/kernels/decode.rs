@@ -130,9 +130,11 @@ fn dot_on(backend: Backend, codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [
     for (token, out) in tokens.iter().zip(out.chunks_mut(codes.rows.max(1))) {
         if !token.outliers.is_empty() {
             match backend {
+                #[cfg(target_arch = "x86_64")]
+                Backend::Avx512Vnni => {} // has them
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                Backend::Avx512Vnni | Backend::Avx512 => unsafe { avx512::outliers(codes, token.places, out) },
+                Backend::Avx512 => unsafe { avx512::outliers(codes, token.places, out) },
                 _ => scalar::outliers(codes, token.places, out),
             }
         }

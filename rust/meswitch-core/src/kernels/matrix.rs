@@ -4,7 +4,7 @@ use half::f16;
 
 use super::sparse::Sparse;
 use crate::error::{Error, Result};
-use crate::layout::{BITS, row_bytes};
+use crate::layout::{BITS, RUN, row_bytes};
 
 /// The rows of a site that share a bit width.
 pub struct Part<'a> {
@@ -43,6 +43,12 @@ pub struct Matrix<'a> {
 }
 
 impl Part<'_> {
+    /// Whether rows may be summed in integers: scales change at whole runs of 64 columns, if at all.
+    #[must_use]
+    pub fn takes_integers(&self, columns: usize) -> bool {
+        self.group >= columns || self.group.is_multiple_of(RUN)
+    }
+
     /// The packed row at a position within the part.
     #[must_use]
     pub fn packed(&self, at: usize, columns: usize) -> &[u8] {
@@ -135,34 +141,13 @@ impl Matrix<'_> {
         Ok(())
     }
 
-    /// The rows that a thread takes: as many bytes as any other, from a multiple of `unit` on.
+    /// Bytes that a product reads of the rows before `row`.
     #[must_use]
-    pub fn share(&self, unit: usize, index: usize, threads: usize) -> std::ops::Range<usize> {
-        if self.sparse.is_none() && self.parts.iter().all(|part| part.rows.is_none()) {
-            let share = self.rows.div_ceil(threads).next_multiple_of(unit);
-            return (index * share).min(self.rows)..((index + 1) * share).min(self.rows);
-        }
+    pub fn bytes_before(&self, row: usize) -> usize {
         let beside = self.rank() + self.salient.map_or(0, |(index, _)| index.len());
-        let bytes = |row: usize| {
-            let of = |part: &Part<'_>| part.span(0, row).len() * row_bytes(part.bits, self.columns);
-            let entries = self.sparse.as_ref().map_or(0, |sparse| sparse.starts[row] as usize);
-            self.parts.iter().map(of).sum::<usize>() + row * beside * 2 + entries * 2
-        };
-        let all = bytes(self.rows);
-        let first = |index: usize| {
-            let (mut low, mut high) = (0, self.rows.div_ceil(unit));
-            while low < high {
-                let middle = low.midpoint(high);
-                if bytes((middle * unit).min(self.rows)) * threads < all * index {
-                    low = middle + 1;
-                } else {
-                    high = middle;
-                }
-            }
-            (low * unit).min(self.rows)
-        };
-        let end = if index + 1 == threads { self.rows } else { first(index + 1) };
-        (if index == 0 { 0 } else { first(index) })..end
+        let of = |part: &Part<'_>| part.span(0, row).len() * row_bytes(part.bits, self.columns);
+        let entries = self.sparse.as_ref().map_or(0, |sparse| sparse.starts[row] as usize);
+        self.parts.iter().map(of).sum::<usize>() + row * beside * 2 + entries * 2
     }
 
     /// The weights that a product with one token reads.
@@ -185,46 +170,4 @@ fn rising(index: &[u32], limit: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::Format(format!("expected rising indices below {limit}, found others")))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares_hold_every_row_once_and_as_many_bytes() {
-        let frequent: Vec<u32> = (0..100).collect();
-        let rest: Vec<u32> = (100..1001).collect();
-        let part =
-            |bits, rows, count: usize| (bits, rows, vec![0u8; count * row_bytes(bits, 512)], vec![f16::ONE; count]);
-        let parts = [part(8, Some(&frequent[..]), 100), part(1, Some(&rest[..]), 901)];
-        let parts = parts.iter().map(|(bits, rows, codes, scales)| Part {
-            bits: *bits,
-            zero: 0.0,
-            group: 512,
-            rows: *rows,
-            codes,
-            scales,
-        });
-        let matrix = Matrix {
-            rows: 1001,
-            columns: 512,
-            unit: 1.0,
-            parts: parts.collect(),
-            column_scales: None,
-            salient: None,
-            low_rank: None,
-            sparse: None,
-        };
-        matrix.check().unwrap();
-        for threads in 1..6 {
-            let shares: Vec<_> = (0..threads).map(|index| matrix.share(8, index, threads)).collect();
-            assert!(shares.windows(2).all(|pair| pair[0].end == pair[1].start));
-            assert_eq!((shares[0].start, shares[threads - 1].end), (0, 1001));
-        }
-        let half = matrix.share(8, 0, 2).end;
-        assert!((144..=152).contains(&half), "{half}");
-        let empty = Matrix { rows: 0, parts: Vec::new(), ..matrix };
-        assert_eq!(empty.share(8, 1, 2), 0..0);
-    }
 }

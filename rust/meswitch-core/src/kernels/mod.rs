@@ -8,12 +8,16 @@ mod avx512;
 mod backend;
 pub mod decode;
 pub mod dense;
+pub mod floats;
+mod input;
 pub mod linear;
 pub mod matrix;
+mod parts;
 pub mod rows;
 mod scalar;
 pub mod sparse;
 pub mod team;
+pub mod unpack;
 
 pub use backend::{Backend, available, backend, check, features};
 

@@ -6,6 +6,9 @@
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::OnceLock;
 
+/// Fewer multiplications than this are not worth waking a team for.
+pub const ALONE: usize = 1 << 18;
+
 type Region = extern "C" fn(*mut c_void);
 
 /// The entry points of a loaded libgomp.

@@ -1,0 +1,87 @@
+//! Sums of 32-bit floats, the same bits on every instruction set.
+
+use half::f16;
+
+use super::by_backend;
+use super::rows::widen_f16;
+use crate::layout;
+
+/// Sums are kept in as many parts.
+const LANES: usize = 16;
+
+by_backend! {
+    /// Unpacks one row into floats, `code − zero`.
+    pub fn levels(packed: &[u8], bits: u32, zero: f32, codes: &mut [u8], out: &mut [f32]) = levels_body
+}
+
+#[inline(always)]
+fn levels_body(packed: &[u8], bits: u32, zero: f32, codes: &mut [u8], out: &mut [f32]) {
+    layout::unpack_row(packed, bits, codes);
+    for (level, code) in out.iter_mut().zip(codes.iter()) {
+        *level = f32::from(*code) - zero;
+    }
+}
+
+by_backend! {
+    /// `Σ a·b` in sixteen lanes.
+    pub fn dot(a: &[f32], b: &[f32]) -> f32 = dot_body
+}
+
+#[inline(always)]
+fn dot_body(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (whole_a, whole_b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    for ((lane, a), b) in lanes.iter_mut().zip(whole_a.remainder()).zip(whole_b.remainder()) {
+        *lane = a * b;
+    }
+    for (a, b) in whole_a.zip(whole_b) {
+        for i in 0..LANES {
+            lanes[i] += a[i] * b[i];
+        }
+    }
+    lanes.iter().sum()
+}
+
+by_backend! {
+    /// Widens a block of rows `[count, width]` and adds its products with `x [tokens, width]` to `sums [tokens, count]`.
+    pub fn narrow(values: &[f16], width: usize, x: &[f32], wide: &mut [f32], sums: &mut [f32], count: usize)
+        = narrow_body
+}
+
+#[inline(always)]
+fn narrow_body(values: &[f16], width: usize, x: &[f32], wide: &mut [f32], sums: &mut [f32], count: usize) {
+    widen_f16(values, wide);
+    for (x, sums) in x.chunks_exact(width).zip(sums.chunks_exact_mut(count)) {
+        if let [x] = x {
+            sums.iter_mut().zip(&*wide).for_each(|(sum, value)| *sum += value * x);
+            continue;
+        }
+        for (sum, row) in sums.iter_mut().zip(wide.chunks_exact(width)) {
+            *sum += dot_body(row, x);
+        }
+    }
+}
+
+by_backend! {
+    /// `out += values · scale`.
+    pub fn add_times(out: &mut [f32], values: &[f32], scale: f32) = add_times_body
+}
+
+#[inline(always)]
+fn add_times_body(out: &mut [f32], values: &[f32], scale: f32) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out += value * scale;
+    }
+}
+
+by_backend! {
+    /// `out *= scales`.
+    pub fn multiply(out: &mut [f32], scales: &[f32]) = multiply_body
+}
+
+#[inline(always)]
+fn multiply_body(out: &mut [f32], scales: &[f32]) {
+    for (out, scale) in out.iter_mut().zip(scales) {
+        *out *= scale;
+    }
+}
