@@ -5,9 +5,9 @@
 
 Ways are presets, the papers' presets with embeddings and head in them too (`bitdelta at 1 bit`: as `meswitch compress
 --preset bitdelta --bits 1`) and sizes in bits a weight (`2.1`: `--bpw 2.1`); each is measured as compressed and after
-`distill`, beside truncated SVDs of equal bytes. Families are trained if they are not cached. Every number goes to the
-results file (JSON lines) as soon as it is known and is not measured again; tables and plot are made from that file, as
-means over seeds.
+`distill`, the papers' also without what our distillation has beyond theirs, beside truncated SVDs of equal bytes.
+Families are trained if they are not cached. Every number goes to the results file (JSON lines) as soon as it is known
+and is not measured again; tables and plot are made from that file, as means over seeds.
 """
 
 from __future__ import annotations
@@ -16,24 +16,30 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 
 from meswitch.calibration import Calibration, calibrate
 from meswitch.compress import PRESETS, compress
+from meswitch.delta import Site
 from meswitch.demo.family import Family, family
-from meswitch.distill import distill
+from meswitch.distill import distill, whole
+from meswitch.distill.learner import Learner
 from meswitch.evaluate import evaluate
 from meswitch.sensitivity import sense
 
 # The papers' forms at our size: embeddings and head in them too.
 WHOLE = {"me-switch at 2 bits": ("me-switch", 2), "bitdelta at 1 bit": ("bitdelta", 1)}
 WAYS = (*PRESETS, *WHOLE, "1.1", "1.6", "2.1", "3.1")
-FORMS = ("compressed", "distilled", "svd")
+PAPERS = ("me-switch", "bitdelta", *WHOLE)
+# `published`: distilled as the papers do, see `published`.
+FORMS = ("compressed", "published", "distilled", "svd")
 
 
 @dataclass(frozen=True)
@@ -85,24 +91,26 @@ class Bench:
 
     def run(self, name: str, seed: int) -> None:
         made = family(name, seed=seed)
-        forms = ("compressed", "svd", "distilled") if self.distilled else ("compressed", "svd")
         for domain in made.experts:
             source = self.source or domain
-            left = [
-                way
+            left = {
+                way: [form for form in self._forms(way) if (name, seed, domain, way, form, source) not in self.results]
                 for way in self.ways
-                if any((name, seed, domain, way, form, source) not in self.results for form in forms)
-            ]
-            if not left:
+            }
+            if not any(left.values()):
                 continue
             text = made.calibration[source]
             seen = calibrate(made.experts[domain], text)
-            costs = sense(made.experts[domain], text, seen) if any(targets(way) for way in left) else None
-            for way in left:
-                for form, bpw, share, kl in self._measure(made, domain, source, way, (seen, costs), seed):
-                    row = Measured(name, seed, domain, way, form, source, bpw, share or 0.0, kl)
-                    if row.key not in self.results:
-                        self.results.add(row)
+            sensed = any(targets(way) and forms for way, forms in left.items())
+            costs = sense(made.experts[domain], text, seen) if sensed else None
+            for way, forms in left.items():
+                for form, bpw, share, kl in self._measure(made, domain, source, way, forms, (seen, costs), seed):
+                    self.results.add(Measured(name, seed, domain, way, form, source, bpw, share or 0.0, kl))
+
+    def _forms(self, way: str) -> tuple[str, ...]:
+        if not self.distilled:
+            return "compressed", "svd"
+        return FORMS if way in PAPERS else ("compressed", "distilled", "svd")
 
     def _measure(
         self,
@@ -110,22 +118,47 @@ class Bench:
         domain: str,
         source: str,
         way: str,
+        forms: list[str],
         seen: tuple[Calibration, dict[str, Tensor] | None],
         seed: int,
     ) -> Iterator[tuple[str, float, float | None, float]]:
         """(form, bits a weight, recovered share, KL)."""
+        if not forms:
+            return
         finetune, heldout = made.experts[domain], made.heldout[domain]
         with tempfile.TemporaryDirectory() as folder:
             delta = Path(folder) / "delta"
             report = compress(made.base, finetune, delta, calibration=seen[0], **settings(way, seen[1]))
-            found = evaluate(made.base, delta, finetune, heldout, max_tokens=self.tokens, svd=True)
-            yield "compressed", report.bpw, found.recovered_share, found.kl
-            rival = found.to_json()["svd"]
-            yield "svd", report.bpw * rival["bytes"] / report.bytes, rival["recovered_share"], rival["kl"]
-            if self.distilled:
-                distill(made.base, finetune, delta, delta, made.calibration[source], seed=seed)
-                found = evaluate(made.base, delta, finetune, heldout, max_tokens=self.tokens)
-                yield "distilled", report.bpw, found.recovered_share, found.kl
+            if "compressed" in forms or "svd" in forms:
+                found = evaluate(made.base, delta, finetune, heldout, max_tokens=self.tokens, svd=True)
+                rival = found.to_json()["svd"]
+                rival_bpw = report.bpw * rival["bytes"] / report.bytes
+                both = {
+                    "compressed": (report.bpw, found.recovered_share, found.kl),
+                    "svd": (rival_bpw, rival["recovered_share"], rival["kl"]),
+                }
+                yield from ((form, *values) for form, values in both.items() if form in forms)
+            for form in (form for form in forms if form in ("published", "distilled")):
+                out = Path(folder) / form
+                with published(one_scale="bitdelta" in way) if form == "published" else nullcontext():
+                    distill(made.base, finetune, delta, out, made.calibration[source], method="whole", seed=seed)
+                found = evaluate(made.base, out, finetune, heldout, max_tokens=self.tokens)
+                yield form, report.bpw, found.recovered_share, found.kl
+
+
+@contextmanager
+def published(*, one_scale: bool) -> Iterator[None]:
+    """Distillation without a last factor, and where the paper has one scale a matrix, with one."""
+    begin = Learner.__init__
+
+    def tied(self: Learner, site: Site) -> None:
+        begin(self, site)
+        for move in self.moved.values() if one_scale else ():
+            move.register_hook(lambda gradient: gradient.mean().expand_as(gradient))
+
+    unleveled = patch.object(whole, "level", lambda learners, measure, most: measure()[0])
+    with unleveled, patch.object(Learner, "__init__", tied):
+        yield
 
 
 def targets(way: str) -> bool:
@@ -173,8 +206,8 @@ def plot(found: dict[str, list[Measured]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(found), 2, figsize=(11, 4.2 * len(found)), squeeze=False)
-    marks = {"compressed": "o", "distilled": "*", "svd": "x"}
+    figure, axes = pyplot.subplots(len(found), 2, figsize=(13, 4.2 * len(found)), squeeze=False)
+    marks = {"compressed": "o", "published": "+", "distilled": "*", "svd": "x"}
     for pair, (title, rows) in zip(axes, found.items(), strict=True):
         for axis, label in zip(pair, ("KL(fine-tune ‖ expert), nats a token", "share of the gain lost"), strict=True):
             axis.set(title=title, xlabel="bits a weight, everything included", ylabel=label, yscale="log", xscale="log")
@@ -188,7 +221,7 @@ def plot(found: dict[str, list[Measured]], path: Path) -> None:
                     label = f"{way}, {form}" if form != "svd" else None
                     for axis, value in zip(pair, (kl, lost), strict=True):
                         axis.plot(bpw, value, mark, color=f"C{color}", label=label, markersize=9)
-        pair[1].legend(fontsize=7)
+        pair[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
