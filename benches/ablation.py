@@ -14,12 +14,13 @@ import argparse
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 import torch
+from quality import altered
 from torch import Tensor
 
 from meswitch.calibration import calibrate
@@ -95,21 +96,14 @@ class Bench:
             return delta.bpw, found.recovered_share or 0.0, found.kl
 
 
-@contextmanager
-def only(roles: tuple[str, ...]) -> Iterator[None]:
+def only(roles: tuple[str, ...]) -> AbstractContextManager[None]:
     """Learners that move in these roles alone."""
-    start = Learner.__init__
 
-    def begin(self: Learner, site: Site) -> None:
-        start(self, site)
-        for role, move in self.moved.items():
+    def hold(learner: Learner) -> None:
+        for role, move in learner.moved.items():
             move.requires_grad_(role.partition(".")[0] in roles)
 
-    Learner.__init__ = begin  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Learner.__init__ = start  # type: ignore[method-assign]
+    return altered(hold)
 
 
 def main() -> None:

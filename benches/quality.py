@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,15 +149,25 @@ class Bench:
 @contextmanager
 def published(*, one_scale: bool) -> Iterator[None]:
     """Distillation without a last factor, and where the paper has one scale a matrix, with one."""
-    begin = Learner.__init__
 
-    def tied(self: Learner, site: Site) -> None:
-        begin(self, site)
-        for move in self.moved.values() if one_scale else ():
+    def tie(learner: Learner) -> None:
+        for move in learner.moved.values() if one_scale else ():
             move.register_hook(lambda gradient: gradient.mean().expand_as(gradient))
 
-    unleveled = patch.object(whole, "level", lambda learners, measure, most: measure()[0])
-    with unleveled, patch.object(Learner, "__init__", tied):
+    with altered(tie), patch.object(whole, "level", lambda learners, measure, most: measure()[0]):
+        yield
+
+
+@contextmanager
+def altered(change: Callable[[Learner], None]) -> Iterator[None]:
+    """Learners that begin with a change."""
+    begin = Learner.__init__
+
+    def begin_changed(self: Learner, site: Site) -> None:
+        begin(self, site)
+        change(self)
+
+    with patch.object(Learner, "__init__", begin_changed):
         yield
 
 

@@ -8,17 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation.continuous_batching.utils import build_attention_mask
 
-from meswitch.attention import Run, attend, runs, visible
+from meswitch.attention import Stretch, attend, stretches, visible
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 400)), min_size=1, max_size=40))
 def test_runs_are_neighbours_alike(requests: list[tuple[int, int]]) -> None:
     queries, keys = [asked for asked, _ in requests], [asked + past for asked, past in requests]
-    found = list(runs(queries, keys))
-    assert [at for run in found for at in range(run.start, run.stop)] == list(range(len(requests)))
-    for run in found:
-        assert len(set(queries[run])) == 1
-        assert len(keys[run]) * max(keys[run]) <= 2 * sum(keys[run])
+    found = list(stretches(queries, keys))
+    assert [at for stretch in found for at in range(stretch.start, stretch.stop)] == list(range(len(requests)))
+    for stretch in found:
+        assert len(set(queries[stretch])) == 1
+        assert len(keys[stretch]) * max(keys[stretch]) <= 2 * sum(keys[stretch])
 
 
 @given(st.integers(1, 9), st.integers(0, 30), st.integers(0, 30), st.none() | st.integers(2, 20))
@@ -50,8 +50,8 @@ def packed(requests: int, tokens: int, heads: int, seed: int) -> torch.Tensor:
     return torch.randn(requests * tokens, heads, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def run_of(requests: int, queries: int, keys: int, mask: torch.Tensor | None) -> Run:
-    return Run(requests, queries, keys, slice(0, requests * queries), slice(0, requests * keys), mask)
+def stretch_of(requests: int, queries: int, keys: int, mask: torch.Tensor | None) -> Stretch:
+    return Stretch(requests, queries, keys, slice(0, requests * queries), slice(0, requests * keys), mask)
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
@@ -66,7 +66,7 @@ def test_a_batch_is_each_request_alone(queries: int, keys: list[int], window: in
         packed(requests, longest, 2, 2),
     )
     mask = visible(queries, keys, window, torch.float32)
-    found = attend(run_of(requests, queries, longest, mask), query, key, value, 0.3, cap)
+    found = attend(stretch_of(requests, queries, longest, mask), query, key, value, 0.3, cap)
     for at, count in enumerate(keys):
         own, first = slice(at * queries, (at + 1) * queries), at * longest
         q, k, v = (x.transpose(0, 1) for x in (query[own], key[first : first + count], value[first : first + count]))
@@ -79,5 +79,5 @@ def test_a_batch_is_each_request_alone(queries: int, keys: list[int], window: in
 def test_no_mask_means_every_key_up_to_its_own(queries: int, cap: float | None) -> None:
     parts = packed(2, queries, 4, 0), packed(2, 600, 2, 1), packed(2, 600, 2, 2)
     mask = visible(queries, [600, 600], None, torch.float32)
-    found, expected = (attend(run_of(2, queries, 600, given), *parts, 0.3, cap) for given in (None, mask))
+    found, expected = (attend(stretch_of(2, queries, 600, given), *parts, 0.3, cap) for given in (None, mask))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

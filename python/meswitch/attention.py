@@ -2,10 +2,10 @@
 
 transformers packs the requests of a step into one row, lets every token look at every request's keys and masks what
 is another's: work, and copies of keys and values for their query heads, that grow with the square of the requests.
-Here requests that lie next to each other make a *run*, and a run is a batch:
+Here requests that lie next to each other make a *stretch*, and a stretch is a batch:
 
-    step    a a a b c d          queries, packed         d asks for as many tokens as b and c, but has far more keys
-    runs    [a a a] [b c] [d]    batches of one, two and one request; the keys of b and c padded to the longer
+    step      a a a b c d        queries, packed         d asks for as many tokens as b and c, but has far more keys
+    stretches [a a a] [b c] [d]  batches of one, two and one request; the keys of b and c padded to the longer
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from transformers import AttentionInterface
 PAGED = "meswitch_paged"
 
 
-def runs(queries: list[int], keys: list[int]) -> Iterator[slice]:
+def stretches(queries: list[int], keys: list[int]) -> Iterator[slice]:
     """Neighbours that ask for equally many tokens, where padding to the longest at most doubles their keys.
 
-    >>> list(runs([3, 1, 1, 1], [3, 4, 7, 90]))
+    >>> list(stretches([3, 1, 1, 1], [3, 4, 7, 90]))
     [slice(0, 1, None), slice(1, 3, None), slice(3, 4, None)]
     """
     first = total = longest = 0
@@ -38,7 +38,7 @@ def runs(queries: list[int], keys: list[int]) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class Run:
+class Stretch:
     """`requests` of `queries` tokens and `keys` keys each, at `asked` among the step's tokens and at `read` among its
     keys. `mask [requests, 1, queries, keys]` is added to the logits; none: a token sees the keys up to its own."""
 
@@ -52,10 +52,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Reads:
-    """What the layers of one kind of attention read and write in a step. `read int64 [keys of all runs]`, empty
+    """What the layers of one kind of attention read and write in a step. `read int64 [keys of all stretches]`, empty
     where nothing was cached before; `write int64 [tokens]`."""
 
-    runs: list[Run]
+    stretches: list[Stretch]
     read: Tensor
     write: Tensor
 
@@ -63,17 +63,17 @@ class Reads:
 def plan_reads(allocator: Any, queries: list[int], keys: list[int], read: Tensor, write: Tensor) -> Reads:
     """`allocator`: of the kind's pages; `queries` and `keys`: how many each request of the step has."""
     window = getattr(allocator, "sliding_window", None)
-    planned: list[Run] = []
+    planned: list[Stretch] = []
     padded: list[Tensor] = []
     token = key = done = 0
-    for run in runs(queries, keys):
-        count, lengths = queries[run.start], keys[run]
+    for stretch in stretches(queries, keys):
+        count, lengths = queries[stretch.start], keys[stretch]
         longest, requests = max(lengths), len(lengths)
         asked, place = slice(token, token + requests * count), slice(key, key + requests * longest)
         mask = None
         if _needs_mask(count, lengths, window):
             mask = visible(count, lengths, window, allocator.cache_dtype, read.device)
-        planned.append(Run(requests, count, longest, asked, place, mask))
+        planned.append(Stretch(requests, count, longest, asked, place, mask))
         own, done = read[done : done + sum(lengths)], done + sum(lengths)
         padded.append(own if min(lengths) == longest else _padded(own, lengths, allocator.read_trash_index))
         token, key = asked.stop, place.stop
@@ -145,38 +145,45 @@ def paged_attention(
     new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     keys, values = allocator.update(new_keys, new_values, module.layer_idx, step.read, step.write)
     asked = query[0].transpose(0, 1)
-    outputs = [attend(run, asked[run.asked], keys[run.read], values[run.read], scaling, softcap) for run in step.runs]
+    outputs = [
+        attend(stretch, asked[stretch.asked], keys[stretch.read], values[stretch.read], scaling, softcap)
+        for stretch in step.stretches
+    ]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
-def attend(run: Run, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> Tensor:
+def attend(
+    stretch: Stretch, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
     """`query [requests · queries, heads, d]`, `key` and `value [requests · keys, kv_heads, d]`; shaped as `query`."""
     packed, heads, size = query.shape
     kv_heads = key.shape[1]
-    key, value = (x.view(run.requests, run.keys, kv_heads, size).transpose(1, 2) for x in (key, value))
-    if softcap is None and run.queries == 1:
+    key, value = (x.view(stretch.requests, stretch.keys, kv_heads, size).transpose(1, 2) for x in (key, value))
+    if softcap is None and stretch.queries == 1:
         # The query heads of a key head as its tokens, so that it is read once for all of them.
-        query = query.view(run.requests, kv_heads, -1, size)
-        return F.scaled_dot_product_attention(query, key, value, run.mask, scale=scaling).reshape(packed, heads, size)
-    query = query.view(run.requests, run.queries, heads, size).transpose(1, 2)
+        query = query.view(stretch.requests, kv_heads, -1, size)
+        return F.scaled_dot_product_attention(query, key, value, stretch.mask, scale=scaling).reshape(
+            packed, heads, size
+        )
+    query = query.view(stretch.requests, stretch.queries, heads, size).transpose(1, 2)
     if softcap is None:
-        causal = run.mask is None
+        causal = stretch.mask is None
         output = F.scaled_dot_product_attention(
-            query, key, value, run.mask, is_causal=causal, scale=scaling, enable_gqa=True
+            query, key, value, stretch.mask, is_causal=causal, scale=scaling, enable_gqa=True
         )
     else:
-        output = _capped(run, query, key, value, scaling, softcap)
+        output = _capped(stretch, query, key, value, scaling, softcap)
     return output.transpose(1, 2).reshape(packed, heads, size)
 
 
-def _capped(run: Run, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float) -> Tensor:
+def _capped(stretch: Stretch, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float) -> Tensor:
     """With soft-capped logits (Gemma 2), which `scaled_dot_product_attention` has not."""
     groups = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
     logits = torch.tanh(logits / softcap) * softcap
-    mask = run.mask
-    if mask is None and run.queries > 1:
-        mask = visible(run.queries, [run.keys], None, query.dtype, query.device)
+    mask = stretch.mask
+    if mask is None and stretch.queries > 1:
+        mask = visible(stretch.queries, [stretch.keys], None, query.dtype, query.device)
     if mask is not None:
         logits = logits + mask
     weights = logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)

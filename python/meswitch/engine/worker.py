@@ -246,7 +246,8 @@ class Worker(threading.Thread):
         capped = getattr(self.text_config, "attn_logit_softcapping", None) is not None
         sdpa = self.model.config._attn_implementation == "sdpa"
         self.plain_attention = "sdpa" if sdpa and not capped else "eager"
-        if sdpa or capped:  # before the processor, so that it sets up no masks
+        paged = sdpa or capped
+        if paged:  # before the processor, so that it sets up no masks
             self.model.set_attn_implementation(attention.PAGED)
         state = torch.get_rng_state()  # building a processor seeds the global generator
         try:
@@ -255,7 +256,7 @@ class Worker(threading.Thread):
             raise BudgetError(f"kv_budget: {plan.nbytes} bytes do not fit this machine: {error}") from error
         torch.set_rng_state(state)
         self.scheduler: Any = self.processor.scheduler
-        if sdpa or capped:
+        if paged:
             attention.hand_reads(self.processor.inputs_and_outputs)
         self.kv_tokens = infer_max_single_request_tokens(self.processor.cache)
         self.plan = plan

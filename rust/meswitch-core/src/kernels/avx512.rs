@@ -86,7 +86,7 @@ unsafe fn gathered(bits: u32, row: *const u8, places: &Places, mut sum: __m512) 
 
 /// The sums of four vectors' lanes; each the same bits wherever it stands.
 #[target_feature(enable = "avx512f")]
-pub fn reduce([a, b, c, d]: [__m512; 4]) -> __m128 {
+pub fn reduce([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
     let pair = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     let (ab, cd) = (_mm512_castps_pd(pair(a, b)), _mm512_castps_pd(pair(c, d)));
     let fours =
@@ -95,14 +95,22 @@ pub fn reduce([a, b, c, d]: [__m512; 4]) -> __m128 {
         _mm512_castps512_ps256(fours),
         _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(fours))),
     );
-    _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves))
+    let mut sums = [0f32; 4];
+    // SAFETY: room for four.
+    unsafe {
+        _mm_storeu_ps(
+            sums.as_mut_ptr(),
+            _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves)),
+        );
+    }
+    sums
 }
 
 /// The sum of one vector's lanes.
 #[target_feature(enable = "avx512f")]
 fn reduce_one(sum: __m512) -> f32 {
     let none = _mm512_setzero_ps();
-    _mm_cvtss_f32(reduce([sum, none, none, none]))
+    reduce([sum, none, none, none])[0]
 }
 
 features! {
@@ -184,10 +192,7 @@ features! {
                     four[pair + r] = unsafe { finish::<PLANES>(codes, from[r], token, sum) };
                 }
             }
-            let mut found = [0f32; 4];
-            // SAFETY: room for four.
-            unsafe { _mm_storeu_ps(found.as_mut_ptr(), reduce(four)) };
-            out[row..row + R].copy_from_slice(&found[..R]);
+            out[row..row + R].copy_from_slice(&reduce(four)[..R]);
         }
     }
 

@@ -152,10 +152,7 @@ mod x86 {
             for n in 0..N {
                 let mut four = [_mm512_setzero_ps(); 4];
                 four[..R].copy_from_slice(&sums[n]);
-                let mut found = [0f32; 4];
-                // SAFETY: room for four.
-                unsafe { _mm_storeu_ps(found.as_mut_ptr(), reduce(four)) };
-                out[(token + n) * of.rows + row..][..there].copy_from_slice(&found[..there]);
+                out[(token + n) * of.rows + row..][..there].copy_from_slice(&reduce(four)[..there]);
             }
         }
     }

@@ -116,6 +116,9 @@ impl<'a> Items<'a> {
 
     /// Somebody else who is at it is waited for awake: it takes less time than to fall asleep.
     fn input<'b>(&self, item: &'b Item<'_>) -> &'b Input {
+        if let Some(input) = item.input.get() {
+            return input;
+        }
         if !item.claimed.swap(true, Ordering::Relaxed) {
             return item.input.get_or_init(|| self.made(item));
         }
@@ -146,11 +149,8 @@ impl<'a> Items<'a> {
         let before = |row: usize| row * width * size_of::<u16>() + deltas(row);
         let most = self.of.iter().map(|item| item.tokens.len()).max().unwrap_or(0);
         let tokens = all + most;
-        let codes = if most < TOKENS {
-            0
-        } else {
-            self.of.iter().map(|item| item.matrix.bytes_before(rows)).max().unwrap_or(0)
-        };
+        let crowded = self.of.iter().filter(|item| item.tokens.len() == TOKENS);
+        let codes = crowded.map(|item| item.matrix.bytes_before(rows)).max().unwrap_or(0);
         let step = (SUMS / tokens.max(1)).min(CODES * rows / codes.max(1)).max(1).next_multiple_of(TILE);
         let work = |index: usize, threads: usize| {
             for item in self.of.iter().skip(index).step_by(threads) {

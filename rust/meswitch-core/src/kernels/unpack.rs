@@ -1,6 +1,6 @@
 //! Rows of a delta as floats: what an embedding looks up, and what an exact prefill multiplies with.
 
-use super::floats::{add_times, levels};
+use super::floats::{add_times, levels, multiply};
 use super::matrix::Matrix;
 use super::rows::widen_f16;
 
@@ -38,7 +38,7 @@ fn dense_row(matrix: &Matrix<'_>, row: usize, out: &mut [f32]) {
     }
     if let Some(scales) = matrix.column_scales {
         widen_f16(scales, &mut level);
-        out.iter_mut().zip(&level).for_each(|(out, scale)| *out *= scale);
+        multiply(out, &level);
     }
     if let Some((u, v)) = matrix.low_rank {
         let rank = matrix.rank();
