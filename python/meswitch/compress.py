@@ -204,7 +204,9 @@ def compress(
         if bpw is not None:
             target_bytes = math.floor(bpw * job.parameters / 8)
         settings |= {"method": "auto", "target_bytes": target_bytes}
-        found = job.allocate(plans, settings, sensitivity or {}, lambda site, done, total: step(site, done, 2 * total))
+        compensated = compensate and job.factors(plans) is not None
+        costs = job.costs(sensitivity or {}, compensated)
+        found = job.allocate(plans, settings, costs, lambda site, done, total: step(site, done, 2 * total))
         plans = found.plans
         settings["chosen"] = found.summary()
 
@@ -297,11 +299,18 @@ class _Job:
             return None
         return lambda site: hessians.factor(site) if site in wanted else None
 
+    def costs(self, sensitivity: dict[str, Tensor], compensated: bool) -> Costs:
+        """What errors cost, as far as calibration and `sensitivity` tell."""
+        seen = self._calibration
+        if seen is None:
+            return Costs()
+        return Costs(seen.second_moments, sensitivity, frequencies(seen.token_counts), compensated)
+
     def allocate(
         self,
         plans: list[dict[str, Any]],
         settings: dict[str, Any],
-        sensitivity: dict[str, Tensor],
+        costs: Costs,
         progress: Callable[[str, int, int], None],
     ) -> Allocation:
         """Every matrix at what it is worth, within `settings["target_bytes"]` or else what `plans` would weigh."""
@@ -314,8 +323,6 @@ class _Job:
 
         if settings["target_bytes"] is None:
             settings["target_bytes"] = weigh(plans, [])
-        seen = self._calibration
-        costs = Costs() if seen is None else Costs(seen.second_moments, sensitivity, frequencies(seen.token_counts))
         every = _plans(self.base, self.finetune, PRESETS["default"], None)
         return allocate(
             self.base,
