@@ -6,6 +6,7 @@
 #![allow(clippy::needless_range_loop)] // rows, planes and tokens index several arrays at once
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::activations::{Places, SPAN, STEPS, Token};
 use super::decode::{Codes, fetch};
@@ -126,40 +127,73 @@ features! {
             return;
         }
         for (group, tokens) in tokens.chunks(TOGETHER).enumerate() {
-            let (out, lead) = (&mut out[group * TOGETHER * rows..], group == 0);
+            let out = &mut out[group * TOGETHER * rows..];
             // SAFETY: as this function.
             unsafe {
-                match tokens.len() {
-                    1 => tiles::<PLANES, 8, 1>(codes, tokens, lead, out),
-                    2 => tiles::<PLANES, 8, 2>(codes, tokens, lead, out),
-                    3 => tiles::<PLANES, 6, 3>(codes, tokens, lead, out),
-                    _ => tiles::<PLANES, 4, TOGETHER>(codes, tokens, lead, out),
+                match (tokens.len(), group) {
+                    (1, _) => tiles::<PLANES, false, 8, 1>(codes, tokens, out),
+                    (2, 0) => tiles::<PLANES, true, 4, 2>(codes, tokens, out),
+                    (2, _) => tiles::<PLANES, false, 4, 2>(codes, tokens, out),
+                    (3, 0) => tiles::<PLANES, true, 4, 3>(codes, tokens, out),
+                    (3, _) => tiles::<PLANES, false, 4, 3>(codes, tokens, out),
+                    (_, 0) => tiles::<PLANES, true, 3, TOGETHER>(codes, tokens, out),
+                    _ => tiles::<PLANES, false, 3, TOGETHER>(codes, tokens, out),
                 }
             }
         }
     }
 
-    unsafe fn tiles<const PLANES: usize, const R: usize, const N: usize>(
+    unsafe fn tiles<const PLANES: usize, const LEAD: bool, const R: usize, const N: usize>(
         codes: &Codes<'_>,
         tokens: &[Token<'_>],
-        lead: bool,
         out: &mut [f32],
     ) {
         let whole = codes.rows / R * R;
-        for row in (0..whole).step_by(R) {
-            // SAFETY: rows below `rows`.
-            unsafe { tile::<PLANES, R, N>(codes, row, tokens, lead, &mut out[row..]) };
+        // SAFETY: rows below `rows`.
+        unsafe {
+            strip::<PLANES, LEAD, R, N>(codes, 0..whole, tokens, out);
+            strip::<PLANES, LEAD, 1, N>(codes, whole..codes.rows, tokens, out);
         }
-        for row in whole..codes.rows {
-            // SAFETY: as above.
-            unsafe { tile::<PLANES, 1, N>(codes, row, tokens, lead, &mut out[row..]) };
+    }
+
+    /// Rows of `N` tokens, `R` at a time; a segment of all rows before the next, so that the nearest cache holds the
+    /// tokens.
+    unsafe fn strip<const PLANES: usize, const LEAD: bool, const R: usize, const N: usize>(
+        codes: &Codes<'_>,
+        rows: Range<usize>,
+        tokens: &[Token<'_>],
+        out: &mut [f32],
+    ) {
+        let spans = codes.columns / SPAN;
+        let from = |tile: usize| -> [*const u8; R] { std::array::from_fn(|r| codes.row(rows.start + tile * R + r)) };
+        let mut tiles = vec![[[_mm512_setzero_ps(); N]; R]; rows.len() / R];
+        for first in (0..spans).step_by(SPANS) {
+            for (tile, sums) in tiles.iter_mut().enumerate() {
+                // SAFETY: rows below `rows`, spans of their columns.
+                unsafe { segment::<PLANES, LEAD, R, N>(&from(tile), first..spans.min(first + SPANS), tokens, sums) };
+            }
+        }
+        for (tile, sums) in tiles.iter().enumerate() {
+            let (from, row) = (from(tile), rows.start + tile * R);
+            for first in (0..R * N).step_by(4) {
+                let mut four = [_mm512_setzero_ps(); 4];
+                for at in first..(first + 4).min(R * N) {
+                    let (r, n) = (at / N, at % N);
+                    // SAFETY: as this function.
+                    four[at - first] = unsafe { finish::<PLANES>(codes, from[r], &tokens[n], sums[r][n]) };
+                }
+                let found = reduce(four);
+                for at in first..(first + 4).min(R * N) {
+                    out[at % N * codes.rows + row + at / N] = found[at - first];
+                }
+            }
         }
     }
 
     /// Rows of one token, `R` of them reduced together and two at a time read.
     unsafe fn stream<const PLANES: usize, const R: usize>(
         codes: &Codes<'_>,
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
         token: &Token<'_>,
         out: &mut [f32],
     ) {
@@ -169,7 +203,7 @@ features! {
             for pair in (0..R).step_by(2) {
                 // A row alone is read twice.
                 let from = [codes.row(row + pair), codes.row(row + (pair + 1).min(R - 1))];
-                let mut sums = [[_mm512_setzero_ps(); 2]; 2];
+                let mut sums = [_mm512_setzero_ps(); 2];
                 for first in (0..spans).step_by(SPANS) {
                     let mut lanes = [[_mm512_setzero_si512(); 8]; 2];
                     for span in first..spans.min(first + SPANS) {
@@ -182,14 +216,13 @@ features! {
                             unsafe { _mm512_loadu_ps(token.steps.as_ptr().add(first / SPANS * STEPS + block * 16)) };
                         for r in 0..2 {
                             let lanes = _mm512_cvtepi32_ps(lanes[r][block]);
-                            sums[r][block % 2] = _mm512_fmadd_ps(lanes, steps, sums[r][block % 2]);
+                            sums[r] = _mm512_fmadd_ps(lanes, steps, sums[r]);
                         }
                     }
                 }
                 for r in 0..2.min(R) {
-                    let sum = _mm512_add_ps(sums[r][0], sums[r][1]);
                     // SAFETY: as this function.
-                    four[pair + r] = unsafe { finish::<PLANES>(codes, from[r], token, sum) };
+                    four[pair + r] = unsafe { finish::<PLANES>(codes, from[r], token, sums[r]) };
                 }
             }
             out[row..row + R].copy_from_slice(&reduce(four)[..R]);
@@ -223,57 +256,46 @@ features! {
         }
     }
 
-    /// `R` rows of `N` tokens; `lead` says that nobody has read the next rows yet.
-    unsafe fn tile<const PLANES: usize, const R: usize, const N: usize>(
-        codes: &Codes<'_>,
-        row: usize,
+    /// Adds the spans of a segment to sums of `R` rows and `N` tokens: as many as registers hold sums and lanes of.
+    /// `LEAD` says that nobody has read the next rows yet.
+    unsafe fn segment<const PLANES: usize, const LEAD: bool, const R: usize, const N: usize>(
+        from: &[*const u8; R],
+        spans: Range<usize>,
         tokens: &[Token<'_>],
-        lead: bool,
-        out: &mut [f32],
+        sums: &mut [[__m512; N]; R],
     ) {
-        let (mut sums, masks) = ([[[_mm512_setzero_ps(); 2]; N]; R], masks::<PLANES>());
-        let spans = codes.columns / SPAN;
-        let from: [*const u8; R] = std::array::from_fn(|r| codes.row(row + r));
+        let (masks, from) = (masks::<PLANES>(), *from);
         let x: [*const i8; N] = std::array::from_fn(|n| tokens[n].rounded.as_ptr());
-        for first in (0..spans).step_by(SPANS) {
-            for block in 0..8 {
-                let (run, plane) = (block / PLANES, block % PLANES);
-                let mut lanes = [[_mm512_setzero_si512(); N]; R];
-                for span in first..spans.min(first + SPANS) {
-                    // SAFETY: a whole run of codes, and 64 columns of each token.
-                    unsafe {
-                        let at = (span * 8 / PLANES + run) * RUN;
-                        let mut part = [_mm512_setzero_si512(); R];
-                        for r in 0..R {
-                            if lead && plane == 0 {
-                                fetch(from[r].wrapping_add(at));
-                            }
-                            part[r] = _mm512_and_si512(_mm512_loadu_si512(from[r].add(at).cast()), masks[plane]);
-                        }
-                        for n in 0..N {
-                            let x = _mm512_load_si512(x[n].add((span * 8 + block) * RUN).cast());
-                            for r in 0..R {
-                                lanes[r][n] = _mm512_dpbusd_epi32(lanes[r][n], part[r], x);
-                            }
-                        }
-                    }
-                }
-                for n in 0..N {
-                    // SAFETY: within the segment's steps.
-                    let steps =
-                        unsafe { _mm512_loadu_ps(tokens[n].steps.as_ptr().add(first / SPANS * STEPS + block * 16)) };
+        for block in 0..8 {
+            let (run, plane) = (block / PLANES, block % PLANES);
+            let (mut at, mut column) = ((spans.start * 8 / PLANES + run) * RUN, (spans.start * 8 + block) * RUN);
+            let mut lanes = [[_mm512_setzero_si512(); N]; R];
+            for _ in spans.clone() {
+                // SAFETY: a whole run of codes, and 64 columns of each token.
+                unsafe {
+                    let mut part = [_mm512_setzero_si512(); R];
                     for r in 0..R {
-                        let sum = &mut sums[r][n][block % 2];
-                        *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes[r][n]), steps, *sum);
+                        if LEAD && plane == 0 {
+                            fetch(from[r].wrapping_add(at));
+                        }
+                        part[r] = _mm512_and_si512(_mm512_loadu_si512(from[r].add(at).cast()), masks[plane]);
+                    }
+                    for n in 0..N {
+                        let x = _mm512_load_si512(x[n].add(column).cast());
+                        for r in 0..R {
+                            lanes[r][n] = _mm512_dpbusd_epi32(lanes[r][n], part[r], x);
+                        }
                     }
                 }
+                (at, column) = (at + SPAN / PLANES, column + SPAN);
             }
-        }
-        for n in 0..N {
-            for r in 0..R {
-                let sum = _mm512_add_ps(sums[r][n][0], sums[r][n][1]);
-                // SAFETY: as this function.
-                out[n * codes.rows + r] = reduce_one(unsafe { finish::<PLANES>(codes, from[r], &tokens[n], sum) });
+            for n in 0..N {
+                let place = spans.start / SPANS * STEPS + block * 16;
+                // SAFETY: within the segment's steps.
+                let steps = unsafe { _mm512_loadu_ps(tokens[n].steps.as_ptr().add(place)) };
+                for r in 0..R {
+                    sums[r][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(lanes[r][n]), steps, sums[r][n]);
+                }
             }
         }
     }

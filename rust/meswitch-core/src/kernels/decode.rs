@@ -20,7 +20,7 @@ pub(super) fn fetch(codes: *const u8) {
     use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
     // SAFETY: hints, whatever the address.
     unsafe {
-        _mm_prefetch::<_MM_HINT_T1>(codes.wrapping_add(8192).cast());
+        _mm_prefetch::<_MM_HINT_T1>(codes.wrapping_add(16384).cast());
         _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(2048).cast());
     }
 }

@@ -12,8 +12,8 @@ use super::matrix::{Matrix, Part};
 use super::rows::widen_f16;
 use crate::layout::{RUN, row_bytes};
 
-/// Rows that kernels take together.
-pub(super) const TILE: usize = 8;
+/// Rows that kernels take together: three, four or eight at a time.
+pub(super) const TILE: usize = 24;
 /// Bytes that the nearest cache holds beside activations.
 const NEAR: usize = 1 << 15;
 
