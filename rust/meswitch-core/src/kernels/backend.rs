@@ -5,11 +5,15 @@ use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
 
-/// An instruction set that kernels are compiled for; a later one needs all that an earlier one needs.
+/// An instruction set that kernels are compiled for; a later one of a processor needs all that its earlier ones need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Backend {
     /// The portable truth, and what the compiler makes of it.
     Scalar,
+    /// AArch64, where NEON always is.
+    Neon,
+    /// The same with byte products that sum to 32 bits (`dotprod`).
+    NeonDot,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL: float kernels use it, integer dot products stay with AVX2.
@@ -18,13 +22,20 @@ pub enum Backend {
     Avx512Vnni,
 }
 
-/// All backends, the least first.
-pub const BACKENDS: [Backend; 4] = [Backend::Scalar, Backend::Avx2, Backend::Avx512, Backend::Avx512Vnni];
+/// The backends of this kind of processor, the least first.
+#[cfg(target_arch = "x86_64")]
+pub const BACKENDS: &[Backend] = &[Backend::Scalar, Backend::Avx2, Backend::Avx512, Backend::Avx512Vnni];
+#[cfg(target_arch = "aarch64")]
+pub const BACKENDS: &[Backend] = &[Backend::Scalar, Backend::Neon, Backend::NeonDot];
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub const BACKENDS: &[Backend] = &[Backend::Scalar];
 
 impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Scalar => "scalar",
+            Self::Neon => "neon",
+            Self::NeonDot => "neondot",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512vnni",
@@ -48,7 +59,7 @@ pub fn check() -> Result<()> {
 
 /// The backends that this processor can run, the least first.
 pub fn available() -> impl Iterator<Item = Backend> {
-    BACKENDS.into_iter().filter(|backend| *backend <= best())
+    BACKENDS.iter().copied().filter(|backend| *backend <= best())
 }
 
 fn wanted() -> Result<Backend> {
@@ -80,7 +91,19 @@ fn best() -> Backend {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn best() -> Backend {
+    let has = |wanted| features().contains(&(wanted, true));
+    if !has("neon") {
+        Backend::Scalar
+    } else if !has("dotprod") {
+        Backend::Neon
+    } else {
+        Backend::NeonDot
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn best() -> Backend {
     Backend::Scalar
 }
@@ -96,7 +119,15 @@ pub fn features() -> Vec<(&'static str, bool)> {
 }
 
 /// The processor features that kernels ask about, and whether each is there.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+#[must_use]
+pub fn features() -> Vec<(&'static str, bool)> {
+    use std::arch::is_aarch64_feature_detected as has;
+    vec![("neon", has!("neon")), ("dotprod", has!("dotprod"))]
+}
+
+/// The processor features that kernels ask about, and whether each is there.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 #[must_use]
 pub fn features() -> Vec<(&'static str, bool)> {
     Vec::new()

@@ -7,6 +7,8 @@ use std::ops::Range;
 
 use super::activations::{SPAN, Token};
 use super::backend::{Backend, backend};
+#[cfg(target_arch = "aarch64")]
+use super::neon;
 use super::scalar;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
@@ -72,7 +74,7 @@ impl<'a> Codes<'a> {
         &self.bytes[row * self.stride..][..self.length]
     }
 
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     pub(super) fn row(&self, row: usize) -> *const u8 {
         self.packed(row).as_ptr()
     }
@@ -107,6 +109,8 @@ fn unit_of(backend: Backend) -> fn(u32, usize) -> f32 {
         Backend::Avx512Vnni => avx512::unit,
         #[cfg(target_arch = "x86_64")]
         Backend::Avx512 | Backend::Avx2 => avx2::unit,
+        #[cfg(target_arch = "aarch64")]
+        Backend::Neon | Backend::NeonDot => neon::unit,
         _ => scalar::unit,
     }
 }
@@ -125,6 +129,12 @@ fn dot_on(backend: Backend, codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Backend::Avx512 | Backend::Avx2 => unsafe { avx2::dot(codes, tokens, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Backend::NeonDot => unsafe { neon::dot::<neon::Fours>(codes, tokens, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Backend::Neon => unsafe { neon::dot::<neon::Singles>(codes, tokens, out) },
         _ => scalar::dot(codes, tokens, out),
     }
     for (token, out) in tokens.iter().zip(out.chunks_mut(codes.rows.max(1))) {
@@ -165,6 +175,12 @@ fn dot_scaled_on(
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Backend::Avx512 | Backend::Avx2 => unsafe { avx2::dot_scaled(codes, scales, tokens, zeros, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Backend::NeonDot => unsafe { neon::dot_scaled::<neon::Fours>(codes, scales, tokens, zeros, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Backend::Neon => unsafe { neon::dot_scaled::<neon::Singles>(codes, scales, tokens, zeros, out) },
         _ => scalar::dot_scaled(codes, scales, tokens, zeros, out),
     }
     let mut rest = vec![0u8; codes.columns - main];
@@ -255,6 +271,21 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_products_do_not_overflow() {
+        let columns = 2 * 4096 + 511;
+        for (bits, x) in [1u32, 2, 4, 8].into_iter().flat_map(|bits| [(bits, 1.0), (bits, -1.0)]) {
+            let packed = vec![u8::MAX; row_bytes(bits, columns)];
+            let expected = ((1 << bits) - 1) as f32 * x * columns as f32;
+            for backend in available() {
+                let all = Activations::of(&mut vec![x; columns], columns, &[bits], unit_of(backend));
+                let mut sum = [0f32];
+                dot_on(backend, &Codes::of(&packed, bits, columns)[0].0, &all.tokens_for(bits), &mut sum);
+                assert!((sum[0] / expected - 1.0).abs() < 1e-5, "{backend}: {} {expected}", sum[0]);
             }
         }
     }

@@ -12,6 +12,8 @@ pub mod floats;
 mod input;
 pub mod linear;
 pub mod matrix;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod parts;
 pub mod rows;
 mod scalar;
