@@ -241,7 +241,7 @@ mod tests {
             assert_eq!((shares[0].start, shares[threads - 1].end), (0, 1001));
         }
         let half = of(0, 2).end;
-        assert!((144..=152).contains(&half), "{half}");
+        assert!((144..=168).contains(&half), "{half}");
         assert_eq!(share(0, 1, 2, &|_| 0), 0..0);
     }
 }
