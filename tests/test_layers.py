@@ -126,6 +126,23 @@ def test_a_linear_of_16_bits(tokens: int) -> None:
         assert (y[0, row].float() - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("slots", [[1, -1, 0, 1, -1], [1, 1, 1, 1, 1], [1, 0, 0, 1, -1]])
+def test_a_crowd_of_one_expert(monkeypatch: pytest.MonkeyPatch, slots: list[int], bias: bool) -> None:
+    monkeypatch.setattr("meswitch.ops.CROWD", 2)
+    module = nn.Linear(96, 40, bias=bias)
+    layers = ExpertLayers(Toy(module))
+    x, experts = torch.randn(1, 5, 96), {slot: sites_of(module, slot) for slot in (0, 1)}
+    expected = {slot: tuned_output(module, sites, x) for slot, sites in experts.items()} | {-1: module(x).clone()}
+    for slot, sites in experts.items():
+        layers.install(slot, sites, tied=False)
+    layers.step.begin(slots, [])
+    y = module(x)
+    for row, slot in enumerate(slots):
+        tolerance = 1e-5 if slots.count(slot) > 1 else 1e-2  # a lone token's activations are rounded
+        torch.testing.assert_close(y[0, row], expected[slot][0, row], atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, nn.LayerNorm, nn.RMSNorm])
 def test_norm(kind: Any) -> None:
     assert_rows_are_their_own(norm(kind, 8), torch.randn(1, 5, 8))

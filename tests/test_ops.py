@@ -105,6 +105,25 @@ def test_linear_is_the_reference(site: Site, slots: list[int], seed: int) -> Non
     assert bool(((rounded - y).abs() <= 1.01 * largest * levels.abs().sum(dim=1) + 1e-5 * (1 + y.abs())).all())
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    site=sites() | sparse_sites(),
+    tokens=st.integers(0, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_base_and_delta_together_are_the_reference(
+    site: Site, tokens: int, dtype: torch.dtype, bias: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, site.in_features, generator=generator)
+    weight = torch.randn(site.out_features, site.in_features, generator=generator).to(dtype)
+    own = torch.randn(site.out_features, generator=generator).to(dtype) if bias else None
+    expected = x @ (weight.float() + site.dense()).T + (0 if own is None else own.float())
+    assert close(ops.merged(x, weight, ops.matrix(site), own), expected)
+
+
 @pytest.mark.parametrize("columns", [576, 4096])
 @pytest.mark.parametrize("group_size", [None, 64])
 @pytest.mark.parametrize("bits", reference.BITS)
@@ -204,6 +223,12 @@ def test_a_token_gives_the_same_bits_in_long_rows(columns: int) -> None:
     for tokens in range(1, ops.MOST_TOKENS + 1):
         found = ops.linear(x[:tokens], weight, table)
         assert torch.equal(found[-1:], ops.linear(x[tokens - 1 : tokens], weight, table))
+
+
+def test_rows_beyond_a_delta_are_not_merged() -> None:
+    site = Site("drawn", "quantized", (3, 8), torch.float32, sparse=Sparse(*map(torch.tensor, ([0] * 4, [], []))))
+    with pytest.raises((ValueError, FormatError)):
+        ops.merged(torch.zeros(1, 8), torch.zeros(4, 8), ops.matrix(site))
 
 
 def test_a_base_product_refuses_too_many_tokens_and_other_shapes() -> None:

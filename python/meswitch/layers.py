@@ -135,13 +135,8 @@ class LinearWrapper(Wrapper):
         self.table = ops.SiteTable(self.out_features, self.in_features)
         self.whole: dict[int, Tensor] = {}
         self.bias: Bank | None = None
-        self.direct = (
-            not exact
-            and type(module) is nn.Linear
-            and "forward" not in module.__dict__
-            and module.bias is None
-            and ops.reads(module.weight)
-        )
+        self.ordinary = not exact and type(module) is nn.Linear and "forward" not in module.__dict__
+        self.direct = self.ordinary and module.bias is None and ops.reads(module.weight)
 
     @property
     def rows(self) -> ops.Rows:
@@ -191,6 +186,9 @@ class LinearWrapper(Wrapper):
         active = self.active(rows)
         if active:
             self.expect_rows(x.numel() // self.in_features, rows)
+            crowds = self.crowds(rows)
+            if crowds:
+                return self._merged(x, rows, crowds)
         if self._reads(x):
             summed = active and self.at_once(rows)
             weight: Tensor = self.module.weight  # type: ignore[assignment]
@@ -205,6 +203,28 @@ class LinearWrapper(Wrapper):
         flat_x, flat_y = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
         self.add(flat_y, flat_x, rows, summed)
         return self.shaped(y, flat_y, flat_x, rows)
+
+    def crowds(self, rows: ops.Rows) -> list[int]:
+        """The slots with so many tokens that base and delta are put together for them."""
+        if rows.most < ops.CROWD or not self.ordinary or not ops.merges(self.module.weight):  # type: ignore[arg-type]
+            return []
+        return [slot for slot, own in rows.tokens.items() if len(own) >= ops.CROWD and self.table.get(slot) is not None]
+
+    def _merged(self, x: Tensor, rows: ops.Rows, crowds: list[int]) -> Tensor:
+        """All tokens: those of `crowds` by one product each, the others as ever."""
+        flat = x.reshape(-1, self.in_features)
+        y = flat.new_empty(len(flat), self.out_features)
+        for slot in crowds:
+            delta, index = self.table.matrix(slot), slice(None) if slot == rows.only else rows.groups[slot]
+            assert delta is not None
+            y[index] = ops.merged(flat[index], self.module.weight, delta, self.own_bias)  # type: ignore[arg-type]
+        index, others = rows.without(crowds)
+        if others.slots:
+            part = self.base(flat[index])
+            ops.delta_linear(part, flat[index], others, self.table)
+            y[index] = part
+        self.add(y, flat, rows, True)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _reads(self, x: Tensor) -> bool:
         """Whether the base's own product is quicker on our kernels: few tokens, and 16 bits a weight."""
@@ -243,6 +263,7 @@ class HeadWrapper(LinearWrapper):
     def __init__(self, name: str, module: nn.Module, step: Step, exact: bool, embedding: nn.Module, kept: bool) -> None:
         super().__init__(name, module, step, exact)
         self.embedding, self.kept = embedding, kept
+        self.ordinary = False  # few rows reach it
         self.borrowed: set[int] = set()
         self.widths: dict[int, int] = {}
         self.added: dict[int, Tensor] = {}

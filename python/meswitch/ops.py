@@ -6,21 +6,25 @@ the deltas of one weight by slot, and an operation adds to every token what its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+import time
+from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from meswitch import _native
 from meswitch.delta import Site
 
 # From this many tokens of one expert on, exact arithmetic is quicker as a matrix product of torch over unpacked rows.
 PREFILL = 16
+# From this many tokens of one expert on, one product with base and delta together is quicker than one with each.
+CROWD = 128
 # Rows of activations that `linear` takes; none where the processor has no kernel for it.
 MOST_TOKENS = _native.base_linear_tokens()
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_TILE = 1 << 22  # weights of an unpacked tile: 16 MiB of 32-bit floats
+_TILE = 1 << 21  # weights of an unpacked tile: 8 MiB of 32-bit floats
 
 
 class Rows:
@@ -36,6 +40,7 @@ class Rows:
         for token, slot in enumerate(self.slots):
             if slot >= 0:
                 self.tokens.setdefault(slot, []).append(token)
+        self._without: dict[frozenset[int], tuple[Tensor, Rows]] = {}
 
     @cached_property
     def native(self) -> _native.Rows:
@@ -57,6 +62,18 @@ class Rows:
     def groups(self) -> dict[int, Tensor]:
         """The tokens of each slot, `int64`; the base's are not among them."""
         return {slot: torch.tensor(tokens) for slot, tokens in self.tokens.items()}
+
+    def without(self, slots: Iterable[int]) -> tuple[Tensor, Rows]:
+        """The tokens of everybody else, `int64`, and the slots of those.
+
+        >>> Rows([0, -1, 0, 2]).without([0])[0]
+        tensor([1, 3])
+        """
+        left_out = frozenset(slots)
+        if left_out not in self._without:
+            left = [token for token, slot in enumerate(self.slots) if slot not in left_out]
+            self._without[left_out] = torch.tensor(left, dtype=torch.int64), Rows([self.slots[at] for at in left])
+        return self._without[left_out]
 
     @cached_property
     def tensor(self) -> Tensor:
@@ -165,17 +182,60 @@ def linear(x: Tensor, weight: Tensor, table: SiteTable, rows: Rows | None = None
     return y
 
 
+def merges(weight: Tensor) -> bool:
+    """Whether `merged` is quicker than products with base and delta apart: a weight of float32, or one of 16 bits on
+    a processor whose products of those are slow."""
+    fits = weight.is_cpu and weight.dim() == 2 and weight.is_contiguous() and weight.dtype in _NAMES
+    return fits and (weight.dtype == torch.float32 or _wide_is_quicker(weight.dtype))
+
+
+def merged(x: Tensor, weight: Tensor, delta: _native.Matrix, bias: Tensor | None = None) -> Tensor:
+    """`x · (weight + Δ̂)ᵀ + bias`, rows of both put together in float32 a tile at a time; as `x` in dtype.
+
+    `x [T, in_features]`, `weight [out_features, in_features]` one that `merges` takes. Raises `ValueError` where shapes
+    do not fit.
+    """
+    wide, y = x.float(), x.new_empty(len(x), weight.shape[0])
+    native = _rows(weight, weight.shape[1])
+    for start, count in _tiles(*weight.shape):
+        tile = torch.empty(count, weight.shape[1])
+        delta.merged(native, start, count, tile.data_ptr())
+        own = None if bias is None else bias[start : start + count].float()
+        y[:, start : start + count] = F.linear(wide, tile, own)
+    return y
+
+
+@cache
+def _wide_is_quicker(dtype: torch.dtype) -> bool:
+    """Whether torch's products of float32 are quicker than those of `dtype`, by a third at least."""
+    x, weight = torch.ones(256, 1024), torch.ones(1024, 1024)
+
+    def best(x: Tensor, weight: Tensor) -> float:
+        spent = []
+        for _ in range(4):
+            start = time.perf_counter()
+            F.linear(x, weight)
+            spent.append(time.perf_counter() - start)
+        return min(spent)
+
+    return 4 * best(x, weight) < 3 * best(x.to(dtype), weight.to(dtype))
+
+
 def _prefill(y: Tensor, x: Tensor, tokens: list[int], delta: _native.Matrix, table: SiteTable) -> None:
     """Tokens of one expert: rows unpacked a tile at a time, multiplied by torch."""
     everyone = len(tokens) == x.shape[0]
     index = slice(None) if everyone else torch.tensor(tokens)
     chosen = x[index].float()
-    step = max(1, _TILE // max(table.in_features, 1))
-    for start in range(0, table.out_features, step):
-        count = min(step, table.out_features - start)
+    for start, count in _tiles(table.out_features, table.in_features):
         tile = torch.empty(count, table.in_features)
         delta.dense(start, count, tile.data_ptr())
         y[index, start : start + count] += (chosen @ tile.T).to(y.dtype)
+
+
+def _tiles(rows: int, columns: int) -> Iterable[tuple[int, int]]:
+    """First row and number of rows of each tile."""
+    step = max(1, _TILE // max(columns, 1))
+    return ((start, min(step, rows - start)) for start in range(0, rows, step))
 
 
 def delta_embedding(y: Tensor, ids: Tensor, rows: Rows, table: SiteTable, *, scale: float = 1.0) -> None:

@@ -1,8 +1,11 @@
-//! Rows of a delta as floats: what an embedding looks up, and what an exact prefill multiplies with.
+//! Rows of a delta as floats: what an embedding looks up, and what a prefill multiplies with.
+
+use std::ops::Range;
 
 use super::floats::{add_times, levels, multiply};
 use super::matrix::Matrix;
-use super::rows::widen_f16;
+use super::rows::{Rows, widen_f16};
+use super::team::{self, ALONE};
 
 /// Row `row` of the delta, times `scale`, added to `out [columns]`.
 pub fn add_row(matrix: &Matrix<'_>, row: usize, scale: f32, out: &mut [f32]) {
@@ -17,6 +20,29 @@ pub fn dense(matrix: &Matrix<'_>, start: usize, out: &mut [f32]) {
         out.fill(0.0);
         dense_row(matrix, start + at, out);
     }
+}
+
+/// Rows `of` of base and delta together, on all threads: `out [rows, columns]`.
+///
+/// # Safety
+/// `base` must have those rows, of as many elements as the matrix has columns.
+pub unsafe fn merged(matrix: &Matrix<'_>, base: Rows, of: Range<usize>, out: &mut [f32]) {
+    let columns = matrix.columns;
+    assert!(of.end <= matrix.rows && out.len() == of.len() * columns);
+    let address = out.as_mut_ptr() as usize;
+    let work = |index: usize, threads: usize| {
+        let mut delta = vec![0f32; columns];
+        for at in of.len() * index / threads..of.len() * (index + 1) / threads {
+            // SAFETY: no two threads have a row in common, and `out` has that many.
+            let out = unsafe { std::slice::from_raw_parts_mut((address as *mut f32).add(at * columns), columns) };
+            // SAFETY: the caller's promise.
+            unsafe { base.read(of.start + at, out) };
+            delta.fill(0.0);
+            dense_row(matrix, of.start + at, &mut delta);
+            add_times(out, &delta, 1.0);
+        }
+    };
+    if out.len() < ALONE { work(0, 1) } else { team::parallel(&work) }
 }
 
 fn dense_row(matrix: &Matrix<'_>, row: usize, out: &mut [f32]) {
