@@ -36,7 +36,7 @@ fn rows(c: &mut Criterion) {
     group.throughput(Throughput::BytesDecimal(2 * IN as u64));
     for bits in layout::BITS {
         group.bench_function(format!("fit at {bits} bits"), |b| {
-            b.iter(|| fit::fit_row(black_box(&delta), &ones, bits, fit::top(bits) / 2.0, &mut codes));
+            b.iter(|| fit::fit_row(black_box(&delta), &ones, bits, fit::top(bits) / 2.0, 0.0, &mut codes));
         });
         let mut packed = vec![0; layout::row_bytes(bits, IN)];
         group.bench_function(format!("pack at {bits} bits"), |b| {

@@ -26,8 +26,10 @@ fn gaussian_step(bits: u32) -> f32 {
 by_backend! {
     /// Finds the scale that minimises `Σ weight · (delta − scale · (code − zero))²` over one row, and its codes.
     ///
-    /// `delta`, `weight` and `codes` are of one length. Returns the scale; 0 where the row is all zeros.
-    pub fn fit_row(delta: &[f32], weight: &[f32], bits: u32, zero: f32, codes: &mut [u8]) -> f32 = fit_row_body
+    /// `delta`, `weight` and `codes` are of one length. `near` is a scale that was good for about the same row, or 0.
+    /// Returns the scale; 0 where the row is all zeros.
+    pub fn fit_row(delta: &[f32], weight: &[f32], bits: u32, zero: f32, near: f32, codes: &mut [u8]) -> f32
+        = fit_row_body
 }
 
 by_backend! {
@@ -47,9 +49,9 @@ by_backend! {
 }
 
 #[inline(always)]
-fn fit_row_body(delta: &[f32], weight: &[f32], bits: u32, zero: f32, codes: &mut [u8]) -> f32 {
+fn fit_row_body(delta: &[f32], weight: &[f32], bits: u32, zero: f32, near: f32, codes: &mut [u8]) -> f32 {
     let top = top(bits);
-    let (mut scale, _) = search(delta, weight, bits, zero);
+    let mut scale = if near > 0.0 && bits > 1 { near } else { search(delta, weight, bits, zero).0 };
     if scale > 0.0 && bits > 1 {
         for _ in 0..2 {
             let (num, den) = level_sums(delta, weight, 1.0 / scale, zero, top);
@@ -183,9 +185,12 @@ mod tests {
         let energy: f32 = delta.iter().map(|d| d * d).sum();
         for (bits, distortion) in [(1, 0.363), (2, 0.1188), (3, 0.0374), (4, 0.01154)] {
             let zero = top(bits) / 2.0;
-            let scale = fit_row(&delta, &ones, bits, zero, &mut codes);
-            let found = error(&delta, scale, zero, &codes) / energy;
-            assert!((found / distortion - 1.0).abs() < 0.06, "{bits} bits: {found} for {distortion}");
+            let scale = fit_row(&delta, &ones, bits, zero, 0.0, &mut codes);
+            for near in [0.0, 0.9 * scale, 1.1 * scale] {
+                let scale = fit_row(&delta, &ones, bits, zero, near, &mut codes);
+                let found = error(&delta, scale, zero, &codes) / energy;
+                assert!((found / distortion - 1.0).abs() < 0.06, "{bits} bits: {found} for {distortion}");
+            }
         }
     }
 
@@ -195,7 +200,7 @@ mod tests {
         let mut codes = vec![0; delta.len()];
         for bits in [1, 2, 4] {
             let zero = top(bits) / 2.0;
-            let best = fit_row(&delta, &weight, bits, zero, &mut codes);
+            let best = fit_row(&delta, &weight, bits, zero, 0.0, &mut codes);
             let scale = unbiased(&delta, &weight, best, zero, &codes);
             let (mut kept, mut all) = (0.0, 0.0);
             for ((d, w), code) in delta.iter().zip(&weight).zip(&codes) {
@@ -208,7 +213,7 @@ mod tests {
         }
         let mut spike = vec![0.0; 400];
         spike[3] = 1.0;
-        let best = fit_row(&spike, &[1.0; 400], 1, 0.5, &mut codes[..400]);
+        let best = fit_row(&spike, &[1.0; 400], 1, 0.5, 0.0, &mut codes[..400]);
         assert_eq!(unbiased(&spike, &[1.0; 400], best, 0.5, &codes[..400]), MOST * best);
         assert_eq!(unbiased(&[0.0; 9], &[1.0; 9], 0.0, 0.5, &[0; 9]), 0.0);
     }
@@ -216,7 +221,7 @@ mod tests {
     #[test]
     fn a_row_of_zeros_has_no_scale() {
         let mut codes = [9; 40];
-        assert_eq!(fit_row(&[0.0; 40], &[1.0; 40], 2, 1.5, &mut codes), 0.0);
+        assert_eq!(fit_row(&[0.0; 40], &[1.0; 40], 2, 1.5, 0.0, &mut codes), 0.0);
     }
 
     #[test]
@@ -226,7 +231,7 @@ mod tests {
         let mut delta = gaussian(64);
         delta[7] = 1.0;
         let mut codes = vec![0; 64];
-        let scale = fit_row(&delta, &weight, 2, 1.5, &mut codes);
+        let scale = fit_row(&delta, &weight, 2, 1.5, 0.0, &mut codes);
         assert!((delta[7] - scale * (f32::from(codes[7]) - 1.5)).abs() < 0.02 * delta[7].abs());
     }
 
@@ -237,7 +242,7 @@ mod tests {
         ) {
             let (ones, mut codes) = (vec![1.0; delta.len()], vec![0; delta.len()]);
             let zero = top(bits) / 2.0;
-            let scale = fit_row(&delta, &ones, bits, zero, &mut codes);
+            let scale = fit_row(&delta, &ones, bits, zero, 0.0, &mut codes);
             let energy: f32 = delta.iter().map(|d| d * d).sum();
             prop_assert!(error(&delta, scale, zero, &codes) <= energy * 1.0001);
             prop_assert!(codes.iter().all(|code| f32::from(*code) <= top(bits)));

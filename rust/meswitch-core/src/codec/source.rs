@@ -54,13 +54,13 @@ enum Scales {
 }
 
 impl Scales {
-    /// The scale and the codes of one row, or group of a row.
-    fn fit(self, delta: &[f32], weight: &[f32], bits: u32, zero: f32, codes: &mut [u8]) -> f32 {
+    /// The scale and the codes of one row, or group of a row, that had a scale `near` before, or none (0).
+    fn fit(self, delta: &[f32], weight: &[f32], bits: u32, zero: f32, near: f32, codes: &mut [u8]) -> f32 {
         if let Self::Shared(scale) = self {
             fit::encode(delta, scale, bits, zero, codes);
             return scale;
         }
-        let best = fit::fit_row(delta, weight, bits, zero, codes);
+        let best = fit::fit_row(delta, weight, bits, zero, near, codes);
         if let Self::Unbiased = self { fit::unbiased(delta, weight, best, zero, codes) } else { best }
     }
 }
@@ -160,7 +160,7 @@ impl Source<'_> {
                     columns.divide(row);
                     let groups = row.chunks(size).zip(weight.chunks(size)).zip(codes.chunks_mut(size)).zip(&mut *found);
                     for (((delta, weight), codes), scale) in groups {
-                        *scale = scales.fit(delta, weight, bits, zero, codes);
+                        *scale = scales.fit(delta, weight, bits, zero, *scale, codes);
                     }
                     tally.add(row, codes, found, size, zero);
                     crate::layout::pack_row(codes, bits, packed);
