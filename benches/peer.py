@@ -491,7 +491,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     if find() is None:
-        sys.exit(f"expected {PACKAGE} with its libraries, found none\nhint: {INSTALL}")
+        print(f"nothing to compare with: expected {PACKAGE} with its libraries, found none\nhint: {INSTALL}")
+        return
     for threads in arguments.threads:
         with processes(threads) as both:
             print("", *(of.ask("about") for of in both), sep="\n")

@@ -117,11 +117,14 @@ def test_base_and_delta_together_are_the_reference(
     site: Site, tokens: int, dtype: torch.dtype, bias: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, site.in_features, generator=generator)
+    x = torch.randn(tokens, site.in_features, generator=generator).to(dtype)
     weight = torch.randn(site.out_features, site.in_features, generator=generator).to(dtype)
     own = torch.randn(site.out_features, generator=generator).to(dtype) if bias else None
-    expected = x @ (weight.float() + site.dense()).T + (0 if own is None else own.float())
-    assert close(ops.merged(x, weight, ops.matrix(site), own), expected)
+    restored = (weight.float() + site.dense()).to(dtype).float()
+    expected = x.float() @ restored.T + (0 if own is None else own.float())
+    found = ops.merged(x, weight, ops.matrix(site), own)
+    assert found.dtype == dtype
+    assert close(found.float(), expected, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("columns", [576, 4096])

@@ -6,6 +6,7 @@ the deltas of one weight by slot, and an operation adds to every token what its 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
@@ -20,11 +21,12 @@ from meswitch.delta import Site
 # From this many tokens of one expert on, exact arithmetic is quicker as a matrix product of torch over unpacked rows.
 PREFILL = 16
 # From this many tokens of one expert on, one product with base and delta together is quicker than one with each.
-CROWD = 128
+CROWD = 64
 # Rows of activations that `linear` takes; none where the processor has no kernel for it.
 MOST_TOKENS = _native.base_linear_tokens()
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _TILE = 1 << 21  # weights of an unpacked tile: 8 MiB of 32-bit floats
+_spare = threading.local()  # the memory of a thread's last tile: new memory would cost more than what is written to it
 
 
 class Rows:
@@ -183,31 +185,32 @@ def linear(x: Tensor, weight: Tensor, table: SiteTable, rows: Rows | None = None
 
 
 def merges(weight: Tensor) -> bool:
-    """Whether `merged` is quicker than products with base and delta apart: a weight of float32, or one of 16 bits on
-    a processor whose products of those are slow."""
-    fits = weight.is_cpu and weight.dim() == 2 and weight.is_contiguous() and weight.dtype in _NAMES
-    return fits and (weight.dtype == torch.float32 or _wide_is_quicker(weight.dtype))
+    """Whether `merged` takes this weight: floats, whole, on the CPU."""
+    return weight.dtype in _NAMES and weight.is_cpu and weight.dim() == 2 and weight.is_contiguous()
 
 
 def merged(x: Tensor, weight: Tensor, delta: _native.Matrix, bias: Tensor | None = None) -> Tensor:
-    """`x · (weight + Δ̂)ᵀ + bias`, rows of both put together in float32 a tile at a time; as `x` in dtype.
+    """`x · (weight + Δ̂)ᵀ + bias`, rows of both put together a tile at a time; as `x` in dtype.
 
-    `x [T, in_features]`, `weight [out_features, in_features]` one that `merges` takes. Raises `ValueError` where shapes
-    do not fit.
+    `x [T, in_features]` in the weight's dtype, `weight [out_features, in_features]` one that `merges` takes. The sums
+    are those of a restored checkpoint, in its dtype, or in float32 where the processor is quicker at that. Raises
+    `ValueError` where shapes or dtypes do not fit.
     """
-    wide, y = x.float(), x.new_empty(len(x), weight.shape[0])
-    native = _rows(weight, weight.shape[1])
+    dtype = torch.float32 if _wide_is_quicker(weight.dtype) else weight.dtype
+    native, wide, y = _rows(weight, weight.shape[1]), x.to(dtype), x.new_empty(len(x), weight.shape[0])
     for start, count in _tiles(*weight.shape):
-        tile = torch.empty(count, weight.shape[1])
-        delta.merged(native, start, count, tile.data_ptr())
-        own = None if bias is None else bias[start : start + count].float()
+        tile = _tile(count, weight.shape[1], dtype)
+        delta.merged(native, start, _rows(tile, weight.shape[1]))
+        own = None if bias is None else bias[start : start + count].to(dtype)
         y[:, start : start + count] = F.linear(wide, tile, own)
     return y
 
 
 @cache
 def _wide_is_quicker(dtype: torch.dtype) -> bool:
-    """Whether torch's products of float32 are quicker than those of `dtype`, by a third at least."""
+    """Whether torch's products of float32 are quicker than those of `dtype`, by a third at least; timed once."""
+    if dtype == torch.float32:
+        return False
     x, weight = torch.ones(256, 1024), torch.ones(1024, 1024)
 
     def best(x: Tensor, weight: Tensor) -> float:
@@ -227,9 +230,17 @@ def _prefill(y: Tensor, x: Tensor, tokens: list[int], delta: _native.Matrix, tab
     index = slice(None) if everyone else torch.tensor(tokens)
     chosen = x[index].float()
     for start, count in _tiles(table.out_features, table.in_features):
-        tile = torch.empty(count, table.in_features)
+        tile = _tile(count, table.in_features, torch.float32)
         delta.dense(start, count, tile.data_ptr())
         y[index, start : start + count] += (chosen @ tile.T).to(y.dtype)
+
+
+def _tile(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory for some rows, until the next is asked for."""
+    kept: Tensor | None = getattr(_spare, "tile", None)
+    if kept is None or kept.dtype != dtype or kept.numel() < rows * columns:
+        kept = _spare.tile = torch.empty(rows * columns, dtype=dtype)
+    return kept[: rows * columns].view(rows, columns)
 
 
 def _tiles(rows: int, columns: int) -> Iterable[tuple[int, int]]:

@@ -217,35 +217,37 @@ impl Matrix {
         Ok(())
     }
 
-    /// Writes rows `start .. start + count` of `weight [rows, columns]` and the delta together to 32-bit floats at an
-    /// address, `[count, columns]`.
-    fn merged(&self, py: Python<'_>, weight: Tensor<'_>, start: usize, count: usize, address: usize) -> PyResult<()> {
-        let weight = rows_of(weight, self.matrix.rows, self.matrix.columns)?;
-        let Some(out) = self.floats(start, count, address)? else { return Ok(()) };
-        // SAFETY: `weight` has the matrix's rows of as many elements as it has columns.
+    /// Writes the rows of `weight [rows, columns]` and the delta together from `start` on to `out [count, columns]`.
+    fn merged(&self, py: Python<'_>, weight: Tensor<'_>, start: usize, out: Tensor<'_>) -> PyResult<()> {
+        let (count, columns) = (out.1, self.matrix.columns);
+        self.check_rows(start, count)?;
+        let (weight, out) = (rows_of(weight, self.matrix.rows, columns)?, rows_of(out, count, columns)?);
+        // SAFETY: both tensors have those rows, of as many elements as the matrix has columns.
         py.detach(|| unsafe { unpack::merged(&self.matrix, weight, start..start + count, out) });
         Ok(())
     }
 
     /// Writes rows `start .. start + count` of the delta to 32-bit floats at an address, `[count, columns]`.
     fn dense(&self, py: Python<'_>, start: usize, count: usize, address: usize) -> PyResult<()> {
-        let Some(out) = self.floats(start, count, address)? else { return Ok(()) };
+        self.check_rows(start, count)?;
+        let length = count * self.matrix.columns;
+        if length == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's tensor is contiguous 32-bit floats of `count` rows of `columns`.
+        let out = unsafe { std::slice::from_raw_parts_mut(address as *mut f32, length) };
         py.detach(|| unpack::dense(&self.matrix, start, out));
         Ok(())
     }
 }
 
 impl Matrix {
-    /// A tensor's memory for some rows of 32-bit floats, or none for none.
-    #[allow(clippy::mut_from_ref)] // the caller's memory, not ours
-    fn floats(&self, start: usize, count: usize, address: usize) -> PyResult<Option<&mut [f32]>> {
+    fn check_rows(&self, start: usize, count: usize) -> PyResult<()> {
         if start.checked_add(count).is_none_or(|end| end > self.matrix.rows) {
             let message = format!("expected rows below {}, found {start} + {count}", self.matrix.rows);
             return Err(PyValueError::new_err(message));
         }
-        let length = count * self.matrix.columns;
-        // SAFETY: the caller's tensor is contiguous 32-bit floats of `count` rows of `columns`.
-        Ok((length > 0).then(|| unsafe { std::slice::from_raw_parts_mut(address as *mut f32, length) }))
+        Ok(())
     }
 }
 

@@ -23,6 +23,24 @@ fn levels_body(packed: &[u8], bits: u32, zero: f32, codes: &mut [u8], out: &mut 
 }
 
 by_backend! {
+    /// Unpacks one row.
+    pub fn unpack(packed: &[u8], bits: u32, codes: &mut [u8]) = layout::unpack_row
+}
+
+by_backend! {
+    /// `out = factor · scale · (code − zero)`; no factors at all count as one.
+    pub fn scaled_levels(codes: &[u8], zero: f32, scale: f32, factors: &[f32], out: &mut [f32]) = scaled_levels_body
+}
+
+#[inline(always)]
+fn scaled_levels_body(codes: &[u8], zero: f32, scale: f32, factors: &[f32], out: &mut [f32]) {
+    for (out, code) in out.iter_mut().zip(codes) {
+        *out = (f32::from(*code) - zero) * scale;
+    }
+    multiply_body(&mut out[..factors.len()], factors);
+}
+
+by_backend! {
     /// `Σ a·b` in sixteen lanes.
     pub fn dot(a: &[f32], b: &[f32]) -> f32 = dot_body
 }

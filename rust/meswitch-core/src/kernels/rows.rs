@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::by_backend;
+use super::floats::add_times;
 
 /// Element types of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +70,27 @@ impl Rows {
         }
     }
 
+    /// Writes row `other` of `base` with `values` added, rounded once; `values` are working memory then.
+    ///
+    /// # Safety
+    /// As [`Self::add`], and `base` must have that row of as many elements.
+    pub unsafe fn sum(self, row: usize, base: Self, other: usize, values: &mut [f32]) {
+        // SAFETY: the caller's promise; a tensor is aligned to its elements, and any bits are a value.
+        unsafe {
+            if (self.kind, base.kind) == (Kind::Bf16, Kind::Bf16) {
+                let to = (self.address as *mut u16).add(row * self.stride);
+                let from = (base.address as *const u16).add(other * base.stride);
+                let length = values.len();
+                sum_bf16(std::slice::from_raw_parts(from, length), values, std::slice::from_raw_parts_mut(to, length));
+            } else {
+                let mut wide = vec![0f32; values.len()];
+                base.read(other, &mut wide);
+                add_times(values, &wide, 1.0);
+                self.write(row, 0, values);
+            }
+        }
+    }
+
     /// Adds to a row's elements from `first` on.
     ///
     /// # Safety
@@ -130,11 +152,28 @@ by_backend! {
 #[inline(always)]
 fn add_bf16_body(out: &mut [u16], values: &[f32]) {
     for (out, value) in out.iter_mut().zip(values) {
-        let sum = f32::from_bits(u32::from(*out) << 16) + value;
-        let bits = sum.to_bits();
-        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-        *out = if sum.is_nan() { 0x7fc0 } else { rounded as u16 };
+        *out = plus_bf16(*out, *value);
     }
+}
+
+by_backend! {
+    /// The same to another place.
+    pub fn sum_bf16(base: &[u16], values: &[f32], out: &mut [u16]) = sum_bf16_body
+}
+
+#[inline(always)]
+fn sum_bf16_body(base: &[u16], values: &[f32], out: &mut [u16]) {
+    for ((out, base), value) in out.iter_mut().zip(base).zip(values) {
+        *out = plus_bf16(*base, *value);
+    }
+}
+
+#[inline(always)]
+fn plus_bf16(half: u16, value: f32) -> u16 {
+    let sum = f32::from_bits(u32::from(half) << 16) + value;
+    let bits = sum.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    if sum.is_nan() { 0x7fc0 } else { rounded as u16 }
 }
 
 #[cfg(test)]
