@@ -14,6 +14,10 @@ use super::scalar;
 use super::{avx2, avx512};
 use crate::layout::{RUN, place, row_bytes, unpack_row};
 
+/// Bytes that codes are fetched ahead into the second cache.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 16384;
+
 /// Fetches codes ahead of where they are read, far ahead into the second cache and nearer into the first: rows are
 /// shorter than what the memory takes to answer, and few lines can be on their way to the first.
 #[cfg(target_arch = "x86_64")]
@@ -22,9 +26,21 @@ pub(super) fn fetch(codes: *const u8) {
     use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
     // SAFETY: hints, whatever the address.
     unsafe {
-        _mm_prefetch::<_MM_HINT_T1>(codes.wrapping_add(16384).cast());
+        _mm_prefetch::<_MM_HINT_T1>(codes.wrapping_add(AHEAD).cast());
         _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(2048).cast());
     }
+}
+
+/// Fetches what nobody has fetched ahead: the first bytes of what will be read.
+pub(super) fn begin(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(64).take(AHEAD / 64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a hint.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
 }
 
 /// Neighbouring packed rows of one code width below or above 3 bits.

@@ -39,6 +39,13 @@ pub fn is_available() -> bool {
 }
 
 impl Base<'_> {
+    /// The bytes of the weights from a row on.
+    pub(super) fn bytes(&self, row: usize) -> &[u8] {
+        let weight = &self.weight[row * self.columns..];
+        // SAFETY: as many bytes as the weights have; any bits are bytes.
+        unsafe { std::slice::from_raw_parts(weight.as_ptr().cast(), size_of_val(weight)) }
+    }
+
     fn stride(&self) -> usize {
         self.columns.next_multiple_of(BLOCK)
     }

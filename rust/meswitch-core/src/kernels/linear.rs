@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::decode::begin;
 use super::dense::{self, Base};
 use super::input::{self, Input};
 use super::matrix::Matrix;
@@ -153,10 +154,12 @@ impl<'a> Items<'a> {
         let codes = crowded.map(|item| item.matrix.bytes_before(rows)).max().unwrap_or(0);
         let step = (SUMS / tokens.max(1)).min(CODES * rows / codes.max(1)).max(1).next_multiple_of(TILE);
         let work = |index: usize, threads: usize| {
+            let of = share(rows, index, threads, &before);
+            // Memory answers while activations are made ready.
+            begin(base.map_or_else(|| self.codes(of.start), |base| base.bytes(of.start)));
             for item in self.of.iter().skip(index).step_by(threads) {
                 self.input(item);
             }
-            let of = share(rows, index, threads, &before);
             let mut sums = vec![0f32; tokens * step.min(of.len())];
             for first in of.clone().step_by(step) {
                 block(&(first..(first + step).min(of.end)), &mut sums);
@@ -165,6 +168,12 @@ impl<'a> Items<'a> {
         let products = |item: &Item<'_>| item.matrix.weights() * item.tokens.len();
         let work_in_all = self.of.iter().map(products).sum::<usize>() + rows * width * all;
         if work_in_all < ALONE { work(0, 1) } else { team::parallel(&work) }
+    }
+
+    /// The first delta's codes from a row on.
+    fn codes(&self, row: usize) -> &[u8] {
+        let part = self.of.first().and_then(|item| Some((item.matrix.columns, item.matrix.parts.first()?)));
+        part.map_or(&[], |(columns, part)| part.packed_from(part.span(0, row).end, columns))
     }
 
     /// The deltas of a block of rows: `take(token, values)`.

@@ -56,6 +56,12 @@ impl Part<'_> {
         &self.codes[at * stride..(at + 1) * stride]
     }
 
+    /// The packed rows from a position on.
+    #[must_use]
+    pub fn packed_from(&self, at: usize, columns: usize) -> &[u8] {
+        &self.codes[at * row_bytes(self.bits, columns)..]
+    }
+
     /// The positions within the part of the matrix's rows `start .. end`.
     #[must_use]
     pub fn span(&self, start: usize, end: usize) -> std::ops::Range<usize> {
