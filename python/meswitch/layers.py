@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.pytorch_utils import Conv1D
 
-from meswitch import ops
+from meswitch import _native, ops
 from meswitch.delta import Site
 from meswitch.errors import ArchitectureError, UnsupportedModelError
 
@@ -212,19 +212,26 @@ class LinearWrapper(Wrapper):
 
     def _merged(self, x: Tensor, rows: ops.Rows, crowds: list[int]) -> Tensor:
         """All tokens: those of `crowds` by one product each, the others as ever."""
-        flat = x.reshape(-1, self.in_features)
-        y = flat.new_empty(len(flat), self.out_features)
-        for slot in crowds:
-            delta, index = self.table.matrix(slot), slice(None) if slot == rows.only else rows.groups[slot]
-            assert delta is not None
-            y[index] = ops.merged(flat[index], self.module.weight, delta, self.own_bias)  # type: ignore[arg-type]
-        index, others = rows.without(crowds)
-        if others.slots:
-            part = self.base(flat[index])
-            ops.delta_linear(part, flat[index], others, self.table)
-            y[index] = part
+        flat, weight = x.reshape(-1, self.in_features), self.module.weight
+        if rows.only is not None:
+            y = ops.merged(flat, weight, self._delta(rows.only), self.own_bias)  # type: ignore[arg-type]
+        else:
+            y = flat.new_empty(len(flat), self.out_features)
+            for slot in crowds:
+                index = rows.groups[slot]
+                y[index] = ops.merged(flat[index], weight, self._delta(slot), self.own_bias)  # type: ignore[arg-type]
+            index, others = rows.without(crowds)
+            if others.slots:
+                part = self.base(flat[index])
+                ops.delta_linear(part, flat[index], others, self.table)
+                y[index] = part
         self.add(y, flat, rows, True)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _delta(self, slot: int) -> _native.Matrix:
+        delta = self.table.matrix(slot)
+        assert delta is not None
+        return delta
 
     def _reads(self, x: Tensor) -> bool:
         """Whether the base's own product is quicker on our kernels: few tokens, and 16 bits a weight."""

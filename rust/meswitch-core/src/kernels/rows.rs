@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::by_backend;
+use super::decode::begin;
 use super::floats::add_times;
 
 /// Element types of activations.
@@ -50,6 +51,17 @@ impl Rows {
                 Kind::F16 => widen_f16(std::slice::from_raw_parts((self.address as *const f16).add(at), length), out),
             }
         }
+    }
+
+    /// Says that a row will be read soon.
+    ///
+    /// # Safety
+    /// The memory must have that row of as many elements.
+    pub unsafe fn fetch(self, row: usize, length: usize) {
+        let size = if self.kind == Kind::F32 { 4 } else { 2 };
+        let start = (self.address + row * self.stride * size) as *const u8;
+        // SAFETY: the caller's promise; any bits are bytes.
+        begin(unsafe { std::slice::from_raw_parts(start, length * size) });
     }
 
     /// Writes a row's elements from `first` on.

@@ -31,7 +31,12 @@ pub unsafe fn merged(matrix: &Matrix<'_>, base: Rows, of: Range<usize>, out: Row
     assert!(of.end <= matrix.rows);
     let work = |index: usize, threads: usize| {
         let (mut spare, mut delta) = (Spare::of(matrix), vec![0f32; matrix.columns]);
-        for at in of.len() * index / threads..of.len() * (index + 1) / threads {
+        let mine = of.len() * index / threads..of.len() * (index + 1) / threads;
+        for at in mine.clone() {
+            if at + 2 < mine.end {
+                // SAFETY: the caller's promise.
+                unsafe { base.fetch(of.start + at + 2, matrix.columns) };
+            }
             spare.dense(of.start + at, &mut delta);
             // SAFETY: the caller's promise; no two threads have a row in common.
             unsafe { out.sum(at, base, of.start + at, &mut delta) };
