@@ -4,6 +4,7 @@
 #![allow(clippy::needless_range_loop)] // rows, planes and tokens index several arrays at once
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::activations::{SPAN, STEPS, Token};
 use super::decode::{Codes, fetch};
@@ -30,8 +31,8 @@ pub unsafe fn dot(codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [f32]) {
     // SAFETY: the caller's promise.
     unsafe {
         match codes.bits {
-            1 => dot_planes::<8, 1>(codes, tokens, out),
-            2 => dot_planes::<4, 2>(codes, tokens, out),
+            1 => dot_planes::<8, 2>(codes, tokens, out),
+            2 => dot_planes::<4, 4>(codes, tokens, out),
             4 => dot_planes::<2, 4>(codes, tokens, out),
             _ => dot_planes::<1, 4>(codes, tokens, out),
         }
@@ -85,41 +86,109 @@ features! {
         lead: bool,
     ) -> [f32; R] {
         let mut sums = [_mm256_setzero_ps(); R];
-        let (x, spans) = (token.rounded.as_ptr(), codes.columns / SPAN);
+        let spans = codes.columns / SPAN;
         let from: [*const u8; R] = std::array::from_fn(|r| codes.row(row + r));
         for first in (0..spans).step_by(SPANS) {
+            let spans = first..spans.min(first + SPANS);
             for part in 0..16 / PLANES {
-                let (run, half) = (part / 2, part % 2 * WIDE);
-                let mut pairs = [[[_mm256_setzero_si256(); 2]; PLANES]; R];
-                for span in first..spans.min(first + SPANS) {
-                    // SAFETY: half a run of codes, and its 32·PLANES columns of the token.
-                    unsafe {
-                        let at = (span * 8 / PLANES + run) * RUN + half;
-                        let x = x.add((span * 8 + run * PLANES) * RUN + half);
-                        for r in 0..R {
-                            if lead && half == 0 {
-                                fetch(from[r].wrapping_add(at));
-                            }
-                            let packed = _mm256_loadu_si256(from[r].add(at).cast());
-                            add_pairs::<PLANES>(packed, x, RUN, &mut pairs[r]);
-                        }
-                    }
-                }
-                for plane in 0..PLANES {
-                    let block = run * PLANES + plane;
-                    // SAFETY: within the segment's steps.
-                    let steps = unsafe {
-                        _mm256_loadu_ps(token.steps.as_ptr().add(first / SPANS * STEPS + block * 16 + half / 4))
-                    };
-                    for r in 0..R {
-                        let fours = _mm256_cvtepi32_ps(fours::<PLANES>(pairs[r][plane]));
-                        sums[r] = _mm256_fmadd_ps(fours, steps, sums[r]);
+                // SAFETY: as this function.
+                unsafe {
+                    if PLANES == 1 {
+                        add_bytes(&from, spans.clone(), part, token, lead, &mut sums);
+                    } else {
+                        add_half::<PLANES, R, 0>(&from, spans.clone(), part, token, lead, &mut sums);
+                        add_half::<PLANES, R, 1>(&from, spans.clone(), part, token, false, &mut sums);
                     }
                 }
             }
         }
         // SAFETY: as this function.
         std::array::from_fn(|r| unsafe { finish::<PLANES>(codes, from[r], token, sums[r]) })
+    }
+
+    /// Adds the planes of the lower or the upper half of each byte, 32 bytes of every span: as many masks and sums as
+    /// there are registers for.
+    unsafe fn add_half<const PLANES: usize, const R: usize, const UPPER: usize>(
+        from: &[*const u8; R],
+        spans: Range<usize>,
+        part: usize,
+        token: &Token<'_>,
+        lead: bool,
+        sums: &mut [__m256; R],
+    ) {
+        let (run, half, count) = (part / 2, part % 2 * WIDE, PLANES / 2);
+        let mask = |plane: usize| _mm256_set1_epi8((((1u16 << (8 / PLANES)) - 1) << (plane * 8 / PLANES)) as i8);
+        let (masks, mut pairs) = ([mask(0), mask(1), mask(2), mask(3)], [[_mm256_setzero_si256(); 4]; R]);
+        for span in spans.clone() {
+            let at = (span * 8 / PLANES + run) * RUN + half;
+            // SAFETY: half a run of codes, and 32 columns of each of its planes.
+            unsafe {
+                let x = token.rounded.as_ptr().add((span * 8 + run * PLANES + UPPER * count) * RUN + half);
+                let mut packed = [_mm256_setzero_si256(); R];
+                for r in 0..R {
+                    if lead && half == 0 {
+                        fetch(from[r].wrapping_add(at));
+                    }
+                    packed[r] = _mm256_loadu_si256(from[r].add(at).cast());
+                    if UPPER == 1 {
+                        packed[r] = _mm256_srli_epi16::<4>(packed[r]);
+                    }
+                }
+                for plane in 0..count {
+                    let x = _mm256_loadu_si256(x.add(plane * RUN).cast());
+                    for r in 0..R {
+                        let products = _mm256_maddubs_epi16(_mm256_and_si256(packed[r], masks[plane]), x);
+                        pairs[r][plane] = _mm256_add_epi16(pairs[r][plane], products);
+                    }
+                }
+            }
+        }
+        for plane in 0..count {
+            let block = run * PLANES + UPPER * count + plane;
+            // SAFETY: within the segment's steps.
+            let steps = unsafe { steps(token, spans.start, block, half) };
+            for r in 0..R {
+                let fours = _mm256_madd_epi16(pairs[r][plane], _mm256_set1_epi16(1));
+                sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(fours), steps, sums[r]);
+            }
+        }
+    }
+
+    /// The same of whole bytes.
+    unsafe fn add_bytes<const R: usize>(
+        from: &[*const u8; R],
+        spans: Range<usize>,
+        part: usize,
+        token: &Token<'_>,
+        lead: bool,
+        sums: &mut [__m256; R],
+    ) {
+        let (run, half) = (part / 2, part % 2 * WIDE);
+        let mut pairs = [[[_mm256_setzero_si256(); 2]; 1]; R];
+        for span in spans.clone() {
+            let at = (span * 8 + run) * RUN + half;
+            for r in 0..R {
+                if lead && half == 0 {
+                    fetch(from[r].wrapping_add(at));
+                }
+                // SAFETY: half a run of codes, and its columns of the token.
+                unsafe {
+                    let packed = _mm256_loadu_si256(from[r].add(at).cast());
+                    add_pairs::<1>(packed, token.rounded.as_ptr().add(at), RUN, &mut pairs[r]);
+                }
+            }
+        }
+        // SAFETY: within the segment's steps.
+        let steps = unsafe { steps(token, spans.start, run, half) };
+        for r in 0..R {
+            sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(fours::<1>(pairs[r][0])), steps, sums[r]);
+        }
+    }
+
+    /// The steps of half a block in the segment that begins with a span.
+    unsafe fn steps(token: &Token<'_>, span: usize, block: usize, half: usize) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_loadu_ps(token.steps.as_ptr().add(span / SPANS * STEPS + block * 16 + half / 4)) }
     }
 
     unsafe fn scaled_planes<const PLANES: usize>(
