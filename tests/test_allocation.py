@@ -197,7 +197,7 @@ def test_it_beats_a_preset_of_its_size(family: Any, tmp_path: Path) -> None:
         evaluate(family.base, tmp_path / name, finetune, family.heldout["code"], max_tokens=2048).kl
         for name in ("auto", "preset")
     ]
-    assert found[0] < found[1]
+    assert found[0] < 0.9 * found[1]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])

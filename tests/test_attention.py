@@ -12,7 +12,7 @@ from meswitch.attention import Stretch, attend, stretches, visible
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 400)), min_size=1, max_size=40))
-def test_runs_are_neighbours_alike(requests: list[tuple[int, int]]) -> None:
+def test_stretches_are_neighbours_alike(requests: list[tuple[int, int]]) -> None:
     queries, keys = [asked for asked, _ in requests], [asked + past for asked, past in requests]
     found = list(stretches(queries, keys))
     assert [at for stretch in found for at in range(stretch.start, stretch.stop)] == list(range(len(requests)))

@@ -93,12 +93,8 @@ features! {
             for part in 0..16 / PLANES {
                 // SAFETY: as this function.
                 unsafe {
-                    if PLANES == 1 {
-                        add_bytes(&from, spans.clone(), part, token, lead, &mut sums);
-                    } else {
-                        add_half::<PLANES, R, 0>(&from, spans.clone(), part, token, lead, &mut sums);
-                        add_half::<PLANES, R, 1>(&from, spans.clone(), part, token, false, &mut sums);
-                    }
+                    add_half::<PLANES, R, 0>(&from, spans.clone(), part, token, lead, &mut sums);
+                    add_half::<PLANES, R, 1>(&from, spans.clone(), part, token, false, &mut sums);
                 }
             }
         }
@@ -116,14 +112,17 @@ features! {
         lead: bool,
         sums: &mut [__m256; R],
     ) {
-        let (run, half, count) = (part / 2, part % 2 * WIDE, PLANES / 2);
-        let mask = |plane: usize| _mm256_set1_epi8((((1u16 << (8 / PLANES)) - 1) << (plane * 8 / PLANES)) as i8);
+        let (run, half, count) = (part / 2, part % 2 * WIDE, (PLANES / 2).max(1));
+        // Whole bytes are two halves of one plane, the upper worth sixteen times as much.
+        let (upper, worth) = if PLANES == 1 { (0, 15 * UPPER + 1) } else { (UPPER * count, 1) };
+        let bits = (8 / PLANES).min(4);
+        let mask = |plane: usize| _mm256_set1_epi8((((1u32 << bits) - 1) << (plane * bits)) as i8);
         let (masks, mut pairs) = ([mask(0), mask(1), mask(2), mask(3)], [[_mm256_setzero_si256(); 4]; R]);
         for span in spans.clone() {
             let at = (span * 8 / PLANES + run) * RUN + half;
             // SAFETY: half a run of codes, and 32 columns of each of its planes.
             unsafe {
-                let x = token.rounded.as_ptr().add((span * 8 + run * PLANES + UPPER * count) * RUN + half);
+                let x = token.rounded.as_ptr().add((span * 8 + run * PLANES + upper) * RUN + half);
                 let mut packed = [_mm256_setzero_si256(); R];
                 for r in 0..R {
                     if lead && half == 0 {
@@ -144,51 +143,14 @@ features! {
             }
         }
         for plane in 0..count {
-            let block = run * PLANES + UPPER * count + plane;
+            let place = spans.start / SPANS * STEPS + (run * PLANES + upper + plane) * 16 + half / 4;
             // SAFETY: within the segment's steps.
-            let steps = unsafe { steps(token, spans.start, block, half) };
+            let steps = unsafe { _mm256_loadu_ps(token.steps.as_ptr().add(place)) };
             for r in 0..R {
-                let fours = _mm256_madd_epi16(pairs[r][plane], _mm256_set1_epi16(1));
+                let fours = _mm256_madd_epi16(pairs[r][plane], _mm256_set1_epi16(worth as i16));
                 sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(fours), steps, sums[r]);
             }
         }
-    }
-
-    /// The same of whole bytes.
-    unsafe fn add_bytes<const R: usize>(
-        from: &[*const u8; R],
-        spans: Range<usize>,
-        part: usize,
-        token: &Token<'_>,
-        lead: bool,
-        sums: &mut [__m256; R],
-    ) {
-        let (run, half) = (part / 2, part % 2 * WIDE);
-        let mut pairs = [[[_mm256_setzero_si256(); 2]; 1]; R];
-        for span in spans.clone() {
-            let at = (span * 8 + run) * RUN + half;
-            for r in 0..R {
-                if lead && half == 0 {
-                    fetch(from[r].wrapping_add(at));
-                }
-                // SAFETY: half a run of codes, and its columns of the token.
-                unsafe {
-                    let packed = _mm256_loadu_si256(from[r].add(at).cast());
-                    add_pairs::<1>(packed, token.rounded.as_ptr().add(at), RUN, &mut pairs[r]);
-                }
-            }
-        }
-        // SAFETY: within the segment's steps.
-        let steps = unsafe { steps(token, spans.start, run, half) };
-        for r in 0..R {
-            sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(fours::<1>(pairs[r][0])), steps, sums[r]);
-        }
-    }
-
-    /// The steps of half a block in the segment that begins with a span.
-    unsafe fn steps(token: &Token<'_>, span: usize, block: usize, half: usize) -> __m256 {
-        // SAFETY: the caller's promise.
-        unsafe { _mm256_loadu_ps(token.steps.as_ptr().add(span / SPANS * STEPS + block * 16 + half / 4)) }
     }
 
     unsafe fn scaled_planes<const PLANES: usize>(

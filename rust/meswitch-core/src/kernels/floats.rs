@@ -10,19 +10,6 @@ use crate::layout;
 const LANES: usize = 16;
 
 by_backend! {
-    /// Unpacks one row into floats, `code − zero`.
-    pub fn levels(packed: &[u8], bits: u32, zero: f32, codes: &mut [u8], out: &mut [f32]) = levels_body
-}
-
-#[inline(always)]
-fn levels_body(packed: &[u8], bits: u32, zero: f32, codes: &mut [u8], out: &mut [f32]) {
-    layout::unpack_row(packed, bits, codes);
-    for (level, code) in out.iter_mut().zip(codes.iter()) {
-        *level = f32::from(*code) - zero;
-    }
-}
-
-by_backend! {
     /// Unpacks one row.
     pub fn unpack(packed: &[u8], bits: u32, codes: &mut [u8]) = layout::unpack_row
 }

@@ -11,7 +11,7 @@ use super::decode::begin;
 use super::dense::{self, Base};
 use super::input::{self, Input};
 use super::matrix::Matrix;
-use super::parts::{self, TILE};
+use super::parts;
 use super::rows::Rows;
 use super::team::{self, ALONE};
 
@@ -21,6 +21,9 @@ const TOKENS: usize = 64;
 const SUMS: usize = 1 << 16;
 /// Bytes of a block's codes where more tokens come for them: those stay there too.
 const CODES: usize = 1 << 18;
+
+/// Rows of which threads take whole multiples.
+const ROWS: usize = 8;
 
 /// Looks at what somebody else makes ready before others get a turn on the processor.
 const SPINS: usize = 1 << 14;
@@ -152,7 +155,7 @@ impl<'a> Items<'a> {
         let tokens = all + most;
         let crowded = self.of.iter().filter(|item| item.tokens.len() == TOKENS);
         let codes = crowded.map(|item| item.matrix.bytes_before(rows)).max().unwrap_or(0);
-        let step = (SUMS / tokens.max(1)).min(CODES * rows / codes.max(1)).max(1).next_multiple_of(TILE);
+        let step = (SUMS / tokens.max(1)).min(CODES * rows / codes.max(1)).max(1).next_multiple_of(ROWS);
         let work = |index: usize, threads: usize| {
             let of = share(rows, index, threads, &before);
             // Memory answers while activations are made ready.
@@ -189,21 +192,21 @@ impl<'a> Items<'a> {
     }
 }
 
-/// The rows that a thread takes, from a multiple of [`TILE`] on: as many bytes as any other, of which `before(row)` lie
+/// The rows that a thread takes, from a multiple of [`ROWS`] on: as many bytes as any other, of which `before(row)` lie
 /// before a row.
 fn share(rows: usize, index: usize, threads: usize, before: &dyn Fn(usize) -> usize) -> Range<usize> {
     let all = before(rows);
     let first = |index: usize| {
-        let (mut low, mut high) = (0, rows.div_ceil(TILE));
+        let (mut low, mut high) = (0, rows.div_ceil(ROWS));
         while low < high {
             let middle = low.midpoint(high);
-            if before((middle * TILE).min(rows)) * threads < all * index {
+            if before((middle * ROWS).min(rows)) * threads < all * index {
                 low = middle + 1;
             } else {
                 high = middle;
             }
         }
-        (low * TILE).min(rows)
+        (low * ROWS).min(rows)
     };
     let end = if index + 1 == threads { rows } else { first(index + 1) };
     (if index == 0 { 0 } else { first(index) })..end
@@ -250,7 +253,7 @@ mod tests {
             assert_eq!((shares[0].start, shares[threads - 1].end), (0, 1001));
         }
         let half = of(0, 2).end;
-        assert!((144..=168).contains(&half), "{half}");
+        assert!((144..=152).contains(&half), "{half}");
         assert_eq!(share(0, 1, 2, &|_| 0), 0..0);
     }
 }

@@ -6,14 +6,15 @@ use half::f16;
 
 use super::activations::{Activations, Token};
 use super::decode::{self, Codes};
-use super::floats::{dot, levels, narrow};
+use super::floats::{dot, narrow};
 use super::input::Input;
 use super::matrix::{Matrix, Part};
 use super::rows::widen_f16;
+use super::unpack::scaled_row;
 use crate::layout::{RUN, row_bytes};
 
 /// Rows that kernels take together: three, four or eight at a time.
-pub(super) const TILE: usize = 24;
+const TILE: usize = 24;
 /// Bytes that the nearest cache holds beside activations.
 const NEAR: usize = 1 << 15;
 
@@ -115,15 +116,9 @@ fn grouped(matrix: &Matrix<'_>, part: &Part<'_>, all: &Activations, of: &Range<u
 
 fn floats(matrix: &Matrix<'_>, part: &Part<'_>, input: &Input, of: &Range<usize>, sums: &mut [f32]) {
     let columns = matrix.columns;
-    let (mut unpacked, mut level) = (vec![0u8; columns], vec![0f32; columns]);
-    let groups = columns.div_ceil(part.group).max(1);
+    let (mut codes, mut level) = (vec![0u8; columns], vec![0f32; columns]);
     for at in part.span(of.start, of.end) {
-        levels(part.packed(at, columns), part.bits, part.zero, &mut unpacked, &mut level);
-        let scales = &part.scales[at * groups..(at + 1) * groups];
-        for (scale, level) in scales.iter().zip(level.chunks_mut(part.group)) {
-            let scale = scale.to_f32() * matrix.unit;
-            level.iter_mut().for_each(|value| *value *= scale);
-        }
+        scaled_row(matrix, part, at, &[], &mut codes, &mut level);
         for token in 0..input.tokens {
             sums[token * of.len() + part.row(at) - of.start] +=
                 dot(&level, &input.scaled[token * columns..(token + 1) * columns]);

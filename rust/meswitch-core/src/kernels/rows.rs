@@ -3,7 +3,6 @@
 use half::f16;
 
 use super::by_backend;
-use super::decode::begin;
 use super::floats::add_times;
 
 /// Element types of activations.
@@ -53,17 +52,6 @@ impl Rows {
         }
     }
 
-    /// Says that a row will be read soon.
-    ///
-    /// # Safety
-    /// The memory must have that row of as many elements.
-    pub unsafe fn fetch(self, row: usize, length: usize) {
-        let size = if self.kind == Kind::F32 { 4 } else { 2 };
-        let start = (self.address + row * self.stride * size) as *const u8;
-        // SAFETY: the caller's promise; any bits are bytes.
-        begin(unsafe { std::slice::from_raw_parts(start, length * size) });
-    }
-
     /// Writes a row's elements from `first` on.
     ///
     /// # Safety
@@ -82,23 +70,31 @@ impl Rows {
         }
     }
 
-    /// Writes row `other` of `base` with `values` added, rounded once; `values` are working memory then.
+    /// Writes row `other` of `base` with `values` added, rounded once.
     ///
     /// # Safety
     /// As [`Self::add`], and `base` must have that row of as many elements.
-    pub unsafe fn sum(self, row: usize, base: Self, other: usize, values: &mut [f32]) {
+    pub unsafe fn sum(self, row: usize, base: Self, other: usize, values: &[f32]) {
+        let (at, from, length) = (row * self.stride, other * base.stride, values.len());
         // SAFETY: the caller's promise; a tensor is aligned to its elements, and any bits are a value.
         unsafe {
-            if (self.kind, base.kind) == (Kind::Bf16, Kind::Bf16) {
-                let to = (self.address as *mut u16).add(row * self.stride);
-                let from = (base.address as *const u16).add(other * base.stride);
-                let length = values.len();
-                sum_bf16(std::slice::from_raw_parts(from, length), values, std::slice::from_raw_parts_mut(to, length));
-            } else {
-                let mut wide = vec![0f32; values.len()];
-                base.read(other, &mut wide);
-                add_times(values, &wide, 1.0);
-                self.write(row, 0, values);
+            match (self.kind, base.kind) {
+                (Kind::F32, _) => {
+                    let out = std::slice::from_raw_parts_mut((self.address as *mut f32).add(at), length);
+                    base.read(other, out);
+                    add_times(out, values, 1.0);
+                }
+                (Kind::Bf16, Kind::Bf16) => {
+                    let base = std::slice::from_raw_parts((base.address as *const u16).add(from), length);
+                    let out = std::slice::from_raw_parts_mut((self.address as *mut u16).add(at), length);
+                    sum_bf16(base, values, out);
+                }
+                _ => {
+                    let mut wide = vec![0f32; length];
+                    base.read(other, &mut wide);
+                    add_times(&mut wide, values, 1.0);
+                    self.write(row, 0, &wide);
+                }
             }
         }
     }

@@ -31,15 +31,10 @@ pub unsafe fn merged(matrix: &Matrix<'_>, base: Rows, of: Range<usize>, out: Row
     assert!(of.end <= matrix.rows);
     let work = |index: usize, threads: usize| {
         let (mut spare, mut delta) = (Spare::of(matrix), vec![0f32; matrix.columns]);
-        let mine = of.len() * index / threads..of.len() * (index + 1) / threads;
-        for at in mine.clone() {
-            if at + 2 < mine.end {
-                // SAFETY: the caller's promise.
-                unsafe { base.fetch(of.start + at + 2, matrix.columns) };
-            }
+        for at in of.len() * index / threads..of.len() * (index + 1) / threads {
             spare.dense(of.start + at, &mut delta);
             // SAFETY: the caller's promise; no two threads have a row in common.
-            unsafe { out.sum(at, base, of.start + at, &mut delta) };
+            unsafe { out.sum(at, base, of.start + at, &delta) };
         }
     };
     if of.len() * matrix.columns < ALONE { work(0, 1) } else { team::parallel(&work) }
@@ -65,7 +60,7 @@ impl<'a> Spare<'a> {
         let (matrix, columns) = (self.matrix, self.matrix.columns);
         let part = matrix.parts.iter().find_map(|part| Some((part, part.span(row, row + 1).next()?)));
         match part {
-            Some((part, at)) => self.levels(part, at, out),
+            Some((part, at)) => scaled_row(matrix, part, at, &self.columns, &mut self.codes, out),
             None => out.fill(0.0),
         }
         if let Some(sparse) = &matrix.sparse {
@@ -84,17 +79,23 @@ impl<'a> Spare<'a> {
             }
         }
     }
+}
 
-    /// A row's codes under their scales.
-    fn levels(&mut self, part: &Part<'_>, at: usize, out: &mut [f32]) {
-        let columns = self.matrix.columns;
-        unpack(part.packed(at, columns), part.bits, &mut self.codes);
-        let groups = columns.div_ceil(part.group).max(1);
-        for (group, scale) in part.scales[at * groups..(at + 1) * groups].iter().enumerate() {
-            let of = group * part.group..((group + 1) * part.group).min(columns);
-            let factors = self.columns.get(of.clone()).unwrap_or_default();
-            let scale = scale.to_f32() * self.matrix.unit;
-            scaled_levels(&self.codes[of.clone()], part.zero, scale, factors, &mut out[of]);
-        }
+/// A row of a part, its codes under their scales and `factors` (none count as one). `codes` is working memory.
+pub(super) fn scaled_row(
+    matrix: &Matrix<'_>,
+    part: &Part<'_>,
+    at: usize,
+    factors: &[f32],
+    codes: &mut [u8],
+    out: &mut [f32],
+) {
+    let columns = matrix.columns;
+    unpack(part.packed(at, columns), part.bits, codes);
+    let groups = columns.div_ceil(part.group).max(1);
+    for (group, scale) in part.scales[at * groups..(at + 1) * groups].iter().enumerate() {
+        let of = group * part.group..((group + 1) * part.group).min(columns);
+        let factors = factors.get(of.clone()).unwrap_or_default();
+        scaled_levels(&codes[of.clone()], part.zero, scale.to_f32() * matrix.unit, factors, &mut out[of]);
     }
 }
