@@ -204,18 +204,20 @@ def compress(
         if bpw is not None:
             target_bytes = math.floor(bpw * job.parameters / 8)
         settings |= {"method": "auto", "target_bytes": target_bytes}
-        compensated = compensate and job.factors(plans) is not None
-        costs = job.costs(sensitivity or {}, compensated)
-        found = job.allocate(plans, settings, costs, lambda site, done, total: step(site, done, 2 * total))
+        every = list(_plans(job.base, job.finetune, PRESETS["default"], None))
+        factor = job.factors(every) if compensate else None
+        costs = job.costs(sensitivity or {}, factor is not None)
+        found = job.allocate(plans, every, settings, costs, lambda site, done, total: step(site, done, 2 * total))
         plans = found.plans
         settings["chosen"] = found.summary()
+    else:
+        factor = job.factors(plans) if compensate else None
 
     def write(site: str, done: int, total: int) -> None:
         nonlocal resumed
         resumed = done if resumed is None else resumed
         step(site, total + done, 2 * total) if auto else step(site, done, total)
 
-    factor = job.factors(plans) if compensate else None
     settings["compensated"] = factor is not None
     _native.compress(
         *job.pair, target, plans, job.moments(plans), job.files, json.dumps(settings), job.name, write, factor
@@ -309,11 +311,12 @@ class _Job:
     def allocate(
         self,
         plans: list[dict[str, Any]],
+        every: list[dict[str, Any]],
         settings: dict[str, Any],
         costs: Costs,
         progress: Callable[[str, int, int], None],
     ) -> Allocation:
-        """Every matrix at what it is worth, within `settings["target_bytes"]` or else what `plans` would weigh."""
+        """`every` matrix at what it is worth, within `settings["target_bytes"]` or else what `plans` would weigh."""
         shared = {plan["name"] for plan in plans if _native.same(*self.pair, plan["name"])}
 
         def weigh(plans: list[dict[str, Any]], summary: list[dict[str, Any]]) -> int:
@@ -323,7 +326,6 @@ class _Job:
 
         if settings["target_bytes"] is None:
             settings["target_bytes"] = weigh(plans, [])
-        every = _plans(self.base, self.finetune, PRESETS["default"], None)
         return allocate(
             self.base,
             self.finetune,
