@@ -40,16 +40,16 @@ pub unsafe fn dot(codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [f32]) {
 }
 
 /// # Safety
-/// As `dot`; `scales` has one value for each 64 columns of each row, every token's zeros as many as a row.
+/// As `dot`; `scales` has one value for each 64 columns of each row.
 #[target_feature(enable = "avx2,fma")]
-pub unsafe fn dot_scaled(codes: &Codes<'_>, scales: &[f32], tokens: &[Token<'_>], zeros: &[&[f32]], out: &mut [f32]) {
+pub unsafe fn dot_scaled(codes: &Codes<'_>, scales: &[f32], tokens: &[Token<'_>], out: &mut [f32]) {
     // SAFETY: the caller's promise.
     unsafe {
         match codes.bits {
-            1 => scaled_planes::<8>(codes, scales, tokens, zeros, out),
-            2 => scaled_planes::<4>(codes, scales, tokens, zeros, out),
-            4 => scaled_planes::<2>(codes, scales, tokens, zeros, out),
-            _ => scaled_planes::<1>(codes, scales, tokens, zeros, out),
+            1 => scaled_planes::<8>(codes, scales, tokens, out),
+            2 => scaled_planes::<4>(codes, scales, tokens, out),
+            4 => scaled_planes::<2>(codes, scales, tokens, out),
+            _ => scaled_planes::<1>(codes, scales, tokens, out),
         }
     }
 }
@@ -157,7 +157,6 @@ features! {
         codes: &Codes<'_>,
         scales: &[f32],
         tokens: &[Token<'_>],
-        zeros: &[&[f32]],
         out: &mut [f32],
     ) {
         let blocks = codes.columns.div_ceil(RUN);
@@ -165,26 +164,9 @@ features! {
             let scales = &scales[row * blocks..(row + 1) * blocks];
             for (at, token) in tokens.iter().enumerate() {
                 // SAFETY: a row below `rows`.
-                let sum = unsafe { scaled::<PLANES>(codes, row, scales, token) };
-                out[at * codes.rows + row] = match zeros.get(at) {
-                    Some(zeros) => sum - product(scales, zeros),
-                    None => sum,
-                };
+                out[at * codes.rows + row] = unsafe { scaled::<PLANES>(codes, row, scales, token) };
             }
         }
-    }
-
-    /// `Σ a·b`.
-    fn product(a: &[f32], b: &[f32]) -> f32 {
-        let (whole_a, whole_b) = (a.chunks_exact(8), b.chunks_exact(8));
-        let rest: f32 = whole_a.remainder().iter().zip(whole_b.remainder()).map(|(a, b)| a * b).sum();
-        let mut sum = _mm256_setzero_ps();
-        for (a, b) in whole_a.zip(whole_b) {
-            // SAFETY: eight values each.
-            let (a, b) = unsafe { (_mm256_loadu_ps(a.as_ptr()), _mm256_loadu_ps(b.as_ptr())) };
-            sum = _mm256_fmadd_ps(a, b, sum);
-        }
-        rest + reduce(sum)
     }
 
     /// One row of one token, every 64 columns times a scale; columns after the last whole span are left out.

@@ -42,16 +42,16 @@ pub unsafe fn dot(codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [f32]) {
 }
 
 /// # Safety
-/// As `dot`; `scales` has one value for each 64 columns of each row, every token's zeros as many as a row.
+/// As `dot`; `scales` has one value for each 64 columns of each row.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub unsafe fn dot_scaled(codes: &Codes<'_>, scales: &[f32], tokens: &[Token<'_>], zeros: &[&[f32]], out: &mut [f32]) {
+pub unsafe fn dot_scaled(codes: &Codes<'_>, scales: &[f32], tokens: &[Token<'_>], out: &mut [f32]) {
     // SAFETY: the caller's promise.
     unsafe {
         match codes.bits {
-            1 => scaled_planes::<8>(codes, scales, tokens, zeros, out),
-            2 => scaled_planes::<4>(codes, scales, tokens, zeros, out),
-            4 => scaled_planes::<2>(codes, scales, tokens, zeros, out),
-            _ => scaled_planes::<1>(codes, scales, tokens, zeros, out),
+            1 => scaled_planes::<8>(codes, scales, tokens, out),
+            2 => scaled_planes::<4>(codes, scales, tokens, out),
+            4 => scaled_planes::<2>(codes, scales, tokens, out),
+            _ => scaled_planes::<1>(codes, scales, tokens, out),
         }
     }
 }
@@ -304,7 +304,6 @@ features! {
         codes: &Codes<'_>,
         scales: &[f32],
         tokens: &[Token<'_>],
-        zeros: &[&[f32]],
         out: &mut [f32],
     ) {
         let blocks = codes.columns.div_ceil(RUN);
@@ -313,10 +312,7 @@ features! {
             for (at, token) in tokens.iter().enumerate() {
                 // SAFETY: a row below `rows`.
                 let sum = unsafe { scaled::<PLANES>(codes, row, scales, token) };
-                out[at * codes.rows + row] = match zeros.get(at) {
-                    Some(zeros) => _mm512_reduce_add_ps(_mm512_sub_ps(sum, product(scales, zeros))),
-                    None => _mm512_reduce_add_ps(sum),
-                };
+                out[at * codes.rows + row] = _mm512_reduce_add_ps(sum);
             }
         }
     }
@@ -348,18 +344,6 @@ features! {
             }
         }
         _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]))
-    }
-
-    /// `Σ a·b` in lanes.
-    fn product(a: &[f32], b: &[f32]) -> __m512 {
-        let mut sum = _mm512_setzero_ps();
-        for (a, b) in a.chunks(16).zip(b.chunks(16)) {
-            let there = u16::MAX >> (16 - a.len().min(b.len()));
-            // SAFETY: masked loads of values that are there.
-            let (a, b) = unsafe { (_mm512_maskz_loadu_ps(there, a.as_ptr()), _mm512_maskz_loadu_ps(there, b.as_ptr())) };
-            sum = _mm512_fmadd_ps(a, b, sum);
-        }
-        sum
     }
 
     /// A row's sum in lanes, with its last columns and those that were not rounded.

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use super::activations::{SPAN, Token};
 use super::backend::{Backend, backend};
+use super::floats;
 #[cfg(target_arch = "aarch64")]
 use super::neon;
 use super::scalar;
@@ -187,17 +188,17 @@ fn dot_scaled_on(
     match backend {
         // SAFETY: a backend is named only after the processor said that it has it; lengths were looked at.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx512Vnni => unsafe { avx512::dot_scaled(codes, scales, tokens, zeros, out) },
+        Backend::Avx512Vnni => unsafe { avx512::dot_scaled(codes, scales, tokens, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx512 | Backend::Avx2 => unsafe { avx2::dot_scaled(codes, scales, tokens, zeros, out) },
+        Backend::Avx512 | Backend::Avx2 => unsafe { avx2::dot_scaled(codes, scales, tokens, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Backend::NeonDot => unsafe { neon::dot_scaled::<neon::Fours>(codes, scales, tokens, zeros, out) },
+        Backend::NeonDot => unsafe { neon::dot_scaled::<neon::Fours>(codes, scales, tokens, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Backend::Neon => unsafe { neon::dot_scaled::<neon::Singles>(codes, scales, tokens, zeros, out) },
-        _ => scalar::dot_scaled(codes, scales, tokens, zeros, out),
+        Backend::Neon => unsafe { neon::dot_scaled::<neon::Singles>(codes, scales, tokens, out) },
+        _ => scalar::dot_scaled(codes, scales, tokens, out),
     }
     let mut rest = vec![0u8; codes.columns - main];
     for (row, scales) in scales.chunks(blocks.max(1)).enumerate() {
@@ -207,6 +208,7 @@ fn dot_scaled_on(
         for (at, token) in tokens.iter().enumerate() {
             let sum = &mut out[at * codes.rows + row];
             *sum += scalar::rest(&rest, &token.rounded[main..], &scales[main / RUN..], token.tail);
+            *sum -= zeros.get(at).map_or(0.0, |zeros| floats::dot(scales, zeros));
             for (column, x) in token.outliers {
                 let column = *column as usize;
                 *sum += f32::from(codes.code(row, column)) * x * scales[column / RUN];

@@ -10,7 +10,6 @@ use std::arch::asm;
 
 use super::activations::{SPAN, STEPS, Token};
 use super::decode::Codes;
-use super::floats;
 use crate::layout::RUN;
 
 /// Bytes of a vector.
@@ -126,22 +125,16 @@ pub unsafe fn dot<L: Lanes>(codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [
 }
 
 /// # Safety
-/// As `dot`; `scales` has one value for each 64 columns of each row, every token's zeros as many as a row.
+/// As `dot`; `scales` has one value for each 64 columns of each row.
 #[target_feature(enable = "neon")]
-pub unsafe fn dot_scaled<L: Lanes>(
-    codes: &Codes<'_>,
-    scales: &[f32],
-    tokens: &[Token<'_>],
-    zeros: &[&[f32]],
-    out: &mut [f32],
-) {
+pub unsafe fn dot_scaled<L: Lanes>(codes: &Codes<'_>, scales: &[f32], tokens: &[Token<'_>], out: &mut [f32]) {
     // SAFETY: the caller's promise.
     unsafe {
         match codes.bits {
-            1 => scaled_planes::<L, 8, 8>(codes, scales, tokens, zeros, out),
-            2 => scaled_planes::<L, 4, 4>(codes, scales, tokens, zeros, out),
-            4 => scaled_planes::<L, 2, 2>(codes, scales, tokens, zeros, out),
-            _ => scaled_planes::<L, 1, 2>(codes, scales, tokens, zeros, out),
+            1 => scaled_planes::<L, 8, 8>(codes, scales, tokens, out),
+            2 => scaled_planes::<L, 4, 4>(codes, scales, tokens, out),
+            4 => scaled_planes::<L, 2, 2>(codes, scales, tokens, out),
+            _ => scaled_planes::<L, 1, 2>(codes, scales, tokens, out),
         }
     }
 }
@@ -215,7 +208,6 @@ features! {
         codes: &Codes<'_>,
         scales: &[f32],
         tokens: &[Token<'_>],
-        zeros: &[&[f32]],
         out: &mut [f32],
     ) {
         let blocks = codes.columns.div_ceil(RUN);
@@ -223,8 +215,7 @@ features! {
             let scales = &scales[row * blocks..(row + 1) * blocks];
             for (at, token) in tokens.iter().enumerate() {
                 // SAFETY: a row below `rows`.
-                let sum = unsafe { scaled::<L, PLANES, PARTS>(codes, row, scales, token) };
-                out[at * codes.rows + row] = sum - zeros.get(at).map_or(0.0, |zeros| floats::dot(scales, zeros));
+                out[at * codes.rows + row] = unsafe { scaled::<L, PLANES, PARTS>(codes, row, scales, token) };
             }
         }
     }

@@ -23,18 +23,15 @@ pub fn dot(codes: &Codes<'_>, tokens: &[Token<'_>], out: &mut [f32]) {
     }
 }
 
-/// The same with a scale for each 64 columns of each row, less `Σ scale · zero`; columns after the last whole span are
-/// left out of the codes' sum.
-pub fn dot_scaled(codes: &Codes<'_>, scales: &[f32], tokens: &[Token<'_>], zeros: &[&[f32]], out: &mut [f32]) {
+/// The same with a scale for each 64 columns of each row; columns after the last whole span are left out.
+pub fn dot_scaled(codes: &Codes<'_>, scales: &[f32], tokens: &[Token<'_>], out: &mut [f32]) {
     let (main, blocks) = (codes.columns / SPAN * SPAN, codes.columns.div_ceil(RUN));
     let mut unpacked = vec![0u8; codes.columns];
     for row in 0..codes.rows {
         unpack_row(codes.packed(row), codes.bits, &mut unpacked);
         let scales = &scales[row * blocks..(row + 1) * blocks];
         for (at, token) in tokens.iter().enumerate() {
-            let zeros = zeros.get(at).copied().unwrap_or_default();
-            let zero: f32 = scales.iter().zip(zeros).map(|(scale, zero)| scale * zero).sum();
-            out[at * codes.rows + row] = whole(&unpacked[..main], scales, token) - zero;
+            out[at * codes.rows + row] = whole(&unpacked[..main], scales, token);
         }
     }
 }
