@@ -15,7 +15,7 @@ use std::time::Instant;
 use half::f16;
 use meswitch_core::kernels::matrix::{Matrix, Part};
 use meswitch_core::kernels::{available, backend, linear, team};
-use meswitch_core::layout::row_bytes;
+use meswitch_core::layout::part_bytes;
 
 const BYTES: usize = 1 << 29;
 /// Bytes ahead at which the streaming read fetches: with it, it is the quicker by a tenth.
@@ -124,7 +124,7 @@ fn measure(
 ) -> Found {
     let x: Vec<f32> = (0..tokens * columns).map(|i| (i % 17) as f32 - 8.0).collect();
     let group = if group == 0 { columns } else { group };
-    let size = rows * row_bytes(bits, columns);
+    let size = part_bytes(bits, rows, columns);
     let matrix = |codes| Matrix {
         rows,
         columns,
@@ -211,8 +211,7 @@ fn main() {
         return table();
     }
     let asked: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
-    let all: Vec<String> =
-        available().map(|backend| backend.to_string()).filter(|name| name != "scalar" && name != "avx512").collect();
+    let all: Vec<String> = available().map(|backend| backend.to_string()).filter(|name| name != "scalar").collect();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     for name in if asked.is_empty() { all } else { asked } {
         for threads in [cores, 1] {

@@ -138,11 +138,11 @@ class Ours(Side):
     def load(self, bits: int, rows: int, columns: int) -> dict[str, tuple[int, int]]:
         import torch
 
-        from meswitch.reference import row_bytes
+        from meswitch.reference import padded, row_bytes
 
-        size = rows * row_bytes(bits, columns)
+        size = padded(rows) * row_bytes(bits, columns)
         windows, count = spread(size)
-        banks = self.memory[:, : windows * count * size // 4].view(len(self.memory), windows, count, rows, -1)
+        banks = self.memory[:, : windows * count * size // 4].view(len(self.memory), windows, count, -1)
         self.x, self.y = torch.randn(1, columns), torch.zeros(1, rows)
         self.cycles = {"read": Cycle([window.view(torch.int64).sum for window in banks[0]], count, count * size)}
         for (name, group), words in zip(GROUPS.items(), banks[1:], strict=True):
@@ -150,13 +150,13 @@ class Ours(Side):
         return self.sizes()
 
     def cycle(self, bits: int, group: int, words: Any) -> Cycle:
-        """Matrices of these codes `[windows, matrices, rows, words]`, with a scale for so many columns."""
+        """Matrices of these codes `[windows, matrices, words]`, with a scale for so many columns."""
         import torch
 
         from meswitch import ops
 
-        windows, count, rows, _ = words.shape
-        columns, one = self.x.shape[1], ops.Rows([0])
+        windows, count, _ = words.shape
+        rows, columns, one = self.y.shape[1], self.x.shape[1], ops.Rows([0])
         scales = torch.rand(windows, count, rows, columns // group).half()
         tables = [
             [table(bits, group, columns, *pair) for pair in zip(*of, strict=True)]
@@ -169,7 +169,7 @@ class Ours(Side):
                 of.native.delta_linear(y, x, one.native, False)
 
         self.check(tables[0][0])
-        nbytes = count * rows * (4 * words.shape[-1] + 2 * scales.shape[-1])
+        nbytes = count * (4 * words.shape[-1] + 2 * rows * scales.shape[-1])
         return Cycle([lambda window=window: run(window) for window in tables], count, nbytes)
 
     def check(self, table: Any) -> None:
@@ -191,8 +191,8 @@ def table(bits: int, group: int, columns: int, codes: Any, scales: Any) -> Any:
     from meswitch.delta import Part, Site
 
     part = Part(bits, (2**bits - 1) / 2, codes, scales, group)
-    site = Site("weight", "quantized", (len(codes), columns), torch.bfloat16, parts=(part,))
-    of = ops.SiteTable(len(codes), columns)
+    site = Site("weight", "quantized", (len(scales), columns), torch.bfloat16, parts=(part,))
+    of = ops.SiteTable(len(scales), columns)
     of.set(0, site)
     return of
 

@@ -1,13 +1,15 @@
 """What deltas keep of their fine-tunes against what they weigh, on the held-out text of real families.
 
     python benches/quality.py [--family tiny --family smol] [--seed 0 --seed 1 --seed 2] [--way default --way small]
-                              [--tokens 12288] [--no-distill] [--calibrate-on DOMAIN] [--results FILE] [--plot FILE.png]
+                              [--tokens 12288] [--steps 120] [--no-distill] [--calibrate-on DOMAIN] [--results FILE]
+                              [--plot FILE.png] [--into FILE.md]
 
 Ways are presets, the papers' presets with embeddings and head in them too (`bitdelta at 1 bit`: as `meswitch compress
 --preset bitdelta --bits 1`) and sizes in bits a weight (`2.1`: `--bpw 2.1`); each is measured as compressed and after
 `distill`, the papers' also without what our distillation has beyond theirs, beside truncated SVDs of equal bytes.
 Families are trained if they are not cached. Every number goes to the results file (JSON lines) as soon as it is known
-and is not measured again; tables and plot are made from that file, as means over seeds.
+and is not measured again; tables and plot are made from that file, as means over seeds. `--into` puts tables between
+the lines BEGIN and END of a text.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ WAYS = (*PRESETS, *WHOLE, "1.1", "1.6", "2.1", "3.1")
 PAPERS = ("me-switch", "bitdelta", *WHOLE)
 # `published`: distilled as the papers do, see `published`.
 FORMS = ("compressed", "published", "distilled", "svd")
+TRAINED = ("published", "distilled")
+BEGIN, END = "<!-- benches/quality.py: begin -->", "<!-- benches/quality.py: end -->"
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,11 @@ class Measured:
     bpw: float
     share: float
     kl: float
+    steps: int = 0  # of distillation
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.family, self.seed, self.domain, self.way, self.form, self.calibrated_on
+        return self.family, self.seed, self.domain, self.way, self.form, self.calibrated_on, self.steps
 
 
 class Results:
@@ -86,17 +91,18 @@ class Bench:
     results: Results
     ways: list[str]
     tokens: int
-    distilled: bool
+    steps: int  # of distillation; none where 0
     source: str | None  # the domain whose text calibrates, where that is not the expert's own
 
     def run(self, name: str, seed: int) -> None:
         made = family(name, seed=seed)
         for domain in made.experts:
             source = self.source or domain
-            left = {
-                way: [form for form in self._forms(way) if (name, seed, domain, way, form, source) not in self.results]
-                for way in self.ways
-            }
+
+            def missing(way: str, form: str, of: tuple[object, ...] = (name, seed, domain), text: str = source) -> bool:
+                return (*of, way, form, text, self._steps(form)) not in self.results
+
+            left = {way: [form for form in self._forms(way) if missing(way, form)] for way in self.ways}
             if not any(left.values()):
                 continue
             text = made.calibration[source]
@@ -105,10 +111,14 @@ class Bench:
             costs = sense(made.experts[domain], text, seen) if sensed else None
             for way, forms in left.items():
                 for form, bpw, share, kl in self._measure(made, domain, source, way, forms, (seen, costs), seed):
-                    self.results.add(Measured(name, seed, domain, way, form, source, bpw, share or 0.0, kl))
+                    row = Measured(name, seed, domain, way, form, source, bpw, share or 0.0, kl, self._steps(form))
+                    self.results.add(row)
+
+    def _steps(self, form: str) -> int:
+        return self.steps if form in TRAINED else 0
 
     def _forms(self, way: str) -> tuple[str, ...]:
-        if not self.distilled:
+        if not self.steps:
             return "compressed", "svd"
         return FORMS if way in PAPERS else ("compressed", "distilled", "svd")
 
@@ -138,10 +148,11 @@ class Bench:
                     "svd": (rival_bpw, rival["recovered_share"], rival["kl"]),
                 }
                 yield from ((form, *values) for form, values in both.items() if form in forms)
-            for form in (form for form in forms if form in ("published", "distilled")):
+            for form in (form for form in forms if form in TRAINED):
                 out = Path(folder) / form
                 with published(one_scale="bitdelta" in way) if form == "published" else nullcontext():
-                    distill(made.base, finetune, delta, out, made.calibration[source], method="whole", seed=seed)
+                    text = made.calibration[source]
+                    distill(made.base, finetune, delta, out, text, method="whole", steps=self.steps, seed=seed)
                 found = evaluate(made.base, out, finetune, heldout, max_tokens=self.tokens)
                 yield form, report.bpw, found.recovered_share, found.kl
 
@@ -196,7 +207,10 @@ def table(title: str, rows: list[Measured]) -> str:
     """Markdown: a line for each way and form, a column for each domain, means over seeds."""
     domains = sorted({row.domain for row in rows})
     columns = ["way", "form", "bits a weight", *domains, "mean", "KL, 1e-3 nats"]
-    lines = [f"### {title}, seeds {sorted({row.seed for row in rows})}", "", f"| {' | '.join(columns)} |"]
+    seeds, steps = sorted({row.seed for row in rows}), sorted({row.steps for row in rows if row.steps})
+    title += f", seeds {', '.join(map(str, seeds))}"
+    title += f", distilled over {' and '.join(map(str, steps))} steps" if steps else ""
+    lines = [f"### {title}", "", f"| {' | '.join(columns)} |"]
     lines.append("|---" * len(columns) + "|")
     for way in (way for way in WAYS if any(row.way == way for row in rows)):
         for form in FORMS:
@@ -207,6 +221,15 @@ def table(title: str, rows: list[Measured]) -> str:
                 cells += [f"{100 * mean(row.share for row in own):.2f} %", f"{1000 * mean(row.kl for row in own):.3f}"]
                 lines.append(f"| {way} | {form} | {mean(row.bpw for row in own):.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def put(tables: str, path: Path) -> None:
+    """Between the two lines of the text. Raises `ValueError` where it has none."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"expected the lines {BEGIN} and {END} in {path}")
+    path.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}")
 
 
 def plot(found: dict[str, list[Measured]], path: Path) -> None:
@@ -242,18 +265,24 @@ def main() -> None:
     parser.add_argument("--seed", action="append", type=int)
     parser.add_argument("--way", action="append", choices=WAYS)
     parser.add_argument("--tokens", type=int, default=12288)
+    parser.add_argument("--steps", type=int, default=120, help="of distillation")
     parser.add_argument("--no-distill", action="store_true")
     parser.add_argument("--calibrate-on", metavar="DOMAIN")
     parser.add_argument("--results", type=Path, default=Path("target/quality.jsonl"))
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--into", type=Path, metavar="FILE.md")
     given = parser.parse_args()
     results = Results(given.results)
-    bench = Bench(results, given.way or list(WAYS), given.tokens, not given.no_distill, given.calibrate_on)
+    steps = 0 if given.no_distill else given.steps
+    bench = Bench(results, given.way or list(WAYS), given.tokens, steps, given.calibrate_on)
     for name in given.family or ["tiny"]:
         for seed in given.seed or [0]:
             bench.run(name, seed)
     found = groups(results)
-    print("\n\n".join(table(title, rows) for title, rows in found.items()))
+    tables = "\n\n".join(table(title, rows) for title, rows in found.items())
+    print(tables)
+    if given.into:
+        put(tables, given.into)
     if given.plot:
         plot(found, given.plot)
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from families import config_of, save_finetune, save_random
+from meswitch import _native, reference
 from meswitch.compress import compress
 from meswitch.delta import Delta
 from meswitch.errors import BaseMismatchError, ChecksumError, FormatError
@@ -44,6 +47,45 @@ def test_tensors_are_views_of_the_file(made: Path) -> None:
     codes = site.parts[0].codes.clone()
     delta.close()
     assert torch.equal(site.parts[0].codes, codes)
+
+
+def old_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packed rows as versions 1 and 2 of the format have them, in runs of 64 bytes: `uint8 [n, bytes]`."""
+    if bits == 3:
+        return torch.cat([old_rows(codes & 3, 2), old_rows(codes >> 2, 1)], dim=1)
+    per_byte, columns = 8 // bits, codes.shape[1]
+    whole, rest = divmod(columns, 64 * per_byte)
+    last = 4 * -(-rest // (4 * per_byte))
+    packed = torch.zeros(len(codes), 64 * whole + last, dtype=torch.uint8)
+    for column in range(columns):
+        run, at = divmod(column, 64 * per_byte)
+        width = 64 if run < whole else last
+        packed[:, 64 * run + at % width] |= codes[:, column] << (bits * (at // width))
+    return packed
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from(reference.BITS),
+    rows=st.integers(0, 70) | st.integers(200, 600),
+    columns=st.integers(1, 700),
+    seed=st.integers(0, 2**31),
+)
+def test_codes_of_older_versions_are_put_in_order(bits: int, rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator).to(torch.uint8)
+    old, expected = old_rows(codes, bits), reference.pack(codes, bits)
+    found = torch.full_like(expected, -1)
+    _native.tile((old.data_ptr(), old.nbytes), bits, columns, (found.data_ptr(), found.nbytes))
+    assert torch.equal(found, expected)
+
+
+def test_codes_of_older_versions_fit_their_place() -> None:
+    codes = torch.zeros(70, 300, dtype=torch.uint8)
+    old, tiled = old_rows(codes, 2), reference.pack(codes, 2)
+    for less, lacks in ((1, 0), (0, 4), (76 * 6, 0)):  # part of a row, a word, the rows of a cache line
+        with pytest.raises(ValueError):
+            _native.tile((old.data_ptr(), old.nbytes - less), 2, 300, (tiled.data_ptr(), tiled.nbytes - lacks))
 
 
 def test_an_open_delta_outlives_its_directory(made: Path, tmp_path: Path) -> None:

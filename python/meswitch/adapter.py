@@ -36,7 +36,6 @@ from meswitch.compress import Progress, refuse_overwriting, small_files
 from meswitch.delta import Delta
 from meswitch.errors import ArchitectureError, CheckpointError, NonFiniteError, UnsupportedModelError
 from meswitch.low_rank import Factors
-from meswitch.reference import row_bytes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -409,9 +408,9 @@ def _whole(base: _Base, adapter: _Adapter, name: str, known: Tensor) -> Tensor |
 
 def _rows_alone(entry: dict[str, Any], added: Tensor) -> _Site:
     """New rows and nothing else, which the format has as codes of no rows."""
-    words = row_bytes(1, entry["shape"][-1]) // 4
-    none = [torch.zeros(0, words, dtype=torch.int32), torch.zeros(0, 1).half(), torch.zeros(0, dtype=torch.int32)]
-    return _Site(entry | {"kind": "quantized", "parts": [{"bits": 1, "zero": 0.5, "rows": 0}]}, [*none, added])
+    none = [torch.zeros(0, dtype=torch.int32), torch.zeros(0, 1).half(), torch.zeros(0, dtype=torch.int32)]
+    part = {"bits": 1, "zero": 0.5, "rows": 0, "tiled": True}
+    return _Site(entry | {"kind": "quantized", "parts": [part]}, [*none, added])
 
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -4,7 +4,8 @@
       │                 └ column_scales, salient, u·v, sparse, whole, added
       └ manifest (meswitch.json), tensors (delta.safetensors), both laid out in docs/format.md
 
-Every tensor is a view of the mapped file: no copy until a kernel reads it. Never write to one.
+Every tensor is a view of the mapped file: no copy until a kernel reads it. Never write to one. Only the codes of format
+versions 1 and 2 are copied at opening, into the order of version 3.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ TENSORS = "delta.safetensors"
 class Part:
     """The rows of a site that share a bit width.
 
-    `codes int32 [n, words]` (see `reference.pack`), `scales float16 [n, groups]`, `rows int32 [n]` in rising order, or
-    none for all rows of the site.
+    `codes int32 [words]` (tiled, see `reference.pack`), `scales float16 [n, groups]`, `rows int32 [n]` in rising order,
+    or none for all rows of the site.
     """
 
     bits: int
@@ -107,7 +108,7 @@ class Site:
     @property
     def bits(self) -> int | None:
         """The bit width of most rows."""
-        return max(self.parts, key=lambda part: part.codes.shape[0]).bits if self.parts else None
+        return max(self.parts, key=lambda part: len(part.scales)).bits if self.parts else None
 
     @property
     def density(self) -> float | None:
@@ -241,11 +242,11 @@ class Delta:
         for at, part in enumerate(entry.get("parts", [])):
             rows, size = part.get("rows", out), part.get("group_size")
             groups = 1 if size is None else -(-columns // size)
-            codes = self._tensor(
-                name, f"codes.{at}", torch.int32, (rows, reference.row_bytes(part["bits"], columns) // 4)
-            )
-            scales = self._tensor(name, f"scales.{at}", torch.float16, (rows, groups))
+            codes = tensor(f"codes.{at}", torch.int32, -1)
+            scales = tensor(f"scales.{at}", torch.float16, rows, groups)
             assert codes is not None and scales is not None  # the native half has checked that they are there
+            if not part.get("tiled", False):
+                codes = _tiled(codes, part["bits"], rows, columns)
             own = tensor(f"rows.{at}", torch.int32, rows)
             parts.append(Part(part["bits"], part["zero"], codes, scales, size, own))
         return Site(
@@ -281,6 +282,13 @@ class Delta:
         if extent is None or self._bytes is None:
             return None
         return self._bytes[extent[0] : extent[1]].view(dtype).view(shape)
+
+
+def _tiled(old: Tensor, bits: int, rows: int, columns: int) -> Tensor:
+    """A copy of codes that lie row after row, as in versions 1 and 2."""
+    codes = torch.empty(reference.row_bytes(bits, columns) * reference.padded(rows) // 4, dtype=torch.int32)
+    _native.tile((old.data_ptr(), old.nbytes), bits, columns, (codes.data_ptr(), codes.nbytes))
+    return codes
 
 
 def _matrix(entry: dict[str, Any]) -> tuple[int, int]:

@@ -148,8 +148,8 @@ def delta_linear(y: Tensor, x: Tensor, rows: Rows, table: SiteTable, *, exact: b
     """`y[t] += Δ̂ of its slot · x[t]`, in place.
 
     `x [..., in_features]`, `y [..., >= out_features]`, a row a token, float32, bfloat16 or float16, on the CPU. With
-    `exact` the arithmetic is the reference's, in float32; else activations are rounded to 8 bits (an error of half a
-    per cent of what the delta adds, and at most one), which lets them run on integers, unless scales change within 64
+    `exact` the arithmetic is the reference's, in float32; else sums of neighbouring activations are rounded to
+    16 bits and looked up (an error of a quarter of a per cent of what the delta adds), unless scales change within 8
     columns.
     Raises `ValueError` where shapes, dtypes or devices do not fit.
     """
@@ -174,7 +174,7 @@ def linear(x: Tensor, weight: Tensor, table: SiteTable, rows: Rows | None = None
     """`x · weightᵀ`, and what each token's own delta adds to it; without `rows`, every token is the base's.
 
     `x [..., in_features]` contiguous bfloat16 of at most `MOST_TOKENS` rows, `weight [out_features, in_features]` one
-    that `reads` takes. Summed in float32 and rounded once; activations are rounded to 8 bits for the deltas, as
+    that `reads` takes. Summed in float32 and rounded once; the deltas' sums are looked up, as
     `delta_linear` does unless it is exact. Base and deltas are read in one pass of all threads. Raises `ValueError`
     where shapes do not fit.
     """

@@ -2,15 +2,18 @@
 
 A fast path anywhere else is right when it agrees with this file.
 
-The packed form of one row of b-bit codes (b = 1, 2, 4, 8), m = 8 / b codes a byte:
+The packed form of one row of b-bit codes (b = 1, 2, 4, 8), 8 / b codes a byte, here b = 2:
 
-    columns   0 .. 64m-1   64m .. 128m-1   ...   the rest, r columns
-              [ 64 bytes ] [  64 bytes  ]  ...   [ w bytes ]      w = ceil(r / m), rounded up to 4
+    columns   0 .. 7                          8 .. 15        ...    zeros after the last column
+              [ 3 2 1 0 ] [ 7 6 5 4 ]         [ b bytes ]    ...    highest bits first
 
-    in a run of w bytes (w = 64 in whole blocks), bits b*p .. b*p+b-1 of byte j hold column p*w + j
+A 3-bit row is the 2-bit form of the low two bits followed by the 1-bit form of the high ones. Rows lie in blocks of
+256, the last of w rows (what is left, rounded up to a multiple of 8; the missing ones are zeros), each transposed:
 
-so one mask and one shift give w consecutive columns. A 3-bit row is the 2-bit form of the low two bits followed by
-the 1-bit form of the high ones.
+    block 0                                              block 1    the last
+    [ byte 0 of 256 rows ] [ byte 1 of 256 rows ] ...    ...        [ byte 0 of w rows ] [ byte 1 of w rows ] ...
+
+so one cache line holds the same columns of 64 rows. docs/format.md calls this tiled.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from meswitch.delta import Site, Sparse
 
-BLOCK = 64  # bytes: one cache line, one AVX-512 register
+BLOCK = 256  # rows whose bytes lie together
 BITS = (1, 2, 3, 4, 8)
 
 
@@ -33,59 +36,70 @@ def row_bytes(bits: int, columns: int) -> int:
     >>> [row_bytes(b, 256) for b in BITS]
     [32, 64, 96, 128, 256]
     >>> row_bytes(2, 257)
-    68
+    66
     """
-    if bits == 3:
-        return row_bytes(2, columns) + row_bytes(1, columns)
-    per_byte = 8 // bits
-    blocks, rest = divmod(columns, BLOCK * per_byte)
-    return blocks * BLOCK + -(-rest // (4 * per_byte)) * 4
+    return bits * -(-columns // 8)
 
 
-def _runs(bits: int, columns: int) -> list[tuple[int, int, int]]:
-    """The runs of a row: (first byte, width in bytes, first column)."""
-    per_byte = 8 // bits
-    blocks, rest = divmod(columns, BLOCK * per_byte)
-    runs = [(k * BLOCK, BLOCK, k * BLOCK * per_byte) for k in range(blocks)]
-    if rest:
-        runs.append((blocks * BLOCK, row_bytes(bits, rest), blocks * BLOCK * per_byte))
-    return runs
+def padded(rows: int) -> int:
+    """Rows that there is room for where so many are packed.
+
+    >>> [padded(rows) for rows in (0, 1, 64, 300)]
+    [0, 8, 64, 304]
+    """
+    return -(-rows // 8) * 8
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes `uint8 [n, columns]` (each below 2**bits) to words `int32 [n, row_bytes / 4]`.
+    """Codes `uint8 [n, columns]` (each below 2**bits) to words `int32 [row_bytes * padded(n) / 4]`.
 
-    >>> pack(torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8), 8)
-    tensor([[197121]], dtype=torch.int32)
+    >>> packed = pack(torch.tensor([[1, 2, 3, 0, 1], [3, 3, 3, 3, 2]], dtype=torch.uint8), 2).view(torch.uint8)
+    >>> packed[[0, 1, 2, 8, 9]].tolist(), len(packed)
+    ([57, 255, 0, 1, 2], 16)
     """
-    n, columns = codes.shape
-    if bits == 3:
-        return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], dim=1)
-    packed = torch.zeros(n, row_bytes(bits, columns), dtype=torch.uint8)
-    for first, width, column in _runs(bits, columns):
-        for plane in range(8 // bits):
-            part = codes[:, column + plane * width : column + (plane + 1) * width]
-            packed[:, first : first + part.shape[1]] |= part << (bits * plane)
-    return packed.view(torch.int32)
+    packed = torch.zeros(padded(len(codes)), row_bytes(bits, codes.shape[1]), dtype=torch.uint8)
+    packed[: len(codes)] = _pack_rows(codes, bits)
+    return torch.cat([block.T.flatten() for block in packed.split(BLOCK)]).view(torch.int32)
 
 
-def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack`: words `int32 [n, row_bytes / 4]` to codes `uint8 [n, columns]`.
+def unpack(words: Tensor, bits: int, rows: int, columns: int, wanted: Tensor | None = None) -> Tensor:
+    """The inverse of `pack`: words of so many rows to codes `uint8 [rows, columns]`, or of the rows `wanted` alone.
+
+    `wanted int64 [n]`, in any order. Memory is taken for these rows, not for all.
 
     >>> codes = torch.arange(600, dtype=torch.uint8).view(2, 300) & 7
-    >>> bool((unpack(pack(codes, 3), 3, 300) == codes).all())
+    >>> bool((unpack(pack(codes, 3), 3, 2, 300) == codes).all())
     True
     """
-    packed = words.contiguous().view(torch.uint8)
+    packed, width = words.view(torch.uint8), row_bytes(bits, columns)
+    wanted = torch.arange(rows) if wanted is None else wanted
+    taken = torch.empty(len(wanted), width, dtype=torch.uint8)
+    owners = wanted // BLOCK
+    for number, start in enumerate(range(0, rows, BLOCK)):
+        size = min(BLOCK, padded(rows) - start)
+        block = packed[start * width : (start + size) * width].view(width, size)
+        here = owners == number
+        taken[here] = block[:, wanted[here] - start].T
+    return _unpack_rows(taken, bits, columns)
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Codes `uint8 [n, columns]` to bytes `uint8 [n, row_bytes]`."""
     if bits == 3:
-        low = row_bytes(2, columns) // 4
-        return unpack(words[:, :low], 2, columns) | (unpack(words[:, low:], 1, columns) << 2)
-    codes = torch.zeros(packed.shape[0], columns, dtype=torch.uint8)
-    for first, width, column in _runs(bits, columns):
-        for plane in range(8 // bits):
-            part = codes[:, column + plane * width : column + (plane + 1) * width]
-            part.copy_((packed[:, first : first + part.shape[1]] >> (bits * plane)) & (2**bits - 1))
-    return codes
+        return torch.cat([_pack_rows(codes & 3, 2), _pack_rows(codes >> 2, 1)], dim=1)
+    n, columns = codes.shape
+    room = torch.zeros(n, row_bytes(bits, columns), 8 // bits, dtype=torch.uint8)
+    room.flatten(1)[:, :columns] = codes
+    return (room << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+
+
+def _unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `_pack_rows`."""
+    if bits == 3:
+        low = row_bytes(2, columns)
+        return _unpack_rows(packed[:, :low], 2, columns) | (_unpack_rows(packed[:, low:], 1, columns) << 2)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return (packed[:, :, None] >> shifts).bitwise_and_(2**bits - 1).flatten(1)[:, :columns]
 
 
 def dense(site: Site) -> Tensor:
@@ -97,7 +111,7 @@ def dense(site: Site) -> Tensor:
     delta = torch.zeros(site.out_features, site.in_features)
     unit = 2.0**site.exponent
     for part in site.parts:
-        codes = unpack(part.codes, part.bits, site.in_features).float()
+        codes = unpack(part.codes, part.bits, len(part.scales), site.in_features).float()
         size = part.group_size or max(site.in_features, 1)
         scales = part.scales.float().repeat_interleave(size, dim=1)[:, : site.in_features] * unit
         rows = slice(None) if part.rows is None else part.rows.long()

@@ -1,13 +1,14 @@
-"""Made `v1/` and `v2/` once, with the format versions of their names. Never run it again over a folder that stands:
-every later version must read what is there. A new format version gets a folder of its own.
+"""Made `v1/`, `v2/` and `v3/` once, with the format versions of their names. Never run it again over a folder that
+stands: every later version must read what is there. A new format version gets a folder of its own.
 
-    python tests/golden/make.py v2
+    python tests/golden/make.py v3
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,10 +21,11 @@ from families import config_of, save_finetune, save_random  # noqa: E402
 from meswitch.compress import compress, restore  # noqa: E402
 
 SAME, DENSE = "model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.up_proj.weight"
-# By version: preset of each delta directory. Version 2 brought sparse entries.
-MADE = {
-    "v1": {preset: preset for preset in ("default", "small", "me-switch", "bitdelta")},
-    "v2": {"sparse": "default"},
+# By version: how each delta directory is made. Version 2 brought sparse entries, version 3 tiled codes.
+MADE: dict[str, dict[str, dict[str, Any]]] = {
+    "v1": {preset: {"preset": preset} for preset in ("default", "small", "me-switch", "bitdelta")},
+    "v2": {"sparse": {"preset": "default"}},
+    "v3": {"default": {"preset": "default"}, "small": {"preset": "small"}, "wide": {"preset": "small", "bits": 8}},
 }
 
 
@@ -50,11 +52,11 @@ def main(version: str) -> None:
         {name: tensor.bfloat16() for name, tensor in load_file(checkpoint / "model.safetensors").items()}
         for checkpoint in (base, finetune)
     )
-    theirs = {name: tuned(name, ours[name], tensor, version != "v1") for name, tensor in theirs.items()}
+    theirs = {name: tuned(name, ours[name], tensor, version == "v2") for name, tensor in theirs.items()}
     for checkpoint, tensors in ((base, ours), (finetune, theirs)):
         save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    for name, preset in MADE[version].items():
-        compress(base, finetune, folder / name, preset=preset)
+    for name, settings in MADE[version].items():
+        compress(base, finetune, folder / name, **settings)
         restore(base, folder / name, folder / "restored")
         (folder / "restored" / "model.safetensors").rename(folder / f"{name}.safetensors")
         for left in (folder / "restored").iterdir():

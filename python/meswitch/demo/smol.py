@@ -40,7 +40,7 @@ class Settings:
 
     package: str = PACKAGE
     chat: bool = True
-    tune: Training = Training(((256, 4, 120),), rate=1e-4, embedding=1.0)
+    tune: Training = Training(((256, 4, 120),), rate=1e-4, embedding=1.0, mixed=True)
 
     def train(self, made: Family, seed: int, progress: Progress) -> None:
         """Writes everything of the family but its `family.json`. Raises `CheckpointError` without the package."""

@@ -28,6 +28,7 @@ class Training:
     rate: float
     embedding: float  # how much faster the embedding learns: few of its rows have a gradient in a step
     decay: float = 0.0
+    mixed: bool = False  # products in bfloat16, where the processor has them; what is learnt stays float32
 
     @property
     def steps(self) -> int:
@@ -68,13 +69,19 @@ def train(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _schedule(step, training.steps)
         ids = torch.from_numpy(batch)
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.mixed and _multiplies_bfloat16()):
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         shown(step + 1, training.steps)
     model.eval()
+
+
+def _multiplies_bfloat16() -> bool:
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16"))
 
 
 def _optimizer(model: LlamaForCausalLM, training: Training) -> torch.optim.Optimizer:

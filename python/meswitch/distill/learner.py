@@ -66,7 +66,7 @@ class Rows:
         for part in site.parts:
             own = torch.arange(site.out_features) if part.rows is None else part.rows.long()
             there = torch.isin(own, self._known).nonzero()[:, 0]
-            codes = reference.unpack(part.codes[there], part.bits, site.in_features)
+            codes = reference.unpack(part.codes, part.bits, len(part.scales), site.in_features, there)
             self._parts.append((there, torch.searchsorted(self._known, own[there]), codes))
 
     def delta(self, rounded: bool) -> Tensor:

@@ -16,7 +16,7 @@ use crate::delta::{
 };
 use crate::error::{Error, Result};
 use crate::fingerprint::sample;
-use crate::layout::row_bytes;
+use crate::layout::{row_bytes, tile};
 
 /// What is to be done with one site.
 #[derive(Clone, Debug)]
@@ -286,7 +286,7 @@ fn blank(plan: &Plan, finetune: &View<'_>) -> SiteEntry {
 }
 
 /// The part of no rows: a site is left as the base has it, but for what its other fields say.
-const NOTHING: PartEntry = PartEntry { bits: 1, zero: 0.5, group_size: None, rows: Some(0) };
+const NOTHING: PartEntry = PartEntry { bits: 1, zero: 0.5, group_size: None, rows: Some(0), tiled: true };
 
 /// The entry that a site quantized by these settings will have, but for what only its weights say.
 fn outline(plan: &Plan, settings: &Settings, pair: &Pair<'_>) -> SiteEntry {
@@ -299,6 +299,7 @@ fn outline(plan: &Plan, settings: &Settings, pair: &Pair<'_>) -> SiteEntry {
         zero: 127.5,
         group_size: settings.group_size,
         rows: (count < pair.rows).then_some(count),
+        tiled: true,
     };
     let mut entry = SiteEntry {
         kind: Kind::Quantized,
@@ -342,6 +343,7 @@ impl<'a> Tensors<'a> {
                 zero: part.zero,
                 group_size: part.group_size,
                 rows: part.rows.as_ref().map(Vec::len),
+                tiled: true,
             });
         }
         if let Some(mut quantized) = quantized {
@@ -352,7 +354,7 @@ impl<'a> Tensors<'a> {
             draft.salient = quantized.salient_index.len();
             draft.rank = quantized.low_rank.as_ref().map_or(0, |(_, v)| v.len() / pair.columns.max(1));
             for part in quantized.parts {
-                owned.push(part.codes);
+                owned.push(tile(&part.codes, row_bytes(part.bits, pair.columns)));
                 owned.push(halves(&part.scales));
                 owned.extend(part.rows.as_deref().map(indices));
             }

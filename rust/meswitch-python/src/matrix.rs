@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use meswitch_core::Error;
 use meswitch_core::kernels::{dense, linear, matrix, rows, sparse, unpack};
+use meswitch_core::layout;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -84,8 +85,8 @@ impl Table {
         Ok(())
     }
 
-    /// `y[t] += Δ̂ of its slot · x[t]` for every token whose slot has a delta here. Unless `exact`, activations are
-    /// rounded to 8 bits. Both tensors have a row for every token of `rows`.
+    /// `y[t] += Δ̂ of its slot · x[t]` for every token whose slot has a delta here. Unless `exact`, sums of
+    /// activations are looked up, rounded. Both tensors have a row for every token of `rows`.
     fn delta_linear(&self, py: Python<'_>, y: Tensor<'_>, x: Tensor<'_>, rows: &Rows, exact: bool) -> PyResult<()> {
         let (y, x) = (rows_of(y, rows.total, self.rows)?, rows_of(x, rows.total, self.columns)?);
         let mine = self.of(py, rows);
@@ -294,4 +295,22 @@ fn rows_of((address, count, stride, dtype): Tensor<'_>, total: usize, width: usi
     }
     // SAFETY: a live tensor's memory, which the caller lends for the call; `stride` is at least what is asked for.
     Ok(unsafe { rows::Rows::new(address, stride, kind) })
+}
+
+/// Fills `out` with rows of codes as format versions 1 and 2 have them, in today's layout.
+#[pyfunction]
+pub fn tile(py: Python<'_>, codes: Memory, bits: u32, columns: usize, out: Memory) -> PyResult<()> {
+    let packed = slice::<u8>(codes)?;
+    let stride = if layout::BITS.contains(&bits) { layout::old::row_bytes(bits, columns) } else { 0 };
+    let rows = packed.len().checked_div(stride).unwrap_or(0);
+    if rows * stride != packed.len() || layout::part_bytes(bits, rows, columns) != out.1 {
+        let message = format!("expected whole rows of {columns} codes and room for them, found {codes:?} and {out:?}");
+        return Err(PyValueError::new_err(message));
+    }
+    if rows > 0 {
+        let tiled = py.detach(|| layout::old::tiled(packed, bits, columns));
+        // SAFETY: a live tensor's memory of that many bytes, which the caller lends for the call.
+        unsafe { std::slice::from_raw_parts_mut(out.0 as *mut u8, out.1) }.copy_from_slice(&tiled);
+    }
+    Ok(())
 }

@@ -8,7 +8,7 @@ use super::source::{Draft, Fitted, Source};
 use super::statistics::{Statistics, importance, measure};
 use super::{Pair, Settings, Sparse, salient};
 use crate::error::Result;
-use crate::layout::row_bytes;
+use crate::layout::{part_bytes, row_bytes};
 
 /// The rows of a site that share a bit width.
 #[derive(Debug)]
@@ -115,7 +115,7 @@ fn planned_bytes(pair: &Pair<'_>, settings: &Settings, drafts: &[Draft]) -> usiz
     let salient = settings.salient.min(pair.columns);
     let parts = drafts.iter().map(|draft| {
         let rows = if draft.all { 0 } else { 4 * draft.rows.len() };
-        draft.codes.len() + 2 * draft.scales.len() + rows
+        part_bytes(draft.bits, draft.rows.len(), pair.columns) + 2 * draft.scales.len() + rows
     });
     let columns = if settings.column_scales { 2 * pair.columns } else { 0 };
     parts.sum::<usize>() + columns + salient * (4 + 2 * pair.rows) + 2 * rank * (pair.rows + pair.columns)

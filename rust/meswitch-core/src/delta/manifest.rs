@@ -7,14 +7,14 @@ use serde_json::Value;
 
 use super::checksum;
 use crate::error::{Error, Result};
-use crate::layout::{BITS, row_bytes};
+use crate::layout::{BITS, old, part_bytes};
 
 /// The manifest's file name.
 pub const MANIFEST: &str = "meswitch.json";
 /// The tensors' file name.
 pub const TENSORS: &str = "delta.safetensors";
 /// The format this crate writes.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// The oldest format that it reads.
 const OLDEST: u32 = 1;
 
@@ -133,6 +133,9 @@ pub struct PartEntry {
     /// How many rows, where not all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows: Option<usize>,
+    /// Whether codes lie in blocks; else row by row, as before version 3.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tiled: bool,
 }
 
 /// A delta that is mostly zeros.
@@ -233,7 +236,12 @@ impl SiteEntry {
                 return Err(broken("bits of 1, 2, 3, 4 or 8, a positive group size and no more rows than there are"));
             }
             let groups = part.group_size.map_or(1, |size| columns.div_ceil(size));
-            specs.push(spec(&format!("codes.{at}"), "I32", &[own, row_bytes(part.bits, columns) / 4]));
+            let codes = if part.tiled {
+                vec![part_bytes(part.bits, own, columns) / 4]
+            } else {
+                vec![own, old::row_bytes(part.bits, columns) / 4]
+            };
+            specs.push(spec(&format!("codes.{at}"), "I32", &codes));
             specs.push(spec(&format!("scales.{at}"), "F16", &[own, groups]));
             if part.rows.is_some() {
                 specs.push(spec(&format!("rows.{at}"), "I32", &[own]));
@@ -315,8 +323,13 @@ impl Manifest {
         };
         let manifest: Self = serde_json::from_value(version)
             .map_err(|error| broken(format!("the fields of version {known}, found {error}")))?;
-        if known < 2 && manifest.sites.iter().any(|site| site.sparse.is_some()) {
-            return Err(broken(format!("the fields of version {known}, found sparse")));
+        let newer = manifest.sites.iter().find_map(|site| match site {
+            _ if known < 2 && site.sparse.is_some() => Some("sparse"),
+            _ if known < 3 && site.parts.iter().any(|part| part.tiled) => Some("tiled"),
+            _ => None,
+        });
+        if let Some(field) = newer {
+            return Err(broken(format!("the fields of version {known}, found {field}")));
         }
         Ok(manifest)
     }

@@ -12,21 +12,17 @@ pub enum Backend {
     Scalar,
     /// AArch64, where NEON always is.
     Neon,
-    /// The same with byte products that sum to 32 bits (`dotprod`).
-    NeonDot,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
-    /// x86-64 with AVX-512 F, BW, DQ and VL: float kernels use it, integer dot products stay with AVX2.
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// The same with byte products that sum to 32 bits (VNNI).
-    Avx512Vnni,
 }
 
 /// The backends of this kind of processor, the least first.
 #[cfg(target_arch = "x86_64")]
-pub const BACKENDS: &[Backend] = &[Backend::Scalar, Backend::Avx2, Backend::Avx512, Backend::Avx512Vnni];
+pub const BACKENDS: &[Backend] = &[Backend::Scalar, Backend::Avx2, Backend::Avx512];
 #[cfg(target_arch = "aarch64")]
-pub const BACKENDS: &[Backend] = &[Backend::Scalar, Backend::Neon, Backend::NeonDot];
+pub const BACKENDS: &[Backend] = &[Backend::Scalar, Backend::Neon];
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub const BACKENDS: &[Backend] = &[Backend::Scalar];
 
@@ -35,10 +31,8 @@ impl fmt::Display for Backend {
         f.write_str(match self {
             Self::Scalar => "scalar",
             Self::Neon => "neon",
-            Self::NeonDot => "neondot",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
-            Self::Avx512Vnni => "avx512vnni",
         })
     }
 }
@@ -84,23 +78,14 @@ fn best() -> Backend {
         Backend::Scalar
     } else if !has(&["avx512f", "avx512bw", "avx512dq", "avx512vl"]) {
         Backend::Avx2
-    } else if !has(&["avx512vnni"]) {
-        Backend::Avx512
     } else {
-        Backend::Avx512Vnni
+        Backend::Avx512
     }
 }
 
 #[cfg(target_arch = "aarch64")]
 fn best() -> Backend {
-    let has = |wanted| features().contains(&(wanted, true));
-    if !has("neon") {
-        Backend::Scalar
-    } else if !has("dotprod") {
-        Backend::Neon
-    } else {
-        Backend::NeonDot
-    }
+    if features().contains(&("neon", true)) { Backend::Neon } else { Backend::Scalar }
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -115,7 +100,7 @@ pub fn features() -> Vec<(&'static str, bool)> {
     macro_rules! ask {
         ($($name:tt),*) => { vec![$(($name, is_x86_feature_detected!($name))),*] };
     }
-    ask!("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
+    ask!("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 }
 
 /// The processor features that kernels ask about, and whether each is there.
@@ -123,7 +108,7 @@ pub fn features() -> Vec<(&'static str, bool)> {
 #[must_use]
 pub fn features() -> Vec<(&'static str, bool)> {
     use std::arch::is_aarch64_feature_detected as has;
-    vec![("neon", has!("neon")), ("dotprod", has!("dotprod"))]
+    vec![("neon", has!("neon"))]
 }
 
 /// The processor features that kernels ask about, and whether each is there.

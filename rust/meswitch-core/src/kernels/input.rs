@@ -3,14 +3,12 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
-use half::f16;
-
-use super::activations::Activations;
-use super::decode;
+use super::backend::backend;
 use super::floats::{multiply, narrow};
-use super::matrix::{Matrix, Part};
+use super::matrix::Matrix;
 use super::rows::widen_f16;
 use super::sparse::Packed;
+use super::tables::{Form, Tables};
 use super::team::{self, ALONE};
 
 /// Tokens ready for a site: `[tokens, …]` each.
@@ -18,10 +16,10 @@ use super::team::{self, ALONE};
 pub(super) struct Input {
     /// How many.
     pub tokens: usize,
-    /// Activations times column scales, unless all parts take integers.
+    /// Activations times column scales.
     pub scaled: Vec<f32>,
-    /// The same in integers, where sums need not be exact.
-    pub integers: Option<Activations>,
+    /// Their sums to look up, where those need not be exact.
+    pub tables: Vec<Tables>,
     /// Activations of the salient channels.
     pub salient: Vec<f32>,
     /// `V · x`.
@@ -31,8 +29,8 @@ pub(super) struct Input {
 }
 
 impl Input {
-    /// Of `x [tokens, columns]`; unless `exact`, rounded to 8 bits where scales allow it.
-    pub fn new(matrix: &Matrix<'_>, x: Vec<f32>, exact: bool) -> Self {
+    /// Of `x [tokens, columns]`, with `V · x` if that is known; unless `exact`, as sums to look up where scales allow it.
+    pub fn new(matrix: &Matrix<'_>, x: Vec<f32>, known: Option<&[f32]>, exact: bool) -> Self {
         let columns = matrix.columns.max(1);
         let mut input = Self { tokens: x.len() / columns, ..Self::default() };
         if matrix.sparse.is_some() {
@@ -44,36 +42,36 @@ impl Input {
                 input.salient.extend(index.iter().map(|i| row[*i as usize] * matrix.unit));
             }
         }
-        if let Some((_, v)) = matrix.low_rank {
-            input.inner = inner(v, &x, matrix);
-        }
+        input.inner = known.map_or_else(|| inner(matrix, &x), <[f32]>::to_vec);
         input.scaled = x;
         if let Some(scales) = matrix.column_scales {
             let mut wide = vec![0f32; columns];
             widen_f16(scales, &mut wide);
             input.scaled.chunks_mut(columns).for_each(|row| multiply(row, &wide));
         }
-        let whole = |part: &Part<'_>| !exact && part.takes_integers(matrix.columns);
-        if matrix.parts.iter().any(whole) {
-            let mut widths: Vec<u32> =
-                matrix.parts.iter().flat_map(|part| decode::widths(part.bits)).map(|w| w.0).collect();
-            widths.sort_unstable();
-            widths.dedup();
-            let mut x =
-                if matrix.parts.iter().all(whole) { std::mem::take(&mut input.scaled) } else { input.scaled.clone() };
-            input.integers = Some(Activations::of(&mut x, matrix.columns, &widths, decode::unit()));
+        for part in matrix.parts.iter().filter(|part| !exact && part.is_looked_up(columns)) {
+            let form = part.form(columns);
+            if input.tables(form).is_none() {
+                input.tables.push(Tables::of(&input.scaled, matrix.columns, form, backend()));
+            }
         }
         input
     }
+
+    /// The sums to look up for a part of that form.
+    pub fn tables(&self, form: Form) -> Option<&Tables> {
+        self.tables.iter().find(|tables| tables.form == form)
+    }
 }
 
-/// Whether `V · x` is work for the whole team: such an input must be made outside of its regions.
+/// Whether `V · x` is work for the whole team: then it must be made outside of its regions.
 pub(super) fn wants_team(matrix: &Matrix<'_>, tokens: usize) -> bool {
     matrix.rank() * matrix.columns * tokens >= ALONE
 }
 
 /// `V · x · unit`, `[tokens, rank]`.
-fn inner(v: &[f16], x: &[f32], matrix: &Matrix<'_>) -> Vec<f32> {
+pub(super) fn inner(matrix: &Matrix<'_>, x: &[f32]) -> Vec<f32> {
+    let Some((_, v)) = matrix.low_rank else { return Vec::new() };
     let (columns, rank) = (matrix.columns, matrix.rank());
     let tokens = x.len() / columns.max(1);
     let products = |of: Range<usize>| {

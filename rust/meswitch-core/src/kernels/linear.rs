@@ -4,29 +4,22 @@
 //! and the outcome is written once. Nothing waits in between, and what lies in a cache is used while it is there.
 
 use std::ops::Range;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::decode::begin;
 use super::dense::{self, Base};
 use super::input::{self, Input};
+use super::lookup::begin;
 use super::matrix::Matrix;
 use super::parts;
 use super::rows::Rows;
 use super::team::{self, ALONE};
+use crate::layout::LINE;
 
-/// Tokens whose activations are rounded together: more would not fit the second cache.
-const TOKENS: usize = 64;
+/// Tokens whose sums are looked up together: those of more would not fit the cache.
+const TOKENS: usize = 16;
 /// Sums of a block: they stay in the second cache.
 const SUMS: usize = 1 << 16;
 /// Bytes of a block's codes where more tokens come for them: those stay there too.
 const CODES: usize = 1 << 18;
-
-/// Rows of which threads take whole multiples.
-const ROWS: usize = 8;
-
-/// Looks at what somebody else makes ready before others get a turn on the processor.
-const SPINS: usize = 1 << 14;
 
 /// The delta of one expert, and the rows of activations that are its tokens, rising.
 pub struct Product<'a> {
@@ -37,18 +30,19 @@ pub struct Product<'a> {
 }
 
 /// Adds `Δ̂ · x` of some tokens: `x [tokens, columns]`; `add(token, first row, values)` takes runs of rows as they come,
-/// from many threads, each `(token, row)` exactly once. Unless `exact`, activations are rounded to 8 bits where scales
-/// allow it.
+/// from many threads, each `(token, row)` exactly once. Unless `exact`, sums are looked up where scales allow it.
 pub fn delta_linear(matrix: &Matrix<'_>, x: &[f32], exact: bool, add: &(dyn Fn(usize, usize, &[f32]) + Sync)) {
     let columns = matrix.columns.max(1);
     let all: Vec<u32> = (0..(x.len() / columns) as u32).collect();
     let read = |token: u32, out: &mut [f32]| out.copy_from_slice(&x[token as usize * columns..][..out.len()]);
     let items = Items::new(&[Product { matrix, tokens: &all }], &read, exact);
-    items.run(matrix.rows, None, &|of, sums| items.each(of, sums, &mut |token, values| add(token, of.start, values)));
+    items.run(matrix.rows, None, &|inputs, of, sums| {
+        items.each(inputs, of, sums, &mut |token, values| add(token, of.start, values));
+    });
 }
 
-/// `y[t] += Δ̂ · x[t]` for the tokens of several experts on one weight. Unless `exact`, activations are rounded to 8 bits
-/// where scales allow it.
+/// `y[t] += Δ̂ · x[t]` for the tokens of several experts on one weight. Unless `exact`, sums are looked up where
+/// scales allow it.
 ///
 /// # Safety
 /// `x` must have the tokens' rows of as many elements as matrices have columns, `y` of as many as they have rows.
@@ -57,14 +51,13 @@ pub unsafe fn add_products(products: &[Product<'_>], x: Rows, y: Rows, exact: bo
     let read = |token: u32, out: &mut [f32]| unsafe { x.read(token as usize, out) };
     let items = Items::new(products, &read, exact);
     let rows = products.iter().map(|product| product.matrix.rows).max().unwrap_or(0);
-    items.run(rows, None, &|of, sums| {
+    items.run(rows, None, &|inputs, of, sums| {
         // SAFETY: the caller's promise; every (token, row) is handed out once, so no two threads share an element.
-        items.each(of, sums, &mut |token, values| unsafe { y.add(token, of.start, values) });
+        items.each(inputs, of, sums, &mut |token, values| unsafe { y.add(token, of.start, values) });
     });
 }
 
-/// `y[t] = W · x[t]`, and what each expert's delta adds to its own tokens, activations rounded to 8 bits where scales
-/// allow it.
+/// `y[t] = W · x[t]`, and what each expert's delta adds to its own tokens, sums looked up where scales allow it.
 ///
 /// # Safety
 /// [`dense::is_available`] must hold; `x` and `y` must have the base's and the products' tokens, of as many elements as
@@ -74,10 +67,10 @@ pub unsafe fn linear(base: &Base<'_>, products: &[Product<'_>], x: Rows, y: Rows
     let read = |token: u32, out: &mut [f32]| unsafe { x.read(token as usize, out) };
     let items = Items::new(products, &read, false);
     let split = base.split(&read);
-    items.run(base.rows, Some(base), &|of, buffer| {
+    items.run(base.rows, Some(base), &|inputs, of, buffer| {
         let (all, own) = buffer.split_at_mut(base.tokens * of.len());
         dense::products(base, &split, of, all);
-        items.each(of, own, &mut |token, values| {
+        items.each(inputs, of, own, &mut |token, values| {
             all[token * of.len()..][..of.len()].iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
         });
         for (token, sums) in all.chunks(of.len()).enumerate() {
@@ -89,12 +82,12 @@ pub unsafe fn linear(base: &Base<'_>, products: &[Product<'_>], x: Rows, y: Rows
 
 type Read<'a> = &'a (dyn Fn(u32, &mut [f32]) + Sync);
 
-/// Tokens of one expert, at most [`TOKENS`], made ready by whoever comes first.
+/// Tokens of one expert, at most [`TOKENS`].
 struct Item<'a> {
     matrix: &'a Matrix<'a>,
     tokens: &'a [u32],
-    claimed: AtomicBool,
-    input: OnceLock<Input>,
+    /// `V · x` where it is work for the whole team.
+    inner: Option<Vec<f32>>,
 }
 
 /// The tokens of several experts.
@@ -104,50 +97,36 @@ struct Items<'a> {
     exact: bool,
 }
 
+/// What a thread does with a block of rows: what it made ready of every item, the rows, room for their sums.
+type Block<'a> = &'a (dyn Fn(&[Input], &Range<usize>, &mut [f32]) + Sync);
+
 impl<'a> Items<'a> {
     fn new(products: &[Product<'a>], read: Read<'a>, exact: bool) -> Self {
-        let mut of = Vec::new();
+        let mut items = Self { of: Vec::new(), read, exact };
         for Product { matrix, tokens } in products {
-            let item = |tokens| Item { matrix, tokens, claimed: AtomicBool::new(false), input: OnceLock::new() };
-            of.extend(tokens.chunks(TOKENS).map(item));
+            items.of.extend(tokens.chunks(TOKENS).map(|tokens| Item { matrix, tokens, inner: None }));
         }
-        let items = Self { of, read, exact };
-        for item in items.of.iter().filter(|item| input::wants_team(item.matrix, item.tokens.len())) {
-            items.input(item);
+        for at in 0..items.of.len() {
+            let item = &items.of[at];
+            if input::wants_team(item.matrix, item.tokens.len()) {
+                items.of[at].inner = Some(input::inner(item.matrix, &items.read(item)));
+            }
         }
         items
     }
 
-    /// Somebody else who is at it is waited for awake: it takes less time than to fall asleep.
-    fn input<'b>(&self, item: &'b Item<'_>) -> &'b Input {
-        if let Some(input) = item.input.get() {
-            return input;
-        }
-        if !item.claimed.swap(true, Ordering::Relaxed) {
-            return item.input.get_or_init(|| self.made(item));
-        }
-        loop {
-            for _ in 0..SPINS {
-                if let Some(input) = item.input.get() {
-                    return input;
-                }
-                std::hint::spin_loop();
-            }
-            std::thread::yield_now();
-        }
-    }
-
-    fn made(&self, item: &Item<'_>) -> Input {
+    /// The activations `[tokens, columns]`.
+    fn read(&self, item: &Item<'_>) -> Vec<f32> {
         let columns = item.matrix.columns;
         let mut wide = vec![0f32; item.tokens.len() * columns];
         for (token, wide) in item.tokens.iter().zip(wide.chunks_mut(columns.max(1))) {
             (self.read)(*token, wide);
         }
-        Input::new(item.matrix, wide, self.exact)
+        wide
     }
 
     /// Hands out blocks of rows, with room for the sums of all the base's tokens, and of one item's after them.
-    fn run(&self, rows: usize, base: Option<&Base<'_>>, block: &(dyn Fn(&Range<usize>, &mut [f32]) + Sync)) {
+    fn run(&self, rows: usize, base: Option<&Base<'_>>, block: Block<'_>) {
         let (width, all) = base.map_or((0, 0), |base| (base.columns, base.tokens));
         let deltas = |row: usize| self.of.iter().map(|item| item.matrix.bytes_before(row)).sum::<usize>();
         let before = |row: usize| row * width * size_of::<u16>() + deltas(row);
@@ -155,17 +134,17 @@ impl<'a> Items<'a> {
         let tokens = all + most;
         let crowded = self.of.iter().filter(|item| item.tokens.len() == TOKENS);
         let codes = crowded.map(|item| item.matrix.bytes_before(rows)).max().unwrap_or(0);
-        let step = (SUMS / tokens.max(1)).min(CODES * rows / codes.max(1)).max(1).next_multiple_of(ROWS);
+        let step = (SUMS / tokens.max(1)).min(CODES * rows / codes.max(1)).max(1).next_multiple_of(LINE);
         let work = |index: usize, threads: usize| {
             let of = share(rows, index, threads, &before);
-            // Memory answers while activations are made ready.
+            // Memory answers while activations are made ready: by every thread for itself, since what another core wrote
+            // takes longer to read than to make.
             begin(base.map_or_else(|| self.codes(of.start), |base| base.bytes(of.start)));
-            for item in self.of.iter().skip(index).step_by(threads) {
-                self.input(item);
-            }
+            let input = |item: &Item<'_>| Input::new(item.matrix, self.read(item), item.inner.as_deref(), self.exact);
+            let inputs: Vec<Input> = if of.is_empty() { Vec::new() } else { self.of.iter().map(input).collect() };
             let mut sums = vec![0f32; tokens * step.min(of.len())];
             for first in of.clone().step_by(step) {
-                block(&(first..(first + step).min(of.end)), &mut sums);
+                block(&inputs, &(first..(first + step).min(of.end)), &mut sums);
             }
         };
         let products = |item: &Item<'_>| item.matrix.weights() * item.tokens.len();
@@ -176,15 +155,15 @@ impl<'a> Items<'a> {
     /// The first delta's codes from a row on.
     fn codes(&self, row: usize) -> &[u8] {
         let part = self.of.first().and_then(|item| Some((item.matrix.columns, item.matrix.parts.first()?)));
-        part.map_or(&[], |(columns, part)| part.packed_from(part.span(0, row).end, columns))
+        part.map_or(&[], |(columns, part)| part.codes_from(part.span(0, row).end, columns))
     }
 
     /// The deltas of a block of rows: `take(token, values)`.
-    fn each(&self, of: &Range<usize>, sums: &mut [f32], take: &mut dyn FnMut(usize, &[f32])) {
-        for item in &self.of {
+    fn each(&self, inputs: &[Input], of: &Range<usize>, sums: &mut [f32], take: &mut dyn FnMut(usize, &[f32])) {
+        for (item, input) in self.of.iter().zip(inputs) {
             let sums = &mut sums[..item.tokens.len() * of.len()];
             sums.fill(0.0);
-            parts::add(item.matrix, self.input(item), of, sums);
+            parts::add(item.matrix, input, of, sums);
             for (token, sums) in item.tokens.iter().zip(sums.chunks(of.len().max(1))) {
                 take(*token as usize, sums);
             }
@@ -192,21 +171,21 @@ impl<'a> Items<'a> {
     }
 }
 
-/// The rows that a thread takes, from a multiple of [`ROWS`] on: as many bytes as any other, of which `before(row)` lie
+/// The rows that a thread takes, from a multiple of [`LINE`] on: as many bytes as any other, of which `before(row)` lie
 /// before a row.
 fn share(rows: usize, index: usize, threads: usize, before: &dyn Fn(usize) -> usize) -> Range<usize> {
     let all = before(rows);
     let first = |index: usize| {
-        let (mut low, mut high) = (0, rows.div_ceil(ROWS));
+        let (mut low, mut high) = (0, rows.div_ceil(LINE));
         while low < high {
             let middle = low.midpoint(high);
-            if before((middle * ROWS).min(rows)) * threads < all * index {
+            if before((middle * LINE).min(rows)) * threads < all * index {
                 low = middle + 1;
             } else {
                 high = middle;
             }
         }
-        (low * ROWS).min(rows)
+        (low * LINE).min(rows)
     };
     let end = if index + 1 == threads { rows } else { first(index + 1) };
     (if index == 0 { 0 } else { first(index) })..end
@@ -218,15 +197,15 @@ mod tests {
 
     use super::super::matrix::Part;
     use super::*;
-    use crate::layout::row_bytes;
+    use crate::layout::part_bytes;
 
     #[test]
     fn shares_hold_every_row_once_and_as_many_bytes() {
-        let frequent: Vec<u32> = (0..100).collect();
-        let rest: Vec<u32> = (100..1001).collect();
+        let frequent: Vec<u32> = (0..800).collect();
+        let rest: Vec<u32> = (800..8008).collect();
         let part =
-            |bits, rows, count: usize| (bits, rows, vec![0u8; count * row_bytes(bits, 512)], vec![f16::ONE; count]);
-        let parts = [part(8, Some(&frequent[..]), 100), part(1, Some(&rest[..]), 901)];
+            |bits, rows, count: usize| (bits, rows, vec![0u8; part_bytes(bits, count, 512)], vec![f16::ONE; count]);
+        let parts = [part(8, Some(&frequent[..]), 800), part(1, Some(&rest[..]), 7208)];
         let parts = parts.iter().map(|(bits, rows, codes, scales)| Part {
             bits: *bits,
             zero: 0.0,
@@ -236,7 +215,7 @@ mod tests {
             scales,
         });
         let matrix = Matrix {
-            rows: 1001,
+            rows: 8008,
             columns: 512,
             unit: 1.0,
             parts: parts.collect(),
@@ -246,14 +225,14 @@ mod tests {
             sparse: None,
         };
         matrix.check().unwrap();
-        let of = |index, threads| share(1001, index, threads, &|row| matrix.bytes_before(row));
+        let of = |index, threads| share(8008, index, threads, &|row| matrix.bytes_before(row));
         for threads in 1..6 {
             let shares: Vec<_> = (0..threads).map(|index| of(index, threads)).collect();
             assert!(shares.windows(2).all(|pair| pair[0].end == pair[1].start));
-            assert_eq!((shares[0].start, shares[threads - 1].end), (0, 1001));
+            assert_eq!((shares[0].start, shares[threads - 1].end), (0, 8008));
         }
         let half = of(0, 2).end;
-        assert!((144..=152).contains(&half), "{half}");
+        assert!((1152..=1216).contains(&half), "{half}");
         assert_eq!(share(0, 1, 2, &|_| 0), 0..0);
     }
 }

@@ -1,10 +1,13 @@
 //! A quantized site as kernels see it: borrowed memory, checked once.
 
+use std::ops::Range;
+
 use half::f16;
 
 use super::sparse::Sparse;
+use super::tables::Form;
 use crate::error::{Error, Result};
-use crate::layout::{BITS, RUN, row_bytes};
+use crate::layout::{self, BITS, BLOCK, LINE, padded, part_bytes, row_bytes};
 
 /// The rows of a site that share a bit width.
 pub struct Part<'a> {
@@ -16,7 +19,7 @@ pub struct Part<'a> {
     pub group: usize,
     /// The rows, rising, or none for all.
     pub rows: Option<&'a [u32]>,
-    /// Packed codes.
+    /// Packed codes, in blocks.
     pub codes: &'a [u8],
     /// `[rows, groups]`.
     pub scales: &'a [f16],
@@ -43,28 +46,32 @@ pub struct Matrix<'a> {
 }
 
 impl Part<'_> {
-    /// Whether rows may be summed in integers: scales change at whole runs of 64 columns, if at all.
+    /// Whether sums may be looked up: scales change between whole bytes, if at all.
     #[must_use]
-    pub fn takes_integers(&self, columns: usize) -> bool {
-        self.group >= columns || self.group.is_multiple_of(RUN)
+    pub fn is_looked_up(&self, columns: usize) -> bool {
+        self.group >= columns || self.group.is_multiple_of(8)
     }
 
-    /// The packed row at a position within the part.
-    #[must_use]
-    pub fn packed(&self, at: usize, columns: usize) -> &[u8] {
-        let stride = row_bytes(self.bits, columns);
-        &self.codes[at * stride..(at + 1) * stride]
+    /// What decides how its rows are looked up.
+    pub(super) fn form(&self, columns: usize) -> Form {
+        Form { bits: self.bits, zero: self.zero, group: self.group.min(columns.max(1)) }
     }
 
-    /// The packed rows from a position on.
+    /// How many rows.
     #[must_use]
-    pub fn packed_from(&self, at: usize, columns: usize) -> &[u8] {
-        &self.codes[at * row_bytes(self.bits, columns)..]
+    pub fn count(&self, rows: usize) -> usize {
+        self.rows.map_or(rows, <[u32]>::len)
+    }
+
+    /// The codes from the block of a position within the part on.
+    #[must_use]
+    pub fn codes_from(&self, at: usize, columns: usize) -> &[u8] {
+        self.codes.get(at / BLOCK * BLOCK * row_bytes(self.bits, columns)..).unwrap_or_default()
     }
 
     /// The positions within the part of the matrix's rows `start .. end`.
     #[must_use]
-    pub fn span(&self, start: usize, end: usize) -> std::ops::Range<usize> {
+    pub fn span(&self, start: usize, end: usize) -> Range<usize> {
         match self.rows {
             None => start..end,
             Some(rows) => {
@@ -97,6 +104,23 @@ impl Part<'_> {
 }
 
 impl Matrix<'_> {
+    /// A part's lines that hold positions `span`, block by block: the positions of the lines, where in the codes the
+    /// first byte of the first lies, and how far it is to the next byte.
+    pub(super) fn lines(
+        &self,
+        part: &Part<'_>,
+        span: &Range<usize>,
+    ) -> impl Iterator<Item = (Range<usize>, usize, usize)> + use<> {
+        let (rows, stride) = (part.count(self.rows), row_bytes(part.bits, self.columns));
+        let (first, end) = (span.start / LINE * LINE, span.end.next_multiple_of(LINE).min(padded(rows)));
+        let blocks = if span.is_empty() { 0..0 } else { first / BLOCK..end.div_ceil(BLOCK) };
+        blocks.map(move |block| {
+            let of = first.max(block * BLOCK)..end.min((block + 1) * BLOCK);
+            let (start, width) = layout::line(of.start, rows, stride);
+            (of, start, width)
+        })
+    }
+
     /// Checks every length and index, so that kernels need not.
     ///
     /// # Errors
@@ -118,9 +142,9 @@ impl Matrix<'_> {
             if !BITS.contains(&part.bits) || part.group == 0 {
                 return refuse("known bits and a positive group", 1, part.bits as usize);
             }
-            let rows = part.rows.map_or(self.rows, <[u32]>::len);
+            let rows = part.count(self.rows);
             let (codes, scales) =
-                (rows * row_bytes(part.bits, self.columns), rows * self.columns.div_ceil(part.group).max(1));
+                (part_bytes(part.bits, rows, self.columns), rows * self.columns.div_ceil(part.group).max(1));
             if part.codes.len() != codes {
                 return refuse("bytes of codes", codes, part.codes.len());
             }

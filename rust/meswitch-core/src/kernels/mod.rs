@@ -1,16 +1,15 @@
 //! Arithmetic, dispatched once per process to what the processor has.
 
-pub mod activations;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod backend;
-pub mod decode;
 pub mod dense;
 pub mod floats;
 mod input;
 pub mod linear;
+mod lookup;
 pub mod matrix;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -18,6 +17,7 @@ mod parts;
 pub mod rows;
 mod scalar;
 pub mod sparse;
+mod tables;
 pub mod team;
 pub mod unpack;
 
@@ -42,7 +42,7 @@ macro_rules! by_backend {
                 fn avx512($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }
                 match $crate::kernels::backend() {
                     // SAFETY: `backend` names an instruction set only after the processor said that it has it.
-                    $crate::kernels::Backend::Avx512 | $crate::kernels::Backend::Avx512Vnni => return unsafe { avx512($($arg),*) },
+                    $crate::kernels::Backend::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     $crate::kernels::Backend::Avx2 => return unsafe { avx2($($arg),*) },
                     _ => {}

@@ -4,17 +4,15 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::activations::{Activations, Token};
-use super::decode::{self, Codes};
 use super::floats::{dot, narrow};
 use super::input::Input;
+use super::lookup::{self, Lines};
 use super::matrix::{Matrix, Part};
 use super::rows::widen_f16;
-use super::unpack::scaled_row;
-use crate::layout::{RUN, row_bytes};
+use super::tables::{Segment, Tables};
+use super::unpack::{Strip, scaled_row};
+use crate::layout::{BLOCK, LINE};
 
-/// Rows that kernels take together: three, four or eight at a time.
-const TILE: usize = 24;
 /// Bytes that the nearest cache holds beside activations.
 const NEAR: usize = 1 << 15;
 
@@ -24,10 +22,9 @@ pub(super) fn add(matrix: &Matrix<'_>, input: &Input, of: &Range<usize>, sums: &
         return;
     }
     for part in &matrix.parts {
-        match &input.integers {
-            Some(all) if part.group >= matrix.columns => integers(matrix, part, all, of, sums),
-            Some(all) if part.takes_integers(matrix.columns) => grouped(matrix, part, all, of, sums),
-            _ => floats(matrix, part, input, of, sums),
+        match input.tables(part.form(matrix.columns)) {
+            Some(tables) => look_up(matrix, part, tables, of, sums),
+            None => floats(matrix, part, input, of, sums),
         }
     }
     if let (Some(sparse), Some(x)) = (&matrix.sparse, &input.packed) {
@@ -37,88 +34,77 @@ pub(super) fn add(matrix: &Matrix<'_>, input: &Input, of: &Range<usize>, sums: &
     side(matrix.low_rank.map(|(u, _)| (u, matrix.rank())), &input.inner, of, sums);
 }
 
-/// A part's codes as kernels take them: of one width, with its factor and the tokens for it.
-struct Plane<'a> {
-    codes: Codes<'a>,
-    factor: f32,
-    tokens: Vec<Token<'a>>,
-}
-
-/// The planes of some rows of a part, and how many rows to take together: as many as the nearest cache holds, and few
-/// where planes lie in turn within a row, so that memory is read in order.
-fn planes<'a>(
-    matrix: &Matrix<'a>,
-    part: &Part<'a>,
-    all: &'a Activations,
-    span: &Range<usize>,
-) -> (Vec<Plane<'a>>, usize) {
-    let stride = row_bytes(part.bits, matrix.columns);
-    let bytes = &part.codes[span.start * stride..span.end * stride];
-    let plane = |(codes, factor): (Codes<'a>, f32)| Plane { tokens: all.tokens_for(codes.bits), codes, factor };
-    let planes: Vec<_> = Codes::of(bytes, part.bits, matrix.columns).into_iter().map(plane).collect();
-    let near = (NEAR / stride.max(1)).next_multiple_of(TILE);
-    let together = if planes.len() > 1 { TILE } else { near };
-    (planes, together)
-}
-
-/// Rows with one scale each.
-fn integers(matrix: &Matrix<'_>, part: &Part<'_>, all: &Activations, of: &Range<usize>, sums: &mut [f32]) {
+/// Rows whose sums are looked up, some lines of a block at a time.
+fn look_up(matrix: &Matrix<'_>, part: &Part<'_>, tables: &Tables, of: &Range<usize>, sums: &mut [f32]) {
     let span = part.span(of.start, of.end);
-    let zeros: Vec<f32> = (0..all.tokens()).map(|token| all.sum(token) * part.zero).collect();
-    let mut scales = vec![0f32; span.len()];
-    widen_f16(&part.scales[span.clone()], &mut scales);
-    scales.iter_mut().for_each(|scale| *scale *= matrix.unit);
-    let (planes, together) = planes(matrix, part, all, &span);
-    let mut dots = vec![0f32; all.tokens() * together];
-    for first in (0..span.len()).step_by(together) {
-        let rows = first..(first + together).min(span.len());
-        for Plane { codes, factor, tokens } in &planes {
-            let dots = &mut dots[..tokens.len() * rows.len()];
-            decode::dot(&codes.some(rows.clone()), tokens, dots);
-            for ((dots, zero), sums) in dots.chunks(rows.len()).zip(&zeros).zip(sums.chunks_mut(of.len())) {
-                // What a zero takes away belongs to the first plane.
-                let zero = if *factor == 1.0 { *zero } else { 0.0 };
-                let values = dots.iter().zip(&scales[rows.clone()]).map(|(dot, scale)| (factor * dot - zero) * scale);
-                part.scatter(span.start + first, values, &mut sums[..], of.start);
+    let groups = matrix.columns.div_ceil(part.group).max(1);
+    let mut scales = vec![0f32; groups * BLOCK];
+    let (mut found, mut rest) = (vec![0f32; tables.tokens() * BLOCK], Rest::default());
+    for (rows, start, width) in matrix.lines(part, &span) {
+        let (count, known) = (rows.len(), rows.start.max(span.start)..rows.end.min(span.end));
+        scales_of(part, &known, groups, matrix.unit, &mut scales);
+        let (whole, room) = (count / LINE * LINE, count.next_multiple_of(LINE));
+        let found = &mut found[..tables.tokens() * room];
+        for (group, segments) in tables.groups() {
+            found.fill(0.0);
+            // A segment's codes stay in the nearest cache from one token to the next.
+            for at in segments {
+                let codes = &part.codes[start + tables.segments[at].start * width..];
+                let lines = Lines { codes, width, count: whole / LINE, lead: true };
+                let rest = rest.of(&lines, count - whole, tables.segments[at]);
+                for (token, found) in found.chunks_exact_mut(room).enumerate() {
+                    let ((table, step), (first, last)) = (tables.segment(token, at), found.split_at_mut(whole));
+                    lookup::add(&Lines { lead: token == 0, ..lines }, table, step, first);
+                    lookup::add(&rest, table, step, last);
+                }
+            }
+            let scales = &scales[group * known.len()..][..known.len()];
+            for (found, sums) in found.chunks_exact(room).zip(sums.chunks_exact_mut(of.len())) {
+                let values = found[known.start - rows.start..].iter().zip(scales).map(|(sum, scale)| sum * scale);
+                part.scatter(known.start, values, sums, of.start);
             }
         }
     }
 }
 
-/// Rows whose scales change at whole runs of 64 columns.
-fn grouped(matrix: &Matrix<'_>, part: &Part<'_>, all: &Activations, of: &Range<usize>, sums: &mut [f32]) {
-    let (groups, blocks) = (matrix.columns.div_ceil(part.group), matrix.columns.div_ceil(RUN));
-    let span = part.span(of.start, of.end);
-    let zeros = |token| all.sums(token).iter().map(|sum| sum * part.zero).collect();
-    let zeros: Vec<Vec<f32>> = (0..all.tokens()).map(zeros).collect();
-    let zeros: Vec<&[f32]> = zeros.iter().map(Vec::as_slice).collect();
-    let (planes, _) = planes(matrix, part, all, &span);
-    let (mut narrow, mut scales) = (vec![0f32; TILE * groups], vec![0f32; TILE * blocks]);
-    let mut dots = vec![0f32; all.tokens() * TILE];
-    for first in (0..span.len()).step_by(TILE) {
-        let rows = first..(first + TILE).min(span.len());
-        let at = (span.start + rows.start) * groups..(span.start + rows.end) * groups;
-        widen_f16(&part.scales[at.clone()], &mut narrow[..at.len()]);
-        for (narrow, scales) in narrow.chunks(groups).zip(scales.chunks_mut(blocks)) {
-            for (scales, narrow) in scales.chunks_mut(part.group / RUN).zip(narrow) {
-                scales.fill(narrow * matrix.unit);
+/// A segment's last rows, fewer than a line, as a line of their own.
+#[derive(Default)]
+struct Rest(Vec<u8>);
+
+impl Rest {
+    /// The rows after whole lines.
+    fn of(&mut self, lines: &Lines<'_>, rows: usize, segment: Segment) -> Lines<'_> {
+        if rows > 0 {
+            let (after, bytes) = (lines.count * LINE, segment.end - segment.start);
+            self.0.resize(bytes * LINE, 0);
+            for (at, line) in self.0.chunks_exact_mut(LINE).enumerate() {
+                line[..rows].copy_from_slice(&lines.codes[at * lines.width + after..][..rows]);
             }
         }
-        for Plane { codes, factor, tokens } in &planes {
-            let (zeros, dots) = (if *factor == 1.0 { &zeros[..] } else { &[] }, &mut dots[..tokens.len() * rows.len()]);
-            decode::dot_scaled(&codes.some(rows.clone()), &scales[..rows.len() * blocks], tokens, zeros, dots);
-            for (dots, sums) in dots.chunks(rows.len()).zip(sums.chunks_mut(of.len())) {
-                part.scatter(span.start + first, dots.iter().map(|dot| factor * dot), &mut sums[..], of.start);
-            }
+        Lines { codes: &self.0, width: LINE, count: rows.div_ceil(LINE), lead: false }
+    }
+}
+
+/// The scales of some rows in units of one, a group's after another's.
+fn scales_of(part: &Part<'_>, rows: &Range<usize>, groups: usize, unit: f32, scales: &mut [f32]) {
+    let halves = &part.scales[rows.start * groups..rows.end * groups];
+    if groups == 1 {
+        widen_f16(halves, &mut scales[..halves.len()]);
+    } else {
+        let mut wide = vec![0f32; halves.len()];
+        widen_f16(halves, &mut wide);
+        for (row, wide) in wide.chunks_exact(groups).enumerate() {
+            wide.iter().zip(scales[row..].iter_mut().step_by(rows.len())).for_each(|(from, to)| *to = *from);
         }
     }
+    scales[..halves.len()].iter_mut().for_each(|scale| *scale *= unit);
 }
 
 fn floats(matrix: &Matrix<'_>, part: &Part<'_>, input: &Input, of: &Range<usize>, sums: &mut [f32]) {
     let columns = matrix.columns;
-    let (mut codes, mut level) = (vec![0u8; columns], vec![0f32; columns]);
+    let (mut strip, mut codes, mut level) = (Strip::default(), vec![0u8; columns], vec![0f32; columns]);
     for at in part.span(of.start, of.end) {
-        scaled_row(matrix, part, at, &[], &mut codes, &mut level);
+        scaled_row(matrix, part, strip.row(matrix, part, at), at, &[], &mut codes, &mut level);
         for token in 0..input.tokens {
             sums[token * of.len() + part.row(at) - of.start] +=
                 dot(&level, &input.scaled[token * columns..(token + 1) * columns]);

@@ -6,6 +6,7 @@ use super::floats::{add_times, scaled_levels, unpack};
 use super::matrix::{Matrix, Part};
 use super::rows::{Rows, widen_f16};
 use super::team::{self, ALONE};
+use crate::layout::{self, LINE, row_bytes};
 
 /// Row `row` of the delta, times `scale`, added to `out [columns]`.
 pub fn add_row(matrix: &Matrix<'_>, row: usize, scale: f32, out: &mut [f32]) {
@@ -40,9 +41,40 @@ pub unsafe fn merged(matrix: &Matrix<'_>, base: Rows, of: Range<usize>, out: Row
     if of.len() * matrix.columns < ALONE { work(0, 1) } else { team::parallel(&work) }
 }
 
+/// A part's rows as they are asked for: one by itself, or a whole line where they follow each other.
+#[derive(Default)]
+pub(super) struct Strip {
+    line: Option<usize>,
+    next: Option<usize>,
+    packed: Vec<u8>,
+}
+
+impl Strip {
+    /// The packed row at a position within the part, which is always the same.
+    pub fn row(&mut self, matrix: &Matrix<'_>, part: &Part<'_>, at: usize) -> &[u8] {
+        let (rows, stride) = (part.count(matrix.rows), row_bytes(part.bits, matrix.columns));
+        let (line, follows) = (Some(at / LINE), self.next.replace(at + 1) == Some(at));
+        if self.line == line {
+            return &self.packed[at % LINE * stride..][..stride];
+        }
+        self.packed.resize(LINE * stride, 0);
+        if follows {
+            self.line = line;
+            layout::untile(part.codes, rows, stride, at, &mut self.packed);
+            return &self.packed[at % LINE * stride..][..stride];
+        }
+        self.line = None;
+        let (start, width) = layout::line(at, rows, stride);
+        let bytes = part.codes[start + at % LINE..].iter().step_by(width);
+        self.packed.iter_mut().take(stride).zip(bytes).for_each(|(packed, byte)| *packed = *byte);
+        &self.packed[..stride]
+    }
+}
+
 /// Working memory, and what all rows of a matrix share.
 struct Spare<'a> {
     matrix: &'a Matrix<'a>,
+    strips: Vec<Strip>,
     columns: Vec<f32>,
     codes: Vec<u8>,
     wide: Vec<f32>,
@@ -52,15 +84,18 @@ impl<'a> Spare<'a> {
     fn of(matrix: &'a Matrix<'a>) -> Self {
         let mut columns = vec![0f32; matrix.column_scales.map_or(0, <[_]>::len)];
         widen_f16(matrix.column_scales.unwrap_or_default(), &mut columns);
-        Self { matrix, columns, codes: vec![0; matrix.columns], wide: vec![0.0; matrix.columns] }
+        let strips = matrix.parts.iter().map(|_| Strip::default()).collect();
+        Self { matrix, strips, columns, codes: vec![0; matrix.columns], wide: vec![0.0; matrix.columns] }
     }
 
     /// One row of the delta.
     fn dense(&mut self, row: usize, out: &mut [f32]) {
         let (matrix, columns) = (self.matrix, self.matrix.columns);
-        let part = matrix.parts.iter().find_map(|part| Some((part, part.span(row, row + 1).next()?)));
-        match part {
-            Some((part, at)) => scaled_row(matrix, part, at, &self.columns, &mut self.codes, out),
+        let mut parts = matrix.parts.iter().zip(&mut self.strips);
+        match parts.find_map(|(part, strip)| Some((part, strip, part.span(row, row + 1).next()?))) {
+            Some((part, strip, at)) => {
+                scaled_row(matrix, part, strip.row(matrix, part, at), at, &self.columns, &mut self.codes, out);
+            }
             None => out.fill(0.0),
         }
         if let Some(sparse) = &matrix.sparse {
@@ -81,17 +116,18 @@ impl<'a> Spare<'a> {
     }
 }
 
-/// A row of a part, its codes under their scales and `factors` (none count as one). `codes` is working memory.
+/// A row of a part, its packed codes under their scales and `factors` (none count as one). `codes` is working memory.
 pub(super) fn scaled_row(
     matrix: &Matrix<'_>,
     part: &Part<'_>,
+    packed: &[u8],
     at: usize,
     factors: &[f32],
     codes: &mut [u8],
     out: &mut [f32],
 ) {
     let columns = matrix.columns;
-    unpack(part.packed(at, columns), part.bits, codes);
+    unpack(packed, part.bits, codes);
     let groups = columns.div_ceil(part.group).max(1);
     for (group, scale) in part.scales[at * groups..(at + 1) * groups].iter().enumerate() {
         let of = group * part.group..((group + 1) * part.group).min(columns);

@@ -12,7 +12,6 @@ use std::ops::Range;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use super::super::avx512::reduce;
 use super::{BLOCK, Base, Split};
 
 /// Tokens of a tile.
@@ -257,4 +256,26 @@ fn tile<B: Block, const R: usize, const N: usize>(
         }
     }
     *sums = lanes;
+}
+
+/// The sums of four vectors' lanes; each the same bits wherever it stands.
+#[target_feature(enable = "avx512f")]
+fn reduce([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+    let pair = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    let (ab, cd) = (_mm512_castps_pd(pair(a, b)), _mm512_castps_pd(pair(c, d)));
+    let fours =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    let halves = _mm256_add_ps(
+        _mm512_castps512_ps256(fours),
+        _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(fours))),
+    );
+    let mut sums = [0f32; 4];
+    // SAFETY: room for four.
+    unsafe {
+        _mm_storeu_ps(
+            sums.as_mut_ptr(),
+            _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves)),
+        );
+    }
+    sums
 }

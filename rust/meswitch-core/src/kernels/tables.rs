@@ -1,0 +1,273 @@
+//! Activations as sums to look up: for every half byte of a packed row, what each of its sixteen values adds to the row's
+//! product with one token.
+//!
+//! Half a byte holds four 1-bit codes, two of 2 bits, one of 4, or half a code of 8 bits. A sum is
+//! `Σ (factor · code − zero) · x` of its columns, rounded to a 16-bit multiple of a step that 64 bytes of the row share.
+//! The step is the smallest with which no row's sum over those bytes leaves 16 bits, whatever its codes; so kernels add
+//! in 16 bits, exactly, and rounding leaves an error of 1/400 of the product or less, whatever the activations.
+
+use std::ops::Range;
+
+use super::backend::Backend;
+use super::by_backend;
+#[cfg(target_arch = "aarch64")]
+use super::neon;
+use super::scalar;
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
+use crate::layout::{planes, row_bytes};
+
+/// Bytes of a row that share a step.
+pub const SEGMENT: usize = 64;
+/// Values of half a byte.
+pub(super) const HALF: usize = 16;
+/// What the largest row's sum may be, in steps: half a step for each rounding less than 16 bits hold.
+const MOST: f32 = 32_767.0 - SEGMENT as f32;
+/// Below this a step's inverse is no number any more; such activations count as zero.
+const TINY: f32 = 1e-35;
+/// Added to a small float, it leaves the nearest integer in the low bits.
+pub(super) const ROUND: f32 = 12_582_912.0;
+
+/// A byte's sums: its low half's, then its high half's.
+///
+/// Where kernels look bytes up and not words: the low bytes of the low half's sums, their high bytes, and so on.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Sums(pub [i16; 2 * HALF]);
+
+/// Bytes of a row that share a step, and the group that they belong to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// The first byte.
+    pub start: usize,
+    /// The one after the last.
+    pub end: usize,
+    /// Which of the row's scales is theirs.
+    pub group: usize,
+}
+
+/// What decides how a part's rows are looked up: parts that have it in common share tables.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Form {
+    /// Bits a code.
+    pub bits: u32,
+    /// The code value that means zero.
+    pub zero: f32,
+    /// Columns that share a scale.
+    pub group: usize,
+}
+
+/// The tables of some tokens for one form.
+pub struct Tables {
+    /// What they are for.
+    pub form: Form,
+    /// A group's after another's.
+    pub segments: Vec<Segment>,
+    length: usize,
+    sums: Vec<Sums>,
+    steps: Vec<f32>,
+}
+
+impl Tables {
+    /// Of activations `[tokens, columns]`, as kernels of an instruction set take them.
+    #[must_use]
+    pub fn of(x: &[f32], columns: usize, form: Form, backend: Backend) -> Self {
+        let tokens = x.len() / columns.max(1);
+        let (segments, length) = (segments(form, columns), row_bytes(form.bits, columns));
+        let mut tables = Self {
+            form,
+            length,
+            sums: vec![Sums([0; 2 * HALF]); tokens * length],
+            steps: vec![0.0; tokens * segments.len()],
+            segments,
+        };
+        if length == 0 {
+            return tables;
+        }
+        let planes: Vec<_> = planes(form.bits, columns)
+            .into_iter()
+            .map(|(bits, first, factor)| (first, Levels::of(bits, factor, zero_of(form, bits, first))))
+            .collect();
+        let steps = tables.steps.chunks_exact_mut(tables.segments.len());
+        let mut whole = vec![0f32; columns.next_multiple_of(8)];
+        for ((x, sums), steps) in x.chunks_exact(columns).zip(tables.sums.chunks_exact_mut(length)).zip(steps) {
+            whole[..columns].copy_from_slice(x);
+            for (segment, step) in tables.segments.iter().zip(steps) {
+                let (first, levels) = planes.iter().rfind(|plane| plane.0 <= segment.start).expect("a plane");
+                let x = &whole[(segment.start - first) * levels.columns..(segment.end - first) * levels.columns];
+                *step = levels.fill(backend, x, &mut sums[segment.start..segment.end]);
+            }
+        }
+        tables
+    }
+
+    /// How many tokens.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.sums.len() / self.length.max(1)
+    }
+
+    /// The groups, and the places of their segments.
+    pub fn groups(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let mut at = 0;
+        self.segments.chunk_by(|a, b| a.group == b.group).map(move |segments| {
+            at += segments.len();
+            (segments[0].group, at - segments.len()..at)
+        })
+    }
+
+    /// A token's sums for a segment, and their step.
+    #[must_use]
+    pub fn segment(&self, token: usize, at: usize) -> (&[Sums], f32) {
+        let Segment { start, end, .. } = self.segments[at];
+        let sums = &self.sums[token * self.length..][start..end];
+        (sums, self.steps[token * self.segments.len() + at])
+    }
+}
+
+/// A plane's share of the zero, so that the sums of each lie about nothing.
+fn zero_of(form: Form, bits: u32, first: usize) -> f32 {
+    match (form.bits == bits, first) {
+        (true, _) => form.zero,
+        (_, 0) => 1.5,
+        _ => form.zero - 1.5,
+    }
+}
+
+/// The segments of a row: no two groups, and no two planes, in one.
+fn segments(form: Form, columns: usize) -> Vec<Segment> {
+    let mut segments = Vec::new();
+    for group in 0..columns.div_ceil(form.group.max(1)) {
+        for (bits, first, _) in planes(form.bits, columns) {
+            let byte = |column: usize| first + row_bytes(bits, column.min(columns));
+            let end = byte((group + 1) * form.group);
+            let starts = (byte(group * form.group)..end).step_by(SEGMENT);
+            segments.extend(starts.map(|start| Segment { start, end: end.min(start + SEGMENT), group }));
+        }
+    }
+    segments
+}
+
+/// Of the low half of a byte and the high one, for each of its columns: what its activation is multiplied by, at each
+/// value of the half.
+pub(super) type Halves = [[[f32; HALF]; 4]; 2];
+
+/// What a byte adds.
+struct Levels {
+    /// Columns of a byte.
+    columns: usize,
+    /// `factor · code − zero`.
+    halves: Halves,
+    /// The largest that a byte adds for an activation of one.
+    reach: f32,
+}
+
+impl Levels {
+    fn of(bits: u32, factor: f32, zero: f32) -> Self {
+        let bits = bits as usize;
+        let mut levels = Self { columns: 8 / bits, halves: [[[0.0; HALF]; 4]; 2], reach: 0.0 };
+        for (half, terms) in levels.halves.iter_mut().enumerate() {
+            let mut reach = 0f32;
+            for (at, values) in terms.iter_mut().take(4 / bits.min(4)).enumerate() {
+                *values = std::array::from_fn(|value| match bits {
+                    // Half a code: each half's sums lie about zero.
+                    8 if half == 0 => value as f32 - 7.5,
+                    8 => (16 * value) as f32 - (zero - 7.5),
+                    _ => factor * ((value >> (bits * at)) & ((1 << bits) - 1)) as f32 - zero,
+                });
+                reach = values.iter().fold(reach, |most, value| most.max(value.abs()));
+            }
+            levels.reach = if bits == 8 { levels.reach + reach } else { reach };
+        }
+        levels
+    }
+
+    /// The sums of whole bytes of activations; gives their step.
+    fn fill(&self, backend: Backend, x: &[f32], sums: &mut [Sums]) -> f32 {
+        let step = magnitude(x) * self.reach / MOST;
+        if !step.is_finite() {
+            return f32::NAN;
+        }
+        let inverse = if step > TINY { step.recip() } else { 0.0 };
+        let mut halves = self.halves;
+        halves.as_flattened_mut().as_flattened_mut().iter_mut().for_each(|level| *level *= inverse);
+        match self.columns {
+            8 => fill_on::<8, 4>(backend, x, &halves, sums),
+            4 => fill_on::<4, 2>(backend, x, &halves, sums),
+            2 => fill_on::<2, 1>(backend, x, &halves, sums),
+            _ => fill_on::<1, 1>(backend, x, &halves, sums),
+        }
+        step
+    }
+}
+
+/// Sums of `COLUMNS` a byte, `TERMS` of them in half of it.
+fn fill_on<const COLUMNS: usize, const TERMS: usize>(backend: Backend, x: &[f32], halves: &Halves, sums: &mut [Sums]) {
+    assert_eq!(x.len(), COLUMNS * sums.len());
+    match backend {
+        // SAFETY: a backend is named only after the processor said that it has it; lengths were looked at.
+        #[cfg(target_arch = "x86_64")]
+        Backend::Avx512 => unsafe { avx512::fill::<COLUMNS, TERMS>(x, halves, sums) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Backend::Avx2 => unsafe { avx2::fill::<COLUMNS, TERMS>(x, halves, sums) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Backend::Neon => unsafe { neon::fill::<COLUMNS, TERMS>(x, halves, sums) },
+        _ => scalar::fill::<COLUMNS, TERMS>(x, halves, sums),
+    }
+}
+
+by_backend! {
+    /// `Σ |x|`.
+    pub fn magnitude(x: &[f32]) -> f32 = magnitude_body
+}
+
+#[inline(always)]
+fn magnitude_body(x: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    let whole = x.chunks_exact(16);
+    lanes.iter_mut().zip(whole.remainder()).for_each(|(lane, x)| *lane = x.abs());
+    for x in whole {
+        lanes.iter_mut().zip(x).for_each(|(lane, x)| *lane += x.abs());
+    }
+    lanes.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_cover_a_row_once_and_keep_groups_and_planes_apart() {
+        for (bits, columns, group) in
+            [(1, 4096, 4096), (2, 300, 300), (3, 1000, 1000), (3, 300, 128), (8, 200, 64), (2, 0, 1)]
+        {
+            let form = Form { bits, zero: 0.5, group };
+            let mut bytes = vec![0; row_bytes(bits, columns)];
+            let found = segments(form, columns);
+            for segment in &found {
+                assert!(segment.end - segment.start <= SEGMENT);
+                bytes[segment.start..segment.end].iter_mut().for_each(|count| *count += 1);
+            }
+            assert!(bytes.iter().all(|count| *count == 1));
+            assert!(found.is_sorted_by_key(|segment| segment.group));
+        }
+    }
+
+    #[test]
+    fn the_largest_sums_fit_in_sixteen_bits() {
+        for bits in [1, 2, 3, 4, 8] {
+            let columns = 512;
+            let x: Vec<f32> = (0..columns).map(|at| if at % 3 == 0 { -7.0 } else { 1e-3 + at as f32 }).collect();
+            let form = Form { bits, zero: ((1 << bits) - 1) as f32 / 2.0, group: columns };
+            let tables = Tables::of(&x, columns, form, Backend::Scalar);
+            for at in 0..tables.segments.len() {
+                let (sums, _) = tables.segment(0, at);
+                let most = |half: &[i16]| half.iter().map(|sum| i32::from(sum.unsigned_abs())).max().unwrap();
+                let all: i32 = sums.iter().flat_map(|Sums(sums)| sums.chunks(HALF).map(most)).sum();
+                assert!((16_000..=32_767).contains(&all), "{bits} bits: {all}");
+            }
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! Packed rows of format versions 1 and 2, which are brought into today's layout when they are read.
+//!
+//! A row lies by itself, as a sequence of runs, each 64 bytes wide but the last, which is as wide as its columns need,
+//! rounded up to 4 bytes. In a run of `w` bytes, bits `b*p .. b*p+b` of byte `j` hold the code of the run's column
+//! `p*w + j`.
+
+/// Bytes of a whole run.
+const RUN: usize = 64;
+
+/// Bytes of one packed row.
+#[must_use]
+pub const fn row_bytes(bits: u32, columns: usize) -> usize {
+    if bits == 3 {
+        return row_bytes(2, columns) + row_bytes(1, columns);
+    }
+    let per_byte = 8 / bits as usize;
+    let rest = columns % (RUN * per_byte);
+    columns / (RUN * per_byte) * RUN + rest.div_ceil(4 * per_byte) * 4
+}
+
+/// Unpacks one row.
+pub fn unpack_row(packed: &[u8], bits: u32, codes: &mut [u8]) {
+    codes.fill(0);
+    if bits == 3 {
+        let (low, high) = packed.split_at(row_bytes(2, codes.len()));
+        unpack_plane(low, 2, 0, codes);
+        unpack_plane(high, 1, 2, codes);
+    } else {
+        unpack_plane(packed, bits, 0, codes);
+    }
+}
+
+/// Rows of a part in today's layout.
+#[must_use]
+pub fn tiled(packed: &[u8], bits: u32, columns: usize) -> Vec<u8> {
+    let (length, stride) = (row_bytes(bits, columns), super::row_bytes(bits, columns));
+    let mut codes = vec![0u8; columns];
+    let mut rows = vec![0u8; packed.len() / length.max(1) * stride];
+    for (packed, row) in packed.chunks_exact(length.max(1)).zip(rows.chunks_exact_mut(stride.max(1))) {
+        unpack_row(packed, bits, &mut codes);
+        super::pack_row(&codes, bits, row);
+    }
+    super::tile(&rows, stride)
+}
+
+fn unpack_plane(packed: &[u8], bits: u32, shift: u32, codes: &mut [u8]) {
+    let per_byte = 8 / bits as usize;
+    let mask = ((1u16 << bits) - 1) as u8;
+    for (run, columns) in packed.chunks(RUN).zip(codes.chunks_mut(RUN * per_byte)) {
+        let width = run.len();
+        for (plane, columns) in columns.chunks_mut(width).enumerate() {
+            let right = bits * plane as u32;
+            for (code, byte) in columns.iter_mut().zip(run) {
+                *code |= ((byte >> right) & mask) << shift;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_row_is_read() {
+        // Two bits, 300 columns: one whole run, then 44 columns in 12 bytes.
+        assert_eq!(row_bytes(2, 300), 76);
+        let mut packed = [0u8; 76];
+        packed[64 + 2] = 3 << 2; // column 256 + 12 + 2
+        packed[5] = 1 << 4; // column 2 * 64 + 5
+        let mut codes = vec![9; 300];
+        unpack_row(&packed, 2, &mut codes);
+        let found: Vec<_> = (0..300).filter(|at| codes[*at] != 0).map(|at| (at, codes[at])).collect();
+        assert_eq!(found, [(133, 1), (270, 3)]);
+        let mut row = vec![0; super::super::row_bytes(2, 300)];
+        super::super::pack_row(&codes, 2, &mut row);
+        assert_eq!(tiled(&packed, 2, 300), super::super::tile(&row, row.len()));
+    }
+}
