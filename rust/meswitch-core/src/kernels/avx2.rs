@@ -3,19 +3,21 @@
 
 use std::arch::x86_64::*;
 
-use super::lookup::{Lines, fetch};
+use super::lookup::{Lines, Table, fetch};
 use super::tables::{HALF, Halves, ROUND, Sums};
 use crate::layout::LINE;
 
 /// # Safety
-/// The processor must have AVX2; lines, sums (split) and `out` must belong together.
+/// The processor must have AVX2; lines, tables (split) and `out` must belong together.
 #[target_feature(enable = "avx2")]
-pub unsafe fn add(lines: &Lines<'_>, sums: &[Sums], step: f32, out: &mut [f32]) {
-    for line in 0..lines.count {
-        // The first line to be read fetches for all.
-        let ahead = if lines.lead && line == 0 { lines.count } else { 0 };
-        // SAFETY: the caller's promise.
-        unsafe { segment(lines, line, ahead, sums, step, out.as_mut_ptr().add(line * LINE)) };
+pub unsafe fn add(lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
+    for (token, Table { sums, step }) in tables.iter().enumerate() {
+        for line in 0..lines.count {
+            // The first to read fetches for all.
+            let ahead = if token + line == 0 { lines.count } else { 0 };
+            // SAFETY: the caller's promise.
+            unsafe { segment(lines, line, ahead, sums, *step, out.as_mut_ptr().add(token * room + line * LINE)) };
+        }
     }
 }
 

@@ -1,63 +1,98 @@
 //! Sums looked up with AVX-512: `vpermw` takes 32 words at once from a table of 32, which is one half's sixteen sums twice,
 //! so that the bit above an index does not matter and nothing needs a mask.
 
-#![allow(clippy::needless_range_loop)] // lines and halves index several arrays at once
+#![allow(clippy::needless_range_loop)] // lines and tokens index several arrays at once
 
 use std::arch::x86_64::*;
 
-use super::lookup::{Lines, fetch};
+use super::lookup::{Lines, Table, fetch};
 use super::tables::{HALF, Halves, ROUND, Sums};
 use crate::layout::LINE;
 
 /// # Safety
-/// The processor must have AVX-512 F and BW; lines, sums and `out` must belong together.
+/// The processor must have AVX-512 F and BW; lines, tables and `out` must belong together.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub unsafe fn add(lines: &Lines<'_>, sums: &[Sums], step: f32, out: &mut [f32]) {
+pub unsafe fn add(lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
+    let mut out = out.as_mut_ptr();
+    for (pair, tables) in tables.chunks(2).enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (tables, pair) {
+                ([a, b], 0) => some_lines::<true, 2>(lines, [*a, *b], room, out),
+                ([a, b], _) => some_lines::<false, 2>(lines, [*a, *b], room, out),
+                (_, 0) => some_lines::<true, 1>(lines, [tables[0]], room, out),
+                _ => some_lines::<false, 1>(lines, [tables[0]], room, out),
+            }
+        }
+        out = out.wrapping_add(2 * room);
+    }
+}
+
+/// `LEAD` says that nobody has read the next lines yet.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn some_lines<const LEAD: bool, const N: usize>(
+    lines: &Lines<'_>,
+    tables: [Table<'_>; N],
+    room: usize,
+    out: *mut f32,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         match lines.count {
-            1 => segment::<1>(lines, sums, step, out),
-            2 => segment::<2>(lines, sums, step, out),
-            3 => segment::<3>(lines, sums, step, out),
-            _ => segment::<4>(lines, sums, step, out),
+            1 => segment::<LEAD, 1, N>(lines, tables, room, out),
+            2 => segment::<LEAD, 2, N>(lines, tables, room, out),
+            3 => segment::<LEAD, 3, N>(lines, tables, room, out),
+            _ => segment::<LEAD, 4, N>(lines, tables, room, out),
         }
     }
 }
 
-/// `L` lines of 64 rows: sums of even rows and of odd ones.
+/// `L` lines of 64 rows and `N` tokens: sums of even rows and of odd ones.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn segment<const L: usize>(lines: &Lines<'_>, sums: &[Sums], step: f32, out: &mut [f32]) {
-    let mut rows = [[_mm512_setzero_si512(); 2]; L];
+unsafe fn segment<const LEAD: bool, const L: usize, const N: usize>(
+    lines: &Lines<'_>,
+    tables: [Table<'_>; N],
+    room: usize,
+    out: *mut f32,
+) {
+    let mut rows = [[[_mm512_setzero_si512(); 2]; N]; L];
     let mut from = lines.codes.as_ptr();
-    for Sums(sums) in sums {
+    for at in 0..tables[0].sums.len() {
+        let mut halves = [[_mm512_setzero_si512(); 2]; N];
         // SAFETY: sixteen sums each, and a line of codes at every place.
         unsafe {
-            let low = _mm512_broadcast_i64x4(_mm256_load_si256(sums.as_ptr().cast()));
-            let high = _mm512_broadcast_i64x4(_mm256_load_si256(sums.as_ptr().add(HALF).cast()));
+            for n in 0..N {
+                let sums = tables[n].sums.as_ptr().add(at).cast::<__m256i>();
+                halves[n] = [_mm512_broadcast_i64x4(*sums), _mm512_broadcast_i64x4(*sums.add(1))];
+            }
             for line in 0..L {
-                if lines.lead {
+                if LEAD {
                     fetch(from.wrapping_add(line * LINE));
                 }
                 let codes = _mm512_loadu_si512(from.add(line * LINE).cast());
-                let even = _mm512_add_epi16(
-                    _mm512_permutexvar_epi16(codes, low),
-                    _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), high),
-                );
-                let odd = _mm512_add_epi16(
-                    _mm512_permutexvar_epi16(_mm512_srli_epi16::<8>(codes), low),
-                    _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(codes), high),
-                );
-                rows[line][0] = _mm512_add_epi16(rows[line][0], even);
-                rows[line][1] = _mm512_add_epi16(rows[line][1], odd);
+                let even = [codes, _mm512_srli_epi16::<4>(codes)];
+                let odd = [_mm512_srli_epi16::<8>(codes), _mm512_srli_epi16::<12>(codes)];
+                for n in 0..N {
+                    rows[line][n][0] = _mm512_add_epi16(rows[line][n][0], looked_up(even, halves[n]));
+                    rows[line][n][1] = _mm512_add_epi16(rows[line][n][1], looked_up(odd, halves[n]));
+                }
             }
         }
         from = from.wrapping_add(lines.width);
     }
-    let step = _mm512_set1_ps(step);
     for line in 0..L {
-        // SAFETY: 64 rows of `out` a line.
-        unsafe { flush(rows[line], step, out.as_mut_ptr().add(line * LINE)) };
+        for n in 0..N {
+            // SAFETY: 64 rows of `out` a line.
+            unsafe { flush(rows[line][n], _mm512_set1_ps(tables[n].step), out.add(n * room + line * LINE)) };
+        }
     }
+}
+
+/// What two half bytes of 32 rows add.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn looked_up(codes: [__m512i; 2], halves: [__m512i; 2]) -> __m512i {
+    _mm512_add_epi16(_mm512_permutexvar_epi16(codes[0], halves[0]), _mm512_permutexvar_epi16(codes[1], halves[1]))
 }
 
 /// Adds a line's sums times their step.

@@ -28,8 +28,6 @@ pub struct Lines<'a> {
     pub width: usize,
     /// How many lines.
     pub count: usize,
-    /// Whether nobody has read the next ones yet.
-    pub lead: bool,
 }
 
 impl<'a> Lines<'a> {
@@ -64,26 +62,38 @@ pub(super) fn begin(bytes: &[u8]) {
     let _ = bytes.get(AHEAD);
 }
 
-/// Adds `step · Σ sums` of a segment to `out [lines · 64]`: `sums` has one token's for each byte.
-pub fn add(lines: &Lines<'_>, sums: &[Sums], step: f32, out: &mut [f32]) {
-    add_on(backend(), lines, sums, step, out);
+/// A token's sums for a segment, and their step.
+#[derive(Clone, Copy)]
+pub struct Table<'a> {
+    /// One for each byte.
+    pub sums: &'a [Sums],
+    /// What they are multiples of.
+    pub step: f32,
 }
 
-fn add_on(backend: Backend, lines: &Lines<'_>, sums: &[Sums], step: f32, out: &mut [f32]) {
-    let Some(last) = sums.len().checked_sub(1).filter(|_| lines.count > 0) else { return };
-    assert!(lines.count * LINE <= lines.width && lines.count <= BLOCK / LINE && out.len() == lines.count * LINE);
+/// Adds `step · Σ sums` of a segment to `out [tables, room]`, the first `lines · 64` of each.
+pub fn add(lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
+    add_on(backend(), lines, tables, room, out);
+}
+
+fn add_on(backend: Backend, lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
+    let bytes = tables.first().map_or(0, |table| table.sums.len());
+    let Some(last) = bytes.checked_sub(1).filter(|_| lines.count > 0) else { return };
+    assert!(lines.count * LINE <= lines.width && lines.count <= BLOCK / LINE);
     assert!(last * lines.width + lines.count * LINE <= lines.codes.len());
+    assert!(lines.count * LINE <= room && out.len() >= (tables.len() - 1) * room + lines.count * LINE);
+    assert!(tables.iter().all(|table| table.sums.len() == bytes));
     match backend {
         // SAFETY: a backend is named only after the processor said that it has it; lengths were looked at.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx512 => unsafe { avx512::add(lines, sums, step, out) },
+        Backend::Avx512 => unsafe { avx512::add(lines, tables, room, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx2 => unsafe { avx2::add(lines, sums, step, out) },
+        Backend::Avx2 => unsafe { avx2::add(lines, tables, room, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Backend::Neon => unsafe { neon::add(lines, sums, step, out) },
-        _ => scalar::add(lines, sums, step, out),
+        Backend::Neon => unsafe { neon::add(lines, tables, room, out) },
+        _ => scalar::add(lines, tables, room, out),
     }
 }
 
@@ -108,15 +118,14 @@ mod tests {
         let mut out = vec![0f32; tables.tokens() * rows];
         for first in (0..rows).step_by(BLOCK) {
             let (start, width) = layout::line(first, lines, stride);
-            for (token, out) in out.chunks_mut(rows.max(1)).enumerate() {
-                let mut sums = vec![0f32; width];
-                for at in 0..tables.segments.len() {
-                    let codes = &codes[start + tables.segments[at].start * width..];
-                    let lines = Lines { codes, width, count: width / LINE, lead: token == 0 };
-                    let (table, step) = tables.segment(token, at);
-                    add_on(backend, &lines, table, step, &mut sums);
-                }
-                let some = width.min(rows - first);
+            let mut sums = vec![0f32; tables.tokens() * width];
+            for at in 0..tables.segments.len() {
+                let codes = &codes[start + tables.segments[at].start * width..];
+                let lines = Lines { codes, width, count: width / LINE };
+                add_on(backend, &lines, &tables.segment(at), width, &mut sums);
+            }
+            let some = width.min(rows - first);
+            for (out, sums) in out.chunks_mut(rows.max(1)).zip(sums.chunks(width)) {
                 out[first..first + some].copy_from_slice(&sums[..some]);
             }
         }

@@ -5,7 +5,7 @@
 
 use std::arch::aarch64::*;
 
-use super::lookup::Lines;
+use super::lookup::{Lines, Table};
 use super::tables::{HALF, Halves, ROUND, Sums};
 use crate::layout::LINE;
 
@@ -15,12 +15,14 @@ const WIDE: usize = 16;
 const QUARTERS: usize = LINE / WIDE;
 
 /// # Safety
-/// The processor must have NEON; lines, sums (split) and `out` must belong together.
+/// The processor must have NEON; lines, tables (split) and `out` must belong together.
 #[target_feature(enable = "neon")]
-pub unsafe fn add(lines: &Lines<'_>, sums: &[Sums], step: f32, out: &mut [f32]) {
-    for line in 0..lines.count {
-        // SAFETY: the caller's promise.
-        unsafe { segment(lines, line, sums, step, out.as_mut_ptr().add(line * LINE)) };
+pub unsafe fn add(lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
+    for (token, Table { sums, step }) in tables.iter().enumerate() {
+        for line in 0..lines.count {
+            // SAFETY: the caller's promise.
+            unsafe { segment(lines, line, sums, *step, out.as_mut_ptr().add(token * room + line * LINE)) };
+        }
     }
 }
 

@@ -50,13 +50,10 @@ fn look_up(matrix: &Matrix<'_>, part: &Part<'_>, tables: &Tables, of: &Range<usi
             // A segment's codes stay in the nearest cache from one token to the next.
             for at in segments {
                 let codes = &part.codes[start + tables.segments[at].start * width..];
-                let lines = Lines { codes, width, count: whole / LINE, lead: true };
+                let (lines, tables_here) = (Lines { codes, width, count: whole / LINE }, tables.segment(at));
+                lookup::add(&lines, &tables_here, room, found);
                 let rest = rest.of(&lines, count - whole, tables.segments[at]);
-                for (token, found) in found.chunks_exact_mut(room).enumerate() {
-                    let ((table, step), (first, last)) = (tables.segment(token, at), found.split_at_mut(whole));
-                    lookup::add(&Lines { lead: token == 0, ..lines }, table, step, first);
-                    lookup::add(&rest, table, step, last);
-                }
+                lookup::add(&rest, &tables_here, room, &mut found[whole..]);
             }
             let scales = &scales[group * known.len()..][..known.len()];
             for (found, sums) in found.chunks_exact(room).zip(sums.chunks_exact_mut(of.len())) {
@@ -81,7 +78,7 @@ impl Rest {
                 line[..rows].copy_from_slice(&lines.codes[at * lines.width + after..][..rows]);
             }
         }
-        Lines { codes: &self.0, width: LINE, count: rows.div_ceil(LINE), lead: false }
+        Lines { codes: &self.0, width: LINE, count: rows.div_ceil(LINE) }
     }
 }
 

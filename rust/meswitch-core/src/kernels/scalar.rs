@@ -1,12 +1,18 @@
 //! Sums looked up half byte by half byte: the truth of the others.
 
-use super::lookup::Lines;
+use super::lookup::{Lines, Table};
 use super::tables::{HALF, Halves, ROUND, Sums};
 use crate::layout::LINE;
 
-/// Adds `step · Σ sums` of every row to `out`.
-pub fn add(lines: &Lines<'_>, sums: &[Sums], step: f32, out: &mut [f32]) {
-    for (line, out) in out.chunks_exact_mut(LINE).enumerate() {
+/// Adds `step · Σ sums` of every row to `out [tables, room]`.
+pub fn add(lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
+    for (Table { sums, step }, out) in tables.iter().zip(out.chunks_mut(room)) {
+        one(lines, sums, *step, out);
+    }
+}
+
+fn one(lines: &Lines<'_>, sums: &[Sums], step: f32, out: &mut [f32]) {
+    for (line, out) in out.chunks_exact_mut(LINE).take(lines.count).enumerate() {
         let mut rows = [0i16; LINE];
         for (at, Sums(sums)) in sums.iter().enumerate() {
             for (row, byte) in rows.iter_mut().zip(lines.bytes(at, line)) {

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use super::backend::Backend;
 use super::by_backend;
+use super::lookup::Table;
 #[cfg(target_arch = "aarch64")]
 use super::neon;
 use super::scalar;
@@ -116,12 +117,12 @@ impl Tables {
         })
     }
 
-    /// A token's sums for a segment, and their step.
+    /// Every token's sums for a segment.
     #[must_use]
-    pub fn segment(&self, token: usize, at: usize) -> (&[Sums], f32) {
+    pub fn segment(&self, at: usize) -> Vec<Table<'_>> {
         let Segment { start, end, .. } = self.segments[at];
-        let sums = &self.sums[token * self.length..][start..end];
-        (sums, self.steps[token * self.segments.len() + at])
+        let tokens = self.sums.chunks_exact(self.length).zip(self.steps.chunks_exact(self.segments.len()));
+        tokens.map(|(sums, steps)| Table { sums: &sums[start..end], step: steps[at] }).collect()
     }
 }
 
@@ -263,7 +264,7 @@ mod tests {
             let form = Form { bits, zero: ((1 << bits) - 1) as f32 / 2.0, group: columns };
             let tables = Tables::of(&x, columns, form, Backend::Scalar);
             for at in 0..tables.segments.len() {
-                let (sums, _) = tables.segment(0, at);
+                let sums = tables.segment(at)[0].sums;
                 let most = |half: &[i16]| half.iter().map(|sum| i32::from(sum.unsigned_abs())).max().unwrap();
                 let all: i32 = sums.iter().flat_map(|Sums(sums)| sums.chunks(HALF).map(most)).sum();
                 assert!((16_000..=32_767).contains(&all), "{bits} bits: {all}");
