@@ -1,7 +1,8 @@
 """What deltas keep of their fine-tunes against what they weigh, on the held-out text of real families.
 
-    python benches/quality.py [--family tiny --family smol] [--seed 0 --seed 1 --seed 2] [--way default --way small]
-                              [--tokens 12288] [--steps 120] [--no-distill] [--calibrate-on DOMAIN] [--results FILE]
+    python benches/quality.py [--family tiny --family smol] [--seed 0 --seed 1 --seed 2] [--domain code]
+                              [--way default --way small] [--form compressed --form distilled]
+                              [--tokens 12288] [--steps 120] [--calibrate-on DOMAIN] [--results FILE]
                               [--plot FILE.png] [--into FILE.md]
 
 Ways are presets, the papers' presets with embeddings and head in them too (`bitdelta at 1 bit`: as `meswitch compress
@@ -30,6 +31,7 @@ from torch import Tensor
 from meswitch.calibration import Calibration, calibrate
 from meswitch.compress import PRESETS, compress
 from meswitch.delta import Site
+from meswitch.demo.corpus import DOMAINS
 from meswitch.demo.family import Family, family
 from meswitch.distill import distill, whole
 from meswitch.distill.learner import Learner
@@ -91,12 +93,14 @@ class Bench:
     results: Results
     ways: list[str]
     tokens: int
-    steps: int  # of distillation; none where 0
+    steps: int  # of distillation
+    domains: list[str]
+    wanted: list[str]  # of FORMS
     source: str | None  # the domain whose text calibrates, where that is not the expert's own
 
     def run(self, name: str, seed: int) -> None:
         made = family(name, seed=seed)
-        for domain in made.experts:
+        for domain in self.domains:
             source = self.source or domain
 
             def missing(way: str, form: str, of: tuple[object, ...] = (name, seed, domain), text: str = source) -> bool:
@@ -117,10 +121,8 @@ class Bench:
     def _steps(self, form: str) -> int:
         return self.steps if form in TRAINED else 0
 
-    def _forms(self, way: str) -> tuple[str, ...]:
-        if not self.steps:
-            return "compressed", "svd"
-        return FORMS if way in PAPERS else ("compressed", "distilled", "svd")
+    def _forms(self, way: str) -> list[str]:
+        return [form for form in self.wanted if form != "published" or way in PAPERS]
 
     def _measure(
         self,
@@ -140,14 +142,12 @@ class Bench:
             delta = Path(folder) / "delta"
             report = compress(made.base, finetune, delta, calibration=seen[0], **settings(way, seen[1]))
             if "compressed" in forms or "svd" in forms:
-                found = evaluate(made.base, delta, finetune, heldout, max_tokens=self.tokens, svd=True)
-                rival = found.to_json()["svd"]
-                rival_bpw = report.bpw * rival["bytes"] / report.bytes
-                both = {
-                    "compressed": (report.bpw, found.recovered_share, found.kl),
-                    "svd": (rival_bpw, rival["recovered_share"], rival["kl"]),
-                }
-                yield from ((form, *values) for form, values in both.items() if form in forms)
+                found = evaluate(made.base, delta, finetune, heldout, max_tokens=self.tokens, svd="svd" in forms)
+                if "compressed" in forms:
+                    yield "compressed", report.bpw, found.recovered_share, found.kl
+                if "svd" in forms:
+                    rival = found.to_json()["svd"]
+                    yield "svd", report.bpw * rival["bytes"] / report.bytes, rival["recovered_share"], rival["kl"]
             for form in (form for form in forms if form in TRAINED):
                 out = Path(folder) / form
                 with published(one_scale="bitdelta" in way) if form == "published" else nullcontext():
@@ -263,18 +263,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", action="append")
     parser.add_argument("--seed", action="append", type=int)
+    parser.add_argument("--domain", action="append", choices=DOMAINS)
     parser.add_argument("--way", action="append", choices=WAYS)
+    parser.add_argument("--form", action="append", choices=FORMS)
     parser.add_argument("--tokens", type=int, default=12288)
     parser.add_argument("--steps", type=int, default=120, help="of distillation")
-    parser.add_argument("--no-distill", action="store_true")
     parser.add_argument("--calibrate-on", metavar="DOMAIN")
     parser.add_argument("--results", type=Path, default=Path("target/quality.jsonl"))
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--into", type=Path, metavar="FILE.md")
     given = parser.parse_args()
     results = Results(given.results)
-    steps = 0 if given.no_distill else given.steps
-    bench = Bench(results, given.way or list(WAYS), given.tokens, steps, given.calibrate_on)
+    lists = (given.domain or list(DOMAINS), given.form or list(FORMS))
+    bench = Bench(results, given.way or list(WAYS), given.tokens, given.steps, *lists, given.calibrate_on)
     for name in given.family or ["tiny"]:
         for seed in given.seed or [0]:
             bench.run(name, seed)

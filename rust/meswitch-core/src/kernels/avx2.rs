@@ -5,54 +5,56 @@ use std::arch::x86_64::*;
 
 use super::lookup::{Lines, Table, fetch};
 use super::tables::{HALF, Halves, ROUND, Sums};
-use crate::layout::LINE;
+use crate::layout::{BLOCK, LINE};
 
 /// # Safety
 /// The processor must have AVX2; lines, tables (split) and `out` must belong together.
 #[target_feature(enable = "avx2")]
 pub unsafe fn add(lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
-    for (token, Table { sums, step }) in tables.iter().enumerate() {
-        for line in 0..lines.count {
-            // The first to read fetches for all.
-            let ahead = if token + line == 0 { lines.count } else { 0 };
-            // SAFETY: the caller's promise.
-            unsafe { segment(lines, line, ahead, sums, *step, out.as_mut_ptr().add(token * room + line * LINE)) };
-        }
+    for (token, table) in tables.iter().enumerate() {
+        let out = out.as_mut_ptr().wrapping_add(token * room);
+        // SAFETY: the caller's promise.
+        unsafe { if token == 0 { segment::<true>(lines, *table, out) } else { segment::<false>(lines, *table, out) } }
     }
 }
 
-/// One line, as many rows as registers hold sums of: first rows of both lanes of a vector of codes, and last rows.
+/// All lines of one token: for each vector of codes, the sums of first rows of both lanes, and of last rows. `LEAD` says
+/// that nobody has read the next lines yet.
 #[target_feature(enable = "avx2")]
-unsafe fn segment(lines: &Lines<'_>, line: usize, ahead: usize, sums: &[Sums], step: f32, out: *mut f32) {
-    let mut rows = [[_mm256_setzero_si256(); 2]; 2];
-    let mut from = lines.codes.as_ptr().wrapping_add(line * LINE);
+unsafe fn segment<const LEAD: bool>(lines: &Lines<'_>, table: Table<'_>, out: *mut f32) {
+    let mut rows = [[[_mm256_setzero_si256(); 2]; 2]; BLOCK / LINE];
+    let rows = &mut rows[..lines.count];
+    let mut from = lines.codes.as_ptr();
     let mask = _mm256_set1_epi8(15);
-    for sums in sums {
-        for line in 0..ahead {
-            fetch(from.wrapping_add(line * LINE));
-        }
+    for sums in table.sums {
         // SAFETY: four tables of sixteen bytes, and a line of codes at every place.
         unsafe {
             let table = std::ptr::from_ref(sums).cast::<__m128i>();
             let low = [_mm256_broadcastsi128_si256(*table), _mm256_broadcastsi128_si256(*table.add(1))];
             let high = [_mm256_broadcastsi128_si256(*table.add(2)), _mm256_broadcastsi128_si256(*table.add(3))];
-            for (half, rows) in rows.iter_mut().enumerate() {
-                let codes = _mm256_loadu_si256(from.add(half * 32).cast());
-                let (a, b) = (_mm256_and_si256(codes, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask));
-                let a = [_mm256_shuffle_epi8(low[0], a), _mm256_shuffle_epi8(low[1], a)];
-                let b = [_mm256_shuffle_epi8(high[0], b), _mm256_shuffle_epi8(high[1], b)];
-                let first = _mm256_add_epi16(_mm256_unpacklo_epi8(a[0], a[1]), _mm256_unpacklo_epi8(b[0], b[1]));
-                let last = _mm256_add_epi16(_mm256_unpackhi_epi8(a[0], a[1]), _mm256_unpackhi_epi8(b[0], b[1]));
-                rows[0] = _mm256_add_epi16(rows[0], first);
-                rows[1] = _mm256_add_epi16(rows[1], last);
+            for (line, halves) in rows.iter_mut().enumerate() {
+                let from = from.add(line * LINE);
+                if LEAD {
+                    fetch(from);
+                }
+                for (half, rows) in halves.iter_mut().enumerate() {
+                    let codes = _mm256_loadu_si256(from.add(half * 32).cast());
+                    let (a, b) = (_mm256_and_si256(codes, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask));
+                    let a = [_mm256_shuffle_epi8(low[0], a), _mm256_shuffle_epi8(low[1], a)];
+                    let b = [_mm256_shuffle_epi8(high[0], b), _mm256_shuffle_epi8(high[1], b)];
+                    let first = _mm256_add_epi16(_mm256_unpacklo_epi8(a[0], a[1]), _mm256_unpacklo_epi8(b[0], b[1]));
+                    let last = _mm256_add_epi16(_mm256_unpackhi_epi8(a[0], a[1]), _mm256_unpackhi_epi8(b[0], b[1]));
+                    rows[0] = _mm256_add_epi16(rows[0], first);
+                    rows[1] = _mm256_add_epi16(rows[1], last);
+                }
             }
         }
         from = from.wrapping_add(lines.width);
     }
-    let step = _mm256_set1_ps(step);
-    for (half, rows) in rows.into_iter().enumerate() {
+    let step = _mm256_set1_ps(table.step);
+    for (at, rows) in rows.as_flattened().iter().enumerate() {
         // SAFETY: 32 rows of `out` a vector of codes.
-        unsafe { flush(rows, step, out.add(half * 32)) };
+        unsafe { flush(*rows, step, out.add(at * 32)) };
     }
 }
 
