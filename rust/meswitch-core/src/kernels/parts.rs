@@ -39,7 +39,7 @@ fn look_up(matrix: &Matrix<'_>, part: &Part<'_>, tables: &Tables, of: &Range<usi
     let span = part.span(of.start, of.end);
     let groups = matrix.columns.div_ceil(part.group).max(1);
     let mut scales = vec![0f32; groups * BLOCK];
-    let (mut found, mut rest) = (vec![0f32; tables.tokens() * BLOCK], Rest::default());
+    let (all, mut found, mut rest) = (tables.all(), vec![0f32; tables.tokens() * BLOCK], Rest::default());
     for (rows, start, width) in matrix.lines(part, &span) {
         let (count, known) = (rows.len(), rows.start.max(span.start)..rows.end.min(span.end));
         scales_of(part, &known, groups, matrix.unit, &mut scales);
@@ -50,10 +50,10 @@ fn look_up(matrix: &Matrix<'_>, part: &Part<'_>, tables: &Tables, of: &Range<usi
             // A segment's codes stay in the nearest cache from one token to the next.
             for at in segments {
                 let codes = &part.codes[start + tables.segments[at].start * width..];
-                let (lines, tables_here) = (Lines { codes, width, count: whole / LINE }, tables.segment(at));
-                lookup::add(&lines, &tables_here, room, found);
-                let rest = rest.of(&lines, count - whole, tables.segments[at]);
-                lookup::add(&rest, &tables_here, room, &mut found[whole..]);
+                let lines = Lines { codes, width, count: whole / LINE };
+                let here = &all[at * tables.tokens()..][..tables.tokens()];
+                lookup::add(&lines, here, room, found);
+                lookup::add(&rest.of(&lines, count - whole, tables.segments[at]), here, room, &mut found[whole..]);
             }
             let scales = &scales[group * known.len()..][..known.len()];
             for (found, sums) in found.chunks_exact(room).zip(sums.chunks_exact_mut(of.len())) {

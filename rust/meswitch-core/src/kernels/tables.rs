@@ -90,12 +90,11 @@ impl Tables {
             .map(|(bits, first, factor)| (first, Levels::of(bits, factor, zero_of(form, bits, first))))
             .collect();
         let steps = tables.steps.chunks_exact_mut(tables.segments.len());
-        let mut whole = vec![0f32; columns.next_multiple_of(8)];
         for ((x, sums), steps) in x.chunks_exact(columns).zip(tables.sums.chunks_exact_mut(length)).zip(steps) {
-            whole[..columns].copy_from_slice(x);
             for (segment, step) in tables.segments.iter().zip(steps) {
                 let (first, levels) = planes.iter().rfind(|plane| plane.0 <= segment.start).expect("a plane");
-                let x = &whole[(segment.start - first) * levels.columns..(segment.end - first) * levels.columns];
+                let of = |byte: usize| ((byte - first) * levels.columns).min(columns);
+                let x = &x[of(segment.start)..of(segment.end)];
                 *step = levels.fill(backend, x, &mut sums[segment.start..segment.end]);
             }
         }
@@ -117,12 +116,16 @@ impl Tables {
         })
     }
 
-    /// Every token's sums for a segment.
+    /// Every token's sums for every segment: `[segments, tokens]`.
     #[must_use]
-    pub fn segment(&self, at: usize) -> Vec<Table<'_>> {
-        let Segment { start, end, .. } = self.segments[at];
-        let tokens = self.sums.chunks_exact(self.length).zip(self.steps.chunks_exact(self.segments.len()));
-        tokens.map(|(sums, steps)| Table { sums: &sums[start..end], step: steps[at] }).collect()
+    pub fn all(&self) -> Vec<Table<'_>> {
+        let (tokens, count) = (self.tokens(), self.segments.len());
+        let table = |at: usize| {
+            let (segment, token) = (self.segments[at / tokens], at % tokens);
+            let sums = &self.sums[token * self.length..][segment.start..segment.end];
+            Table { sums, step: self.steps[token * count + at / tokens] }
+        };
+        (0..count * tokens).map(table).collect()
     }
 }
 
@@ -183,20 +186,21 @@ impl Levels {
         levels
     }
 
-    /// The sums of whole bytes of activations; gives their step.
+    /// The sums of activations, zeros after the last; gives their step.
     fn fill(&self, backend: Backend, x: &[f32], sums: &mut [Sums]) -> f32 {
         let step = magnitude(x) * self.reach / MOST;
         if !step.is_finite() {
             return f32::NAN;
         }
         let inverse = if step > TINY { step.recip() } else { 0.0 };
-        let mut halves = self.halves;
-        halves.as_flattened_mut().as_flattened_mut().iter_mut().for_each(|level| *level *= inverse);
+        let mut near = [0f32; 8 * SEGMENT];
+        times(x, inverse, &mut near);
+        let near = &near[..sums.len() * self.columns];
         match self.columns {
-            8 => fill_on::<8, 4>(backend, x, &halves, sums),
-            4 => fill_on::<4, 2>(backend, x, &halves, sums),
-            2 => fill_on::<2, 1>(backend, x, &halves, sums),
-            _ => fill_on::<1, 1>(backend, x, &halves, sums),
+            8 => fill_on::<8, 4>(backend, near, &self.halves, sums),
+            4 => fill_on::<4, 2>(backend, near, &self.halves, sums),
+            2 => fill_on::<2, 1>(backend, near, &self.halves, sums),
+            _ => fill_on::<1, 1>(backend, near, &self.halves, sums),
         }
         step
     }
@@ -235,6 +239,18 @@ fn magnitude_body(x: &[f32]) -> f32 {
     lanes.iter().sum()
 }
 
+by_backend! {
+    /// `out = x · factor`.
+    pub fn times(x: &[f32], factor: f32, out: &mut [f32]) = times_body
+}
+
+#[inline(always)]
+fn times_body(x: &[f32], factor: f32, out: &mut [f32]) {
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = x * factor;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -264,7 +280,7 @@ mod tests {
             let form = Form { bits, zero: ((1 << bits) - 1) as f32 / 2.0, group: columns };
             let tables = Tables::of(&x, columns, form, Backend::Scalar);
             for at in 0..tables.segments.len() {
-                let sums = tables.segment(at)[0].sums;
+                let sums = tables.all()[at].sums;
                 let most = |half: &[i16]| half.iter().map(|sum| i32::from(sum.unsigned_abs())).max().unwrap();
                 let all: i32 = sums.iter().flat_map(|Sums(sums)| sums.chunks(HALF).map(most)).sum();
                 assert!((16_000..=32_767).contains(&all), "{bits} bits: {all}");
