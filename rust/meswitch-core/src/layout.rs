@@ -116,8 +116,13 @@ fn word(bytes: &[u8]) -> u64 {
 
 #[inline(always)]
 fn pack_plane<const B: usize>(codes: &[u8], shift: u32, packed: &mut [u8]) {
-    for (codes, packed) in codes.chunks(8).zip(packed.chunks_exact_mut(B)) {
+    let whole = codes.len() / 8;
+    for (codes, packed) in codes.chunks_exact(8).zip(packed.chunks_exact_mut(B)) {
         packed.copy_from_slice(&gather::<B>(word(codes) >> shift).to_le_bytes()[..B]);
+    }
+    if whole * 8 < codes.len() {
+        let last = gather::<B>(word(&codes[whole * 8..]) >> shift);
+        packed[whole * B..].copy_from_slice(&last.to_le_bytes()[..B]);
     }
 }
 
@@ -136,9 +141,13 @@ fn unpack_plane<const B: usize>(packed: &[u8], codes: &mut [u8]) {
 /// Adds the high bits of 3-bit codes.
 #[inline(always)]
 fn add_high(packed: &[u8], codes: &mut [u8]) {
-    for (codes, packed) in codes.chunks_mut(8).zip(packed) {
-        let high = (spread::<1>(u64::from(*packed)) << 2).to_le_bytes();
-        codes.iter_mut().zip(high).for_each(|(code, high)| *code |= high);
+    let high = |byte: u8| spread::<1>(u64::from(byte)) << 2;
+    let mut eights = codes.chunks_exact_mut(8);
+    for (codes, byte) in (&mut eights).zip(packed) {
+        codes.copy_from_slice(&(word(codes) | high(*byte)).to_le_bytes());
+    }
+    if let (last, Some(byte)) = (eights.into_remainder(), packed.last()) {
+        last.iter_mut().zip(high(*byte).to_le_bytes()).for_each(|(code, high)| *code |= high);
     }
 }
 
@@ -177,16 +186,14 @@ pub fn untile(codes: &[u8], rows: usize, stride: usize, row: usize, packed: &mut
 /// `from [rows, stride]` to `to [stride, width]`.
 fn transpose(from: &[u8], stride: usize, to: &mut [u8], width: usize) {
     for (first, rows) in from.chunks(8 * stride).enumerate() {
-        let rows: Vec<&[u8]> = rows.chunks_exact(stride).collect();
+        let count = rows.len() / stride;
         for at in (0..stride).step_by(8) {
-            let count = (stride - at).min(8);
             let mut square = [0u64; 8];
-            for (square, row) in square.iter_mut().zip(&rows) {
-                *square = word(&row[at..at + count]);
+            for (row, square) in square.iter_mut().take(count).enumerate() {
+                *square = eight(&rows[row * stride..(row + 1) * stride], at);
             }
-            for (byte, column) in turned(square).into_iter().take(count).enumerate() {
-                to[(at + byte) * width + first * 8..][..rows.len()]
-                    .copy_from_slice(&column.to_le_bytes()[..rows.len()]);
+            for (byte, column) in turned(square).into_iter().take(stride - at).enumerate() {
+                put_eight(&mut to[(at + byte) * width + first * 8..][..count], 0, column);
             }
         }
     }
@@ -195,14 +202,32 @@ fn transpose(from: &[u8], stride: usize, to: &mut [u8], width: usize) {
 /// `from [stride, width]`, of which eight columns are taken, to `to [8, stride]`.
 fn transpose_columns(from: &[u8], width: usize, stride: usize, to: &mut [u8]) {
     for at in (0..stride).step_by(8) {
-        let count = (stride - at).min(8);
         let mut square = [0u64; 8];
-        for (byte, square) in square.iter_mut().take(count).enumerate() {
-            *square = word(&from[(at + byte) * width..][..8]);
+        for (byte, square) in square.iter_mut().take(stride - at).enumerate() {
+            *square = eight(&from[(at + byte) * width..][..8], 0);
         }
         for (row, packed) in turned(square).into_iter().enumerate() {
-            to[row * stride + at..][..count].copy_from_slice(&packed.to_le_bytes()[..count]);
+            put_eight(&mut to[row * stride..(row + 1) * stride], at, packed);
         }
+    }
+}
+
+/// Eight bytes from a place on, or what there is.
+#[inline(always)]
+fn eight(bytes: &[u8], at: usize) -> u64 {
+    match bytes[at..].first_chunk() {
+        Some(eight) => u64::from_le_bytes(*eight),
+        None => word(&bytes[at..]),
+    }
+}
+
+/// Writes eight bytes from a place on, or as many as there is room for.
+#[inline(always)]
+fn put_eight(bytes: &mut [u8], at: usize, word: u64) {
+    let bytes = &mut bytes[at..];
+    match bytes.first_chunk_mut() {
+        Some(eight) => *eight = word.to_le_bytes(),
+        None => bytes.iter_mut().zip(word.to_le_bytes()).for_each(|(to, from)| *to = from),
     }
 }
 
