@@ -149,8 +149,8 @@ def delta_linear(y: Tensor, x: Tensor, rows: Rows, table: SiteTable, *, exact: b
 
     `x [..., in_features]`, `y [..., >= out_features]`, a row a token, float32, bfloat16 or float16, on the CPU. With
     `exact` the arithmetic is the reference's, in float32; else sums of neighbouring activations are rounded to
-    16 bits and looked up (an error of a quarter of a per cent of what the delta adds), unless scales change within 8
-    columns.
+    16 bits and looked up (an error of a quarter of a per cent of what the delta adds, at most 0.4), unless scales
+    change within 8 columns.
     Raises `ValueError` where shapes, dtypes or devices do not fit.
     """
     native_y, native_x = _rows(y, table.out_features), _rows(x, table.in_features)

@@ -194,17 +194,20 @@ mod tests {
     }
 
     #[test]
-    fn rounding_leaves_a_four_hundredth() {
+    fn rounding_leaves_a_four_hundredth_and_at_worst_a_two_hundred_and_fiftieth() {
         for bits in BITS {
             let (rows, columns) = (256, 1024);
             let top = ((1u16 << bits) - 1) as u8;
             let codes: Vec<u8> = (0..rows * columns).map(|at| ((noise(at, 7) + 1.0) * 128.0) as u8 & top).collect();
-            // Even sizes are the worst: nothing is near zero.
-            for x in [
-                |at| noise(at, 5).signum(),
-                |at| noise(at, 5).powi(9),
-                |at: usize| noise(at, 5) + 40.0 * f32::from(at == 77),
-            ] {
+            type Activation = fn(usize) -> f32;
+            // Even sizes are the worst: nothing is near zero, and all sums may be half a step off.
+            let kinds: [(f64, Activation); 4] = [
+                (250.0, |at| noise(at, 5).signum()),
+                (400.0, |at| noise(at, 5)),
+                (400.0, |at| noise(at, 5).powi(9)),
+                (400.0, |at| noise(at, 5) + 40.0 * f32::from(at == 77)),
+            ];
+            for (part, x) in kinds {
                 let x: Vec<f32> = (0..columns).map(x).collect();
                 let form = Form { bits, zero: f32::from(top) / 2.0, group: columns };
                 let found = products(Backend::Scalar, &packed(&codes, bits, columns), &x, rows, columns, form);
@@ -213,7 +216,7 @@ mod tests {
                 let (missed, size) = truth.zip(found).fold((0.0, 0.0), |(missed, size), (truth, found)| {
                     (missed + (truth - f64::from(found)).powi(2), size + truth.powi(2))
                 });
-                assert!(missed.sqrt() < size.sqrt() / 400.0, "{bits} bits: {}", (missed / size).sqrt());
+                assert!(missed.sqrt() < size.sqrt() / part, "{bits} bits: {}", (missed / size).sqrt());
             }
         }
     }

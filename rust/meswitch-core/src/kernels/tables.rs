@@ -4,7 +4,7 @@
 //! Half a byte holds four 1-bit codes, two of 2 bits, one of 4, or half a code of 8 bits. A sum is
 //! `Σ (factor · code − zero) · x` of its columns, rounded to a 16-bit multiple of a step that 64 bytes of the row share.
 //! The step is the smallest with which no row's sum over those bytes leaves 16 bits, whatever its codes; so kernels add
-//! in 16 bits, exactly, and rounding leaves an error of 1/400 of the product or less, whatever the activations.
+//! in 16 bits, exactly, and rounding leaves an error of 1/400 of the product, and whatever the activations of 1/250.
 
 use std::ops::Range;
 
@@ -22,8 +22,9 @@ use crate::layout::{planes, row_bytes};
 pub const SEGMENT: usize = 64;
 /// Values of half a byte.
 pub(super) const HALF: usize = 16;
-/// What the largest row's sum may be, in steps: half a step for each rounding less than 16 bits hold.
-const MOST: f32 = 32_767.0 - SEGMENT as f32;
+/// What the largest row's sum may be, in steps: what 16 bits hold, less half a step for the rounding of every half byte,
+/// and as much again for that of the step itself.
+const MOST: f32 = 32_767.0 - 2.0 * SEGMENT as f32;
 /// Below this a step's inverse is no number any more; such activations count as zero.
 const TINY: f32 = 1e-35;
 /// Added to a small float, it leaves the nearest integer in the low bits.
