@@ -138,9 +138,9 @@ class Ours(Side):
     def load(self, bits: int, rows: int, columns: int) -> dict[str, tuple[int, int]]:
         import torch
 
-        from meswitch.reference import padded, row_bytes
+        from meswitch.reference import part_bytes
 
-        size = padded(rows) * row_bytes(bits, columns)
+        size = part_bytes(bits, rows, columns)
         windows, count = spread(size)
         banks = self.memory[:, : windows * count * size // 4].view(len(self.memory), windows, count, -1)
         self.x, self.y = torch.randn(1, columns), torch.zeros(1, rows)

@@ -102,11 +102,14 @@ class Bench:
         made = family(name, seed=seed)
         for domain in self.domains:
             source = self.source or domain
-
-            def missing(way: str, form: str, of: tuple[object, ...] = (name, seed, domain), text: str = source) -> bool:
-                return (*of, way, form, text, self._steps(form)) not in self.results
-
-            left = {way: [form for form in self._forms(way) if missing(way, form)] for way in self.ways}
+            left = {
+                way: [
+                    form
+                    for form in self._forms(way)
+                    if (name, seed, domain, way, form, source, self._steps(form)) not in self.results
+                ]
+                for way in self.ways
+            }
             if not any(left.values()):
                 continue
             text = made.calibration[source]
@@ -274,8 +277,15 @@ def main() -> None:
     parser.add_argument("--into", type=Path, metavar="FILE.md")
     given = parser.parse_args()
     results = Results(given.results)
-    lists = (given.domain or list(DOMAINS), given.form or list(FORMS))
-    bench = Bench(results, given.way or list(WAYS), given.tokens, given.steps, *lists, given.calibrate_on)
+    bench = Bench(
+        results,
+        ways=given.way or list(WAYS),
+        tokens=given.tokens,
+        steps=given.steps,
+        domains=given.domain or list(DOMAINS),
+        wanted=given.form or list(FORMS),
+        source=given.calibrate_on,
+    )
     for name in given.family or ["tiny"]:
         for seed in given.seed or [0]:
             bench.run(name, seed)

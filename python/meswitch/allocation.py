@@ -22,7 +22,7 @@ from torch import Tensor
 from meswitch import _native
 from meswitch.checkpoint import Checkpoint
 from meswitch.errors import BudgetError
-from meswitch.reference import padded, row_bytes
+from meswitch.reference import part_bytes, row_bytes
 
 Plan = dict[str, Any]
 """How one site is stored, as the native half takes it, with its `role`: block, embedding or head."""
@@ -345,7 +345,7 @@ class _Site:
         groups = 1 if plan["group_size"] is None else -(-self._columns // plan["group_size"])
         tensors: list[tuple[str, int]] = []
         for bits, rows in counts.items():
-            tensors += [("codes.0", padded(rows) * row_bytes(bits, self._columns)), ("scales.0", 2 * rows * groups)]
+            tensors += [("codes.0", part_bytes(bits, rows, self._columns)), ("scales.0", 2 * rows * groups)]
             tensors += [("rows.0", 4 * rows)] if rows < self._rows else []
         tensors += [("column_scales", 2 * self._columns)] if tensors else []
         if plan["salient"]:

@@ -286,7 +286,7 @@ class Delta:
 
 def _tiled(old: Tensor, bits: int, rows: int, columns: int) -> Tensor:
     """A copy of codes that lie row after row, as in versions 1 and 2."""
-    codes = torch.empty(reference.row_bytes(bits, columns) * reference.padded(rows) // 4, dtype=torch.int32)
+    codes = torch.empty(reference.part_bytes(bits, rows, columns) // 4, dtype=torch.int32)
     _native.tile((old.data_ptr(), old.nbytes), bits, columns, (codes.data_ptr(), codes.nbytes))
     return codes
 

@@ -50,8 +50,17 @@ def padded(rows: int) -> int:
     return -(-rows // 8) * 8
 
 
+def part_bytes(bits: int, rows: int, columns: int) -> int:
+    """Bytes of a part's codes.
+
+    >>> part_bytes(2, 70, 300)
+    5472
+    """
+    return row_bytes(bits, columns) * padded(rows)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes `uint8 [n, columns]` (each below 2**bits) to words `int32 [row_bytes * padded(n) / 4]`.
+    """Codes `uint8 [n, columns]` (each below 2**bits) to words `int32 [part_bytes / 4]`.
 
     >>> packed = pack(torch.tensor([[1, 2, 3, 0, 1], [3, 3, 3, 3, 2]], dtype=torch.uint8), 2).view(torch.uint8)
     >>> packed[[0, 1, 2, 8, 9]].tolist(), len(packed)

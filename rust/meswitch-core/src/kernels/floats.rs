@@ -48,6 +48,22 @@ fn dot_body(a: &[f32], b: &[f32]) -> f32 {
 }
 
 by_backend! {
+    /// `Σ |x|`.
+    pub fn magnitude(x: &[f32]) -> f32 = magnitude_body
+}
+
+#[inline(always)]
+fn magnitude_body(x: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let whole = x.chunks_exact(LANES);
+    lanes.iter_mut().zip(whole.remainder()).for_each(|(lane, x)| *lane = x.abs());
+    for x in whole {
+        lanes.iter_mut().zip(x).for_each(|(lane, x)| *lane += x.abs());
+    }
+    lanes.iter().sum()
+}
+
+by_backend! {
     /// Widens a block of rows `[count, width]` and adds its products with `x [tokens, width]` to `sums [tokens, count]`.
     pub fn narrow(values: &[f16], width: usize, x: &[f32], wide: &mut [f32], sums: &mut [f32], count: usize)
         = narrow_body

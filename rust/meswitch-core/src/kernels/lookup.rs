@@ -14,6 +14,7 @@ use super::{avx2, avx512};
 use crate::layout::{BLOCK, LINE};
 
 /// Bytes that codes are fetched ahead into the second cache.
+#[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 16384;
 /// And into the first.
 #[cfg(target_arch = "x86_64")]
@@ -59,7 +60,7 @@ pub(super) fn begin(bytes: &[u8]) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = bytes.get(AHEAD);
+    let _ = bytes;
 }
 
 /// A token's sums for a segment, and their step.

@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::backend::Backend;
-use super::by_backend;
+use super::floats::{add_times, magnitude};
 use super::lookup::Table;
 #[cfg(target_arch = "aarch64")]
 use super::neon;
@@ -195,7 +195,7 @@ impl Levels {
         }
         let inverse = if step > TINY { step.recip() } else { 0.0 };
         let mut near = [0f32; 8 * SEGMENT];
-        times(x, inverse, &mut near);
+        add_times(&mut near[..x.len()], x, inverse);
         let near = &near[..sums.len() * self.columns];
         match self.columns {
             8 => fill_on::<8, 4>(backend, near, &self.halves, sums),
@@ -221,34 +221,6 @@ fn fill_on<const COLUMNS: usize, const TERMS: usize>(backend: Backend, x: &[f32]
         #[cfg(target_arch = "aarch64")]
         Backend::Neon => unsafe { neon::fill::<COLUMNS, TERMS>(x, halves, sums) },
         _ => scalar::fill::<COLUMNS, TERMS>(x, halves, sums),
-    }
-}
-
-by_backend! {
-    /// `Σ |x|`.
-    pub fn magnitude(x: &[f32]) -> f32 = magnitude_body
-}
-
-#[inline(always)]
-fn magnitude_body(x: &[f32]) -> f32 {
-    let mut lanes = [0f32; 16];
-    let whole = x.chunks_exact(16);
-    lanes.iter_mut().zip(whole.remainder()).for_each(|(lane, x)| *lane = x.abs());
-    for x in whole {
-        lanes.iter_mut().zip(x).for_each(|(lane, x)| *lane += x.abs());
-    }
-    lanes.iter().sum()
-}
-
-by_backend! {
-    /// `out = x · factor`.
-    pub fn times(x: &[f32], factor: f32, out: &mut [f32]) = times_body
-}
-
-#[inline(always)]
-fn times_body(x: &[f32], factor: f32, out: &mut [f32]) {
-    for (out, x) in out.iter_mut().zip(x) {
-        *out = x * factor;
     }
 }
 

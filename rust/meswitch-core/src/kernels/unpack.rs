@@ -54,20 +54,19 @@ impl Strip {
     pub fn row(&mut self, matrix: &Matrix<'_>, part: &Part<'_>, at: usize) -> &[u8] {
         let (rows, stride) = (part.count(matrix.rows), row_bytes(part.bits, matrix.columns));
         let (line, follows) = (Some(at / LINE), self.next.replace(at + 1) == Some(at));
-        if self.line == line {
-            return &self.packed[at % LINE * stride..][..stride];
-        }
         self.packed.resize(LINE * stride, 0);
-        if follows {
+        if self.line != line && !follows {
+            self.line = None;
+            let (start, width) = layout::line(at, rows, stride);
+            let bytes = part.codes[start + at % LINE..].iter().step_by(width);
+            self.packed.iter_mut().take(stride).zip(bytes).for_each(|(packed, byte)| *packed = *byte);
+            return &self.packed[..stride];
+        }
+        if self.line != line {
             self.line = line;
             layout::untile(part.codes, rows, stride, at, &mut self.packed);
-            return &self.packed[at % LINE * stride..][..stride];
         }
-        self.line = None;
-        let (start, width) = layout::line(at, rows, stride);
-        let bytes = part.codes[start + at % LINE..].iter().step_by(width);
-        self.packed.iter_mut().take(stride).zip(bytes).for_each(|(packed, byte)| *packed = *byte);
-        &self.packed[..stride]
+        &self.packed[at % LINE * stride..][..stride]
     }
 }
 
