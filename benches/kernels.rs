@@ -5,7 +5,9 @@
 //! Matrices are cycled through half a gigabyte, so that codes come from memory and not from a cache. Short passes of the
 //! kernel take turns with passes that only read, on the same team of threads (libgomp's, as under torch, where it can be
 //! loaded). A kernel's pass counts if nobody took a core away from it and memory was quick just before and just after
-//! it; the ratio is that to the mean of those two. Every backend and number of threads has a process of its own.
+//! it; the ratio is that to the mean of those two. *One by one* is the same ratio of plain reads of as many bytes as a matrix
+//! has, each a call of its own: what beginning and ending costs anybody. Every backend and number of threads has a
+//! process of its own.
 
 use std::ffi::CStr;
 use std::hint::black_box;
@@ -107,11 +109,13 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// What a case came to: GB/s read, GB/s of codes, their ratio (medians), and the passes that counted.
+/// What a case came to: GB/s read, GB/s of codes, their ratio, that of reads one by one (medians), and the passes that
+/// counted.
 struct Found {
     streamed: f64,
     codes: f64,
     ratio: f64,
+    apart: f64,
     passes: usize,
 }
 
@@ -155,9 +159,11 @@ fn measure(
                 });
             }
         });
+        let from = ahead();
+        let apart = seconds(|| buffer[from * size..(from + count) * size].chunks_exact(size).for_each(stream));
         let after = read(ahead());
         *best = best.max(before).max(after);
-        let pass = (f64::midpoint(before, after), bytes / spent);
+        let pass = (f64::midpoint(before, after), bytes / spent, bytes / apart);
         let quiet = preemptions() == taken && before.min(after) > QUICK * *best;
         if quiet {
             counted.push(pass);
@@ -168,8 +174,8 @@ fn measure(
     }
     let passes = counted.len();
     let used = if passes == 0 { others } else { counted };
-    let of = |value: fn(&(f64, f64)) -> f64| median(used.iter().map(value).collect());
-    Found { streamed: of(|p| p.0), codes: of(|p| p.1), ratio: of(|p| p.1 / p.0), passes }
+    let of = |value: fn(&(f64, f64, f64)) -> f64| median(used.iter().map(value).collect());
+    Found { streamed: of(|p| p.0), codes: of(|p| p.1), ratio: of(|p| p.1 / p.0), apart: of(|p| p.2 / p.0), passes }
 }
 
 fn table() {
@@ -177,8 +183,8 @@ fn table() {
     let scales = vec![f16::ONE; 14336 * 4096 / 128];
     println!("\nbackend {}, threads {}, libgomp {}", backend(), team::threads(), team::is_shared());
     println!(
-        "{:>12} {:>5} {:>6} {:>7} {:>12} {:>11} {:>6} {:>9} {:>6}",
-        "shape", "bits", "group", "tokens", "stream GB/s", "codes GB/s", "ratio", "x 1 token", "passes"
+        "{:>12} {:>5} {:>6} {:>7} {:>12} {:>11} {:>6} {:>10} {:>9} {:>6}",
+        "shape", "bits", "group", "tokens", "stream GB/s", "codes GB/s", "ratio", "one by one", "x 1 token", "passes"
     );
     let mut best = 0f64;
     for shape in SHAPES {
@@ -190,12 +196,13 @@ fn table() {
                 alone[bits as usize] = found.ratio;
             }
             println!(
-                "{:>12} {bits:>5} {:>6} {tokens:>7} {:>12.2} {:>11.2} {:>6.2} {:>9.2} {:>6}",
+                "{:>12} {bits:>5} {:>6} {tokens:>7} {:>12.2} {:>11.2} {:>6.2} {:>10.2} {:>9.2} {:>6}",
                 format!("{}x{}", shape.0, shape.1),
                 if group == 0 { "row".to_owned() } else { group.to_string() },
                 found.streamed,
                 found.codes,
                 found.ratio,
+                found.apart,
                 alone[bits as usize] / found.ratio,
                 found.passes,
             );

@@ -7,7 +7,7 @@
 
 Ways are presets, the papers' presets with embeddings and head in them too (`bitdelta at 1 bit`: as `meswitch compress
 --preset bitdelta --bits 1`) and sizes in bits a weight (`2.1`: `--bpw 2.1`); each is measured as compressed and after
-`distill`, the papers' also without what our distillation has beyond theirs, beside truncated SVDs of equal bytes.
+`distill`, the papers' as the papers distil them, beside truncated SVDs of equal bytes.
 Families are trained if they are not cached. Every number goes to the results file (JSON lines) as soon as it is known
 and is not measured again; tables and plot are made from that file, as means over seeds. `--into` puts tables between
 the lines BEGIN and END of a text.
@@ -19,7 +19,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -33,7 +33,7 @@ from meswitch.compress import PRESETS, compress
 from meswitch.delta import Site
 from meswitch.demo.corpus import DOMAINS
 from meswitch.demo.family import Family, family
-from meswitch.distill import distill, whole
+from meswitch.distill import distill
 from meswitch.distill.learner import Learner
 from meswitch.evaluate import evaluate
 from meswitch.sensitivity import sense
@@ -41,10 +41,7 @@ from meswitch.sensitivity import sense
 # The papers' forms at our size: embeddings and head in them too.
 WHOLE = {"me-switch at 2 bits": ("me-switch", 2), "bitdelta at 1 bit": ("bitdelta", 1)}
 WAYS = (*PRESETS, *WHOLE, "1.1", "1.6", "2.1", "3.1")
-PAPERS = ("me-switch", "bitdelta", *WHOLE)
-# `published`: distilled as the papers do, see `published`.
-FORMS = ("compressed", "published", "distilled", "svd")
-TRAINED = ("published", "distilled")
+FORMS = ("compressed", "distilled", "svd")
 BEGIN, END = "<!-- benches/quality.py: begin -->", "<!-- benches/quality.py: end -->"
 
 
@@ -105,7 +102,7 @@ class Bench:
             left = {
                 way: [
                     form
-                    for form in self._forms(way)
+                    for form in self.wanted
                     if (name, seed, domain, way, form, source, self._steps(form)) not in self.results
                 ]
                 for way in self.ways
@@ -122,10 +119,7 @@ class Bench:
                     self.results.add(row)
 
     def _steps(self, form: str) -> int:
-        return self.steps if form in TRAINED else 0
-
-    def _forms(self, way: str) -> list[str]:
-        return [form for form in self.wanted if form != "published" or way in PAPERS]
+        return self.steps if form == "distilled" else 0
 
     def _measure(
         self,
@@ -151,25 +145,22 @@ class Bench:
                 if "svd" in forms:
                     rival = found.to_json()["svd"]
                     yield "svd", report.bpw * rival["bytes"] / report.bytes, rival["recovered_share"], rival["kl"]
-            for form in (form for form in forms if form in TRAINED):
-                out = Path(folder) / form
-                with published(one_scale="bitdelta" in way) if form == "published" else nullcontext():
-                    text = made.calibration[source]
+            if "distilled" in forms:
+                out, text = Path(folder) / "distilled", made.calibration[source]
+                with one_scale() if "bitdelta" in way else nullcontext():
                     distill(made.base, finetune, delta, out, text, method="whole", steps=self.steps, seed=seed)
                 found = evaluate(made.base, out, finetune, heldout, max_tokens=self.tokens)
-                yield form, report.bpw, found.recovered_share, found.kl
+                yield "distilled", report.bpw, found.recovered_share, found.kl
 
 
-@contextmanager
-def published(*, one_scale: bool) -> Iterator[None]:
-    """Distillation without a last factor, and where the paper has one scale a matrix, with one."""
+def one_scale() -> AbstractContextManager[None]:
+    """Distillation of one scale a matrix, which BitDelta has."""
 
     def tie(learner: Learner) -> None:
-        for move in learner.moved.values() if one_scale else ():
+        for move in learner.moved.values():
             move.register_hook(lambda gradient: gradient.mean().expand_as(gradient))
 
-    with altered(tie), patch.object(whole, "level", lambda learners, measure, most: measure()[0]):
-        yield
+    return altered(tie)
 
 
 @contextmanager
@@ -243,7 +234,7 @@ def plot(found: dict[str, list[Measured]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(len(found), 2, figsize=(13, 4.2 * len(found)), squeeze=False)
-    marks = {"compressed": "o", "published": "+", "distilled": "*", "svd": "x"}
+    marks = {"compressed": "o", "distilled": "*", "svd": "x"}
     for pair, (title, rows) in zip(axes, found.items(), strict=True):
         for axis, label in zip(pair, ("KL(fine-tune ‖ expert), nats a token", "share of the gain lost"), strict=True):
             axis.set(title=title, xlabel="bits a weight, everything included", ylabel=label, yscale="log", xscale="log")

@@ -3,11 +3,10 @@
 Row scales, column scales and `u` are trained as stored value · exp(θ), whole model at once against the fine-tune's
 logits, or block by block against its hidden states. The rate falls to a tenth over the run. Text that is not trained
 on picks the best scales seen, each rounded to the float16 that is stored, and judges the outcome by
-KL(fine-tune ‖ expert): it is never worse there than what it started from. A common factor then gives back what the fit
-has shrunk (`level`).
+KL(fine-tune ‖ expert): it is never worse there than what it started from.
 
     distill ─ Windows (text) ─┬─ Whole  (two models in float32)      ─┬─ Learner, Rows, Weight (one site's scales)
-                              └─ Blocks (one block of two models,    ─┘  descend (Adam, best seen), level
+                              └─ Blocks (one block of two models,    ─┘  descend (Adam, best seen)
                                          Stream, Heads, Journal)
 
 Joint training of row and column scales: arXiv 2512.19720; training one-bit deltas' scales at all: arXiv 2402.10193.

@@ -24,7 +24,6 @@ from meswitch.distill.descent import Recipe, descend
 from meswitch.distill.head import Heads
 from meswitch.distill.journal import Journal
 from meswitch.distill.learner import Learner, Weight, learners
-from meswitch.distill.level import level
 from meswitch.distill.sensitivity import Sensitivity
 from meswitch.distill.stream import Stream
 from meswitch.distill.windows import Windows
@@ -81,16 +80,11 @@ class Blocks:
             ours.advance(at, _values(weights, rounded=True))
         theirs = fine.end(self._theirs, self._heldout)
         everything = torch.arange(len(self._heldout))
-        before = self._compare(self._heads(untuned), theirs, plain.end(self._ours, everything))[0]
+        before = self._compare(self._heads(untuned), theirs, plain.end(self._ours, everything))
         heads = self._heads(self.learners.get(self._head))
         if not self._tied:
             self._stage(1 + len(decoder), [self._head], partial(self._fit_head, heads, fine, ours))
-        del fine, ours, plain
-
-        def measure() -> tuple[float, float]:
-            return self._compare(heads, theirs, self._through().end(self._ours, everything))
-
-        return before, level(self.learners.values(), measure, before), self._taken
+        return before, self._compare(heads, theirs, ours.end(self._ours, self._heldout)), self._taken
 
     # --- streams and weights ------------------------------------------------------------------------------------------
 
@@ -118,21 +112,10 @@ class Blocks:
         site = self._sites[self._head]
         return Heads(self._decoder, finetune, site, self._base, learner, self._biases, self._tokens)
 
-    def _through(self) -> Stream:
-        """The expert's of the held-out windows after its last block, with the scales as stored."""
-        stream = self._expert(self._windows.heldout)
-        for at in range(len(self._decoder)):
-            weights = {here: self._weight(there) for here, there in self._decoder.names(at).items()}
-            stream.advance(at, _values(weights, rounded=True))
-        return stream
-
-    def _compare(self, heads: Heads, theirs: Tensor, ours: Tensor) -> tuple[float, float]:
-        """KL, and what the expert finds less likely, in nats per held-out token, of what the heads see."""
-        ids = self._windows.heldout
-        nexts = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten()
-        parts = zip(*(all_.split(self._tokens) for all_ in (theirs, ours, nexts)), strict=True)
-        divergence, gap = map(sum, zip(*(heads.compare(*part) for part in parts), strict=True))
-        return max(divergence / len(theirs), 0.0), gap / len(theirs)
+    def _compare(self, heads: Heads, theirs: Tensor, ours: Tensor) -> float:
+        """KL in nats per held-out token of what the heads see."""
+        parts = zip(theirs.split(self._tokens), ours.split(self._tokens), strict=True)
+        return max(sum(heads.compare(*part) for part in parts) / len(theirs), 0.0)
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -182,7 +165,7 @@ class Blocks:
             x = fine.end(self._theirs, numbers)
             return _backward(table(rounded=False)) + heads.descend(x, x, 1 / len(x))
 
-        return descend(loss, lambda: float(table(rounded=True)) + self._compare(heads, seen, seen)[0])
+        return descend(loss, lambda: float(table(rounded=True)) + self._compare(heads, seen, seen))
 
     def _table_error(self) -> Callable[..., Tensor]:
         """How far the embedding's rows are from the fine-tune's, in nats a token: a row counts as its token occurs.
@@ -232,7 +215,7 @@ class Blocks:
             x, y = fine.end(self._theirs, numbers), ours.end(self._ours, numbers)
             return heads.descend(x, y, 1 / len(x))
 
-        return descend(loss, lambda: self._compare(heads, *seen)[0])
+        return descend(loss, lambda: self._compare(heads, *seen))
 
 
 def _nats(missed: Tensor, metric: Tensor) -> Tensor:

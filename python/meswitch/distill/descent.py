@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from meswitch.distill.learner import Learner
+from meswitch.distill.products import QuickGradients
 from meswitch.errors import NonFiniteError
 
 
@@ -50,7 +51,9 @@ def descend(
     for step, batch in enumerate(batches, start=1):
         adam.param_groups[0]["lr"] = recipe.rate * (0.55 + 0.45 * math.cos(math.pi * (step - 1) / recipe.steps))
         adam.zero_grad()
-        if not math.isfinite(loss(batch)):
+        with QuickGradients():
+            finite = math.isfinite(loss(batch))
+        if not finite:
             break
         adam.step()
         if step % every == 0 or step == recipe.steps:

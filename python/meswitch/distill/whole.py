@@ -17,7 +17,6 @@ from meswitch.checkpoint import HEAD, Checkpoint
 from meswitch.delta import Delta
 from meswitch.distill.descent import Recipe, descend
 from meswitch.distill.learner import Learner, Weight, learners
-from meswitch.distill.level import level
 from meswitch.distill.windows import Windows
 from meswitch.evaluate import load_model, rebuild
 
@@ -57,39 +56,35 @@ class Whole:
                 progress(done, total)
 
         batches, own = self._windows.batches(recipe.batch, recipe.steps, recipe.seed), list(self.learners.values())
-        before, _, taken = descend(own, recipe, batches, self._descend, lambda: self._score()[0], _LOOKS, told)
-        return before, level(own, self._score, before), taken
+        return descend(own, recipe, batches, self._descend, self._score, _LOOKS, told)
 
     def _descend(self, numbers: Tensor) -> float:
         """Adds the gradients of one step; returns its KL."""
         total, batch = 0.0, self._windows.train[numbers]
         for part in batch.split(self._most(batch)):
-            divergence = self._compare(part, rounded=False)[0] / batch.numel()
+            divergence = self._compare(part, rounded=False) / batch.numel()
             divergence.backward()
             total += float(divergence.detach())
         return total
 
     @torch.no_grad()
-    def _score(self) -> tuple[float, float]:
-        """KL, and what the expert finds less likely, in nats per held-out token, with the scales as stored."""
+    def _score(self) -> float:
+        """KL in nats per held-out token, with the scales as stored."""
         heldout = self._windows.heldout
         parts = heldout.split(min(self._most(heldout), max(1, 2048 // heldout.shape[1])))
-        divergence, gap = map(sum, zip(*(map(float, self._compare(part, rounded=True)) for part in parts), strict=True))
-        return max(divergence / heldout.numel(), 0.0), gap / heldout.numel()
+        return max(sum(float(self._compare(part, rounded=True)) for part in parts) / heldout.numel(), 0.0)
 
     def _most(self, batch: Tensor) -> int:
         return max(1, _LOGITS // (self._vocabulary * batch.shape[1]))
 
-    def _compare(self, batch: Tensor, *, rounded: bool) -> tuple[Tensor, Tensor]:
-        """KL(fine-tune ‖ expert), and log p of fine-tune less expert's for the tokens that come next: sums."""
+    def _compare(self, batch: Tensor, *, rounded: bool) -> Tensor:
+        """KL(fine-tune ‖ expert), summed over tokens."""
         inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch), "use_cache": False}
         with torch.no_grad():
             wanted = self._teacher(**inputs).logits.float().log_softmax(-1)
         weights = {name: weight(rounded) for name, weight in self._weights.items()}
         found = functional_call(self._expert, weights, kwargs=inputs).logits.float().log_softmax(-1)
-        divergence = nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
-        told, guess = (logits[:, :-1].gather(-1, batch[:, 1:, None]).sum() for logits in (wanted, found.detach()))
-        return divergence, told - guess
+        return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
 
 
 def _untie(expert: Any, delta: Delta, base: Checkpoint) -> None:
