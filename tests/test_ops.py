@@ -269,6 +269,11 @@ def test_a_site_whose_tensors_do_not_fit_is_refused() -> None:
         sparse = Sparse(torch.tensor(starts).int(), gaps, values)
         with pytest.raises(FormatError, match="rows of sparse entries"):
             ops.matrix(Site("broken", "quantized", (3, 40), torch.float32, sparse=sparse))
-    for part, what in ((short, "bytes of codes"), (beyond, "rising indices below 8")):
+    some = Part(2, 1.5, site.parts[0].codes, site.parts[0].scales, rows=torch.arange(8).int())
+    for parts, what in (
+        ((short,), "bytes of codes"),
+        ((beyond,), "rising indices below 8"),
+        ((site.parts[0], some), "row 0 in two"),
+    ):
         with pytest.raises(FormatError, match=what):
-            ops.matrix(Site("broken", "quantized", (8, 40), torch.float32, parts=(part,)))
+            ops.matrix(Site("broken", "quantized", (8, 40), torch.float32, parts=parts))

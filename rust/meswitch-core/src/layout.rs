@@ -41,6 +41,16 @@ pub fn planes(bits: u32, columns: usize) -> Vec<(u32, usize, f32)> {
     if bits == 3 { vec![(2, 0, 1.0), (1, row_bytes(2, columns), 4.0)] } else { vec![(bits, 0, 1.0)] }
 }
 
+/// The first row that is in two parts, each given by its rows, or none for all of `rows`.
+pub fn shared_row<R: IntoIterator<Item = u32>>(rows: usize, parts: impl IntoIterator<Item = Option<R>>) -> Option<u32> {
+    let mut taken = vec![false; rows];
+    let mut again = |row: &u32| std::mem::replace(&mut taken[*row as usize], true);
+    parts.into_iter().find_map(|part| match part {
+        None => (0..rows as u32).find(&mut again),
+        Some(part) => part.into_iter().find(&mut again),
+    })
+}
+
 /// Packs one row of codes. `packed` is `row_bytes(bits, codes.len())` long and is overwritten.
 #[inline(always)]
 pub fn pack_row(codes: &[u8], bits: u32, packed: &mut [u8]) {
@@ -249,6 +259,16 @@ fn turned(mut rows: [u64; 8]) -> [u64; 8] {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn rows_of_two_parts_are_found() {
+        let (even, odd, none) = (vec![0, 2, 4], vec![1, 3], vec![]);
+        assert_eq!(shared_row(5, [Some(even.clone()), Some(odd.clone()), Some(none.clone())]), None);
+        assert_eq!(shared_row(5, [Some(even.clone()), Some(vec![3, 4])]), Some(4));
+        assert_eq!(shared_row(5, [None, Some(odd)]), Some(1));
+        assert_eq!(shared_row(5, [Some(even), None]), Some(0));
+        assert_eq!(shared_row(5, [None, Some(none)]), None);
+    }
 
     proptest! {
         #[test]

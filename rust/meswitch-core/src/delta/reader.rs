@@ -12,6 +12,7 @@ use super::{ALIGNMENT, checksum};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, sample};
+use crate::layout::shared_row;
 
 /// A manifest larger than this is not one.
 const MANIFEST_LIMIT: u64 = 1 << 30;
@@ -124,6 +125,15 @@ impl Delta {
             check_rising(bytes, limit)
                 .map_err(|what| Error::Format(format!("expected {what} in {}/{role}", site.name)))?;
         }
+        let rows = |at: usize| {
+            self.tensor(&site.name, &format!("rows.{at}")).map(|bytes| indices(bytes).map(i32::cast_unsigned))
+        };
+        if let Some(row) = shared_row(matrix.0, (0..site.parts.len()).map(rows)) {
+            return Err(Error::Format(format!(
+                "expected every row of {} in one part, found row {row} in two",
+                site.name
+            )));
+        }
         let sparse = (self.tensor(&site.name, "sparse_starts"), self.tensor(&site.name, "sparse_gaps"));
         if let (Some(starts), Some(gaps)) = sparse {
             check_entries(starts, gaps, matrix.1)
@@ -222,11 +232,15 @@ fn check_header(map: &[u8], manifest: &Manifest) -> Result<(usize, Extents)> {
     Ok((start, extents))
 }
 
+/// Little-endian 32-bit numbers.
+fn indices(bytes: &[u8]) -> impl Iterator<Item = i32> {
+    bytes.chunks_exact(4).map(|quad| i32::from_le_bytes([quad[0], quad[1], quad[2], quad[3]]))
+}
+
 /// Whether little-endian 32-bit indices rise and stay below a limit; what was expected where they do not.
 fn check_rising(bytes: &[u8], limit: usize) -> std::result::Result<(), String> {
     let mut least = 0i64;
-    for quad in bytes.chunks_exact(4) {
-        let index = i64::from(i32::from_le_bytes([quad[0], quad[1], quad[2], quad[3]]));
+    for index in indices(bytes).map(i64::from) {
         if index < least || index >= limit as i64 {
             return Err(format!("rising indices below {limit}, found {index}"));
         }
@@ -237,7 +251,7 @@ fn check_rising(bytes: &[u8], limit: usize) -> std::result::Result<(), String> {
 
 /// Whether rows follow each other over all entries, and no column lies beyond the last; what was expected where not.
 fn check_entries(starts: &[u8], gaps: &[u8], columns: usize) -> std::result::Result<(), String> {
-    let mut starts = starts.chunks_exact(4).map(|quad| i32::from_le_bytes([quad[0], quad[1], quad[2], quad[3]]));
+    let mut starts = indices(starts);
     let mut start = match starts.next() {
         Some(0) => 0,
         first => return Err(format!("a first row from 0 on, found it from {first:?}")),

@@ -7,7 +7,7 @@ use half::f16;
 use super::sparse::Sparse;
 use super::tables::Form;
 use crate::error::{Error, Result};
-use crate::layout::{self, BITS, BLOCK, LINE, padded, part_bytes, row_bytes};
+use crate::layout::{self, BITS, BLOCK, LINE, padded, part_bytes, row_bytes, shared_row};
 
 /// The rows of a site that share a bit width.
 pub struct Part<'a> {
@@ -152,6 +152,11 @@ impl Matrix<'_> {
                 return refuse("scales", scales, part.scales.len());
             }
             rising(part.rows.unwrap_or_default(), self.rows)?;
+        }
+        if let Some(row) =
+            shared_row(self.rows, self.parts.iter().map(|part| part.rows.map(|rows| rows.iter().copied())))
+        {
+            return Err(Error::Format(format!("expected every row in one part, found row {row} in two")));
         }
         if self.column_scales.is_some_and(|scales| scales.len() != self.columns) {
             return refuse("column scales", self.columns, self.column_scales.map_or(0, <[f16]>::len));
