@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from families import quantize, sparse
+from meswitch import ops
 from meswitch.delta import Site
 from meswitch.errors import ArchitectureError, UnsupportedModelError
 from meswitch.layers import ExpertLayers
@@ -124,6 +126,45 @@ def test_a_linear_of_16_bits(tokens: int) -> None:
         whole = module.weight.float() if slot < 0 else experts[slot][0].restore(module.weight.float())
         expected = x[0, row].float() @ whole.T
         assert (y[0, row].float() - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.skipif(ops.MOST_TOKENS == 0, reason="no kernel for this processor")
+def test_modules_that_take_the_same_input_are_asked_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(x: Tensor, sites: Any) -> list[Tensor]:
+        asked.append(len(sites))
+        return ops.linear(x, sites)
+
+    module = nn.ModuleDict({name: nn.Linear(96, 40, bias=False).bfloat16() for name in "qkv"})
+    layers, slots = ExpertLayers(Toy(module)), [0, -1, 0]
+    layers.install(0, [site for site in sites_of(module, 0) if ".v." not in site.name], tied=False)
+    layers.install(1, sites_of(module, 1), tied=False)
+    monkeypatch.setattr("meswitch.layers.ops", SimpleNamespace(**{**vars(ops), "linear": counted}))
+
+    def step(modules: str, *, apart: bool = False) -> tuple[list[Tensor], list[int]]:
+        asked.clear()
+        layers.step.begin(slots, [])
+        return [module[name](x.clone() if apart else x) for name in modules], asked.copy()
+
+    x = torch.randn(1, 3, 96).bfloat16()
+    alone, calls = step("qkv", apart=True)
+    assert calls == [1, 1, 1]
+    for modules, expected in (
+        ("qkv", [1, 1, 1]),  # they meet
+        ("qkv", [3]),
+        ("qk", [3]),  # one does not come
+        ("qvk", [2, 1]),  # and is asked alone
+        ("qkv", [3]),
+    ):
+        found, calls = step(modules)
+        assert calls == expected
+        for name, y in zip(modules, found, strict=True):
+            assert torch.equal(y, alone["qkv".index(name)])
+    assert step("qkv", apart=True)[1] == [3, 1, 1]  # another tensor with the same values is another input
+    assert [step("qkv")[1] for _ in range(2)] == [[1, 1, 1], [3]]
+    layers.remove(1)  # and with it all that was changed in v
+    assert [step("qk")[1] for _ in range(2)] == [[3], [2]]
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from meswitch import ops, reference
 from meswitch.delta import Part, Site, Sparse
@@ -190,6 +191,10 @@ def test_a_wider_output_keeps_its_other_columns() -> None:
     assert bool((y[:, 8:] == 5).all())
 
 
+def linear(x: Tensor, weight: Tensor, table: ops.SiteTable, rows: ops.Rows | None = None) -> Tensor:
+    return ops.linear(x, [(weight, table, rows)])[0]
+
+
 @pytest.mark.skipif(ops.MOST_TOKENS == 0, reason="no kernel for this processor")
 @settings(deadline=None)
 @given(
@@ -209,14 +214,35 @@ def test_a_base_of_16_bits_and_the_deltas_on_it(site: Site, slots: list[int], se
     added = torch.zeros_like(base)
     ops.delta_linear(added, x, rows, table)
     room = (x.double().abs() @ weight.T.double().abs()).float() * 1e-6 + added.abs() * 1e-5
-    alone = ops.linear(x, weight, table)
+    alone = linear(x, weight, table)
     assert bool(((alone.float() - base).abs() <= room + base.abs() * 2**-8).all())
-    together = ops.linear(x, weight, table, rows)
+    together = linear(x, weight, table, rows)
     assert bool(((together.float() - base - added).abs() <= room + (base + added).abs() * 2**-8 + 1e-6).all())
     for token, slot in enumerate(slots):  # the same bits alone and among others
         one = x[token : token + 1]
-        assert torch.equal(ops.linear(one, weight, table), alone[token : token + 1])
-        assert torch.equal(ops.linear(one, weight, table, ops.Rows([slot])), together[token : token + 1])
+        assert torch.equal(linear(one, weight, table), alone[token : token + 1])
+        assert torch.equal(linear(one, weight, table, ops.Rows([slot])), together[token : token + 1])
+
+
+@pytest.mark.skipif(ops.MOST_TOKENS == 0, reason="no kernel for this processor")
+@settings(deadline=None)
+@given(
+    site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 2), min_size=1, max_size=6), seed=st.integers(0, 99)
+)
+def test_weights_with_the_same_input_give_the_same_bits_together(site: Site, slots: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(slots), site.in_features, generator=generator).bfloat16()
+    other = replace(site, column_scales=None if site.column_scales is None else site.column_scales * 1.5)
+    asked: list[tuple[Tensor, ops.SiteTable, ops.Rows | None]] = []
+    for own in (site, site, other, None):
+        table = ops.SiteTable(site.out_features, site.in_features)
+        table.set(1, own)
+        table.set(2, None if own is site else own)
+        weight = torch.randn(site.out_features, site.in_features, generator=generator).bfloat16()
+        asked.append((weight, table, None if own is None else ops.Rows(slots)))
+    for found, alone in zip(ops.linear(x, asked), asked, strict=True):
+        assert torch.equal(found, linear(x, *alone))
+    assert ops.linear(x, []) == []
 
 
 @pytest.mark.skipif(ops.MOST_TOKENS == 0, reason="no kernel for this processor")
@@ -226,8 +252,8 @@ def test_a_token_gives_the_same_bits_in_long_rows(columns: int) -> None:
     weight, x = (torch.randn(rows, columns, generator=generator).bfloat16() for rows in (301, ops.MOST_TOKENS))
     table = ops.SiteTable(301, columns)
     for tokens in range(1, ops.MOST_TOKENS + 1):
-        found = ops.linear(x[:tokens], weight, table)
-        assert torch.equal(found[-1:], ops.linear(x[tokens - 1 : tokens], weight, table))
+        found = linear(x[:tokens], weight, table)
+        assert torch.equal(found[-1:], linear(x[tokens - 1 : tokens], weight, table))
 
 
 def test_rows_beyond_a_delta_are_not_merged() -> None:
@@ -238,12 +264,17 @@ def test_rows_beyond_a_delta_are_not_merged() -> None:
 
 def test_a_base_product_refuses_too_many_tokens_and_other_shapes() -> None:
     weight, table = torch.zeros(4, 8, dtype=torch.bfloat16), ops.SiteTable(4, 8)
-    with pytest.raises(ValueError, match=r"and at most \d+ tokens, found 32 and 17"):
-        ops.linear(torch.zeros(17, 8, dtype=torch.bfloat16), weight, table)
-    with pytest.raises(ValueError, match="expected 4 rows of 8 weights"):
-        ops.linear(torch.zeros(1, 8, dtype=torch.bfloat16), weight[:3], table)
-    with pytest.raises(ValueError, match="expected 2 rows, found 1"):
-        ops.linear(torch.zeros(1, 8, dtype=torch.bfloat16), weight, table, ops.Rows([0, 0]))
+    x = torch.zeros(1, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"17 tokens, at most \d+, found"):
+        linear(x.repeat(17, 1), weight, table)
+    with pytest.raises(ValueError, match=r"32 weights .* found \(8, 24, 1\)"):
+        linear(x, weight[:3], table)
+    with pytest.raises(ValueError, match=r"1 tokens, .* found \(8, 32, 2\)"):
+        linear(x, weight, table, ops.Rows([0, 0]))
+    with pytest.raises(ValueError, match="8 columns"):
+        ops.linear(x, [(weight, table, None), (torch.zeros(4, 9, dtype=torch.bfloat16), ops.SiteTable(4, 9), None)])
+    with pytest.raises(ValueError, match="rows of at least 8 elements, found 7"):
+        linear(x[:, :7], weight, table)
 
 
 def test_wrong_shapes_are_refused() -> None:

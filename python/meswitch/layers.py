@@ -31,6 +31,15 @@ class Step:
 
     def __init__(self) -> None:
         self.end()
+        self._input: Tensor | None = None
+        self._leader: LinearWrapper | None = None
+
+    def follow(self, wrapper: LinearWrapper, x: Tensor) -> None:
+        """Remembers who takes the same input as the module before it: those are asked together from then on."""
+        if self._leader is None or x is not self._input or wrapper.rows is not self._leader.rows:
+            self._input, self._leader = x, wrapper
+        elif wrapper is not self._leader:
+            self._leader.followers.append(wrapper)
 
     def begin(self, tokens: list[int], kept: list[int]) -> None:
         """`tokens`: the slot of every packed token; `kept`: of every row that reaches lm_head. −1 is the
@@ -137,6 +146,8 @@ class LinearWrapper(Wrapper):
         self.bias: Bank | None = None
         self.ordinary = not exact and type(module) is nn.Linear and "forward" not in module.__dict__
         self.direct = self.ordinary and module.bias is None and ops.reads(module.weight)
+        self.followers: list[LinearWrapper] = []
+        self.ready: tuple[ops.Rows, Tensor, Tensor] | None = None  # of a step, an input, and the product with it
 
     @property
     def rows(self) -> ops.Rows:
@@ -190,9 +201,7 @@ class LinearWrapper(Wrapper):
             if crowds:
                 return self._merged(x, rows, crowds)
         if self._reads(x):
-            summed = active and self.at_once(rows)
-            weight: Tensor = self.module.weight  # type: ignore[assignment]
-            y = ops.linear(x, weight, self.table, rows if summed else None)
+            summed, y = active and self.at_once(rows), self._product(x)
         else:
             summed, y = False, self.base(x, *args, **kwargs)
         if not active or (summed and self.plain):
@@ -203,6 +212,28 @@ class LinearWrapper(Wrapper):
         flat_x, flat_y = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
         self.add(flat_y, flat_x, rows, summed)
         return self.shaped(y, flat_y, flat_x, rows)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """The base's product with what deltas may be added at once; with it, those of modules that last took the same
+        input after this one."""
+        ready = self.ready
+        if ready is not None and ready[0] is self.rows and ready[1] is x:
+            self.ready = None
+            return ready[2]
+        for other in [other for other in self.followers if other.ready is not None]:  # who did not come follows no more
+            self.followers.remove(other)
+            other.ready = None
+        product, *others = ops.linear(x, [wrapper.site for wrapper in (self, *self.followers)])
+        for other, y in zip(self.followers, others, strict=True):
+            other.ready = other.rows, x, y
+        self.step.follow(self, x)
+        return product
+
+    @property
+    def site(self) -> tuple[Tensor, ops.SiteTable, ops.Rows | None]:
+        """As `ops.linear` takes it."""
+        rows, weight = self.rows, self.module.weight
+        return weight, self.table, rows if self.active(rows) and self.at_once(rows) else None  # type: ignore[return-value]
 
     def crowds(self, rows: ops.Rows) -> list[int]:
         """The slots with so many tokens that base and delta are put together for them."""

@@ -170,18 +170,21 @@ def reads(weight: Tensor) -> bool:
     return fits and MOST_TOKENS > 0
 
 
-def linear(x: Tensor, weight: Tensor, table: SiteTable, rows: Rows | None = None) -> Tensor:
-    """`x · weightᵀ`, and what each token's own delta adds to it; without `rows`, every token is the base's.
+def linear(x: Tensor, sites: Sequence[tuple[Tensor, SiteTable, Rows | None]]) -> list[Tensor]:
+    """`x · weightᵀ` of each `(weight, deltas, rows)`, and what each token's own delta adds to it; where `rows` is none,
+    every token is the base's.
 
     `x [..., in_features]` contiguous bfloat16 of at most `MOST_TOKENS` rows, `weight [out_features, in_features]` one
     that `reads` takes. Summed in float32 and rounded once; the deltas' sums are looked up, as
-    `delta_linear` does unless it is exact. Base and deltas are read in one pass of all threads. Raises `ValueError`
-    where shapes do not fit.
+    `delta_linear` does unless it is exact. All weights are read in one pass of all threads, which shares what it made
+    of `x` where deltas scale its columns alike. Raises `ValueError` where shapes do not fit.
     """
-    y = x.new_empty(*x.shape[:-1], table.out_features)
-    native_y, native_x = _rows(y, table.out_features), _rows(x, table.in_features)
-    table.native.linear(native_y, native_x, _memory(weight), None if rows is None else rows.native)
-    return y
+    products, given = [], []
+    for weight, table, rows in sites:
+        products.append(x.new_empty(*x.shape[:-1], table.out_features))
+        given.append((table.native, _memory(weight), None if rows is None else rows.native, products[-1].data_ptr()))
+    _native.base_linear(_rows(x, x.shape[-1]), given)
+    return products
 
 
 def merges(weight: Tensor) -> bool:

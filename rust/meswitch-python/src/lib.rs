@@ -15,7 +15,7 @@ mod _native {
     #[pymodule_export]
     use super::delta::{Checkpoint, Delta};
     #[pymodule_export]
-    use super::matrix::{Matrix, Rows, Table, base_linear_tokens, tile};
+    use super::matrix::{Matrix, Rows, Table, base_linear, base_linear_tokens, tile};
 
     use super::*;
 

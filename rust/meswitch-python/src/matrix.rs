@@ -95,38 +95,44 @@ impl Table {
         py.detach(|| unsafe { linear::add_products(&products, x, y, exact) });
         Ok(())
     }
+}
 
-    /// `y[t] = W · x[t]`, and `Δ̂ of its slot · x[t]` for every token whose slot has a delta here: `weight [rows, columns]`
-    /// of bfloat16, at most `base_linear_tokens` tokens. Without `rows`, every token is the base's.
-    #[pyo3(signature = (y, x, weight, rows = None))]
-    fn linear(
-        &self,
-        py: Python<'_>,
-        y: Tensor<'_>,
-        x: Tensor<'_>,
-        weight: Memory,
-        rows: Option<&Rows>,
-    ) -> PyResult<()> {
-        let (weight, tokens, most) = (slice(weight)?, rows.map_or(x.1, |rows| rows.total), base_linear_tokens());
-        let (y, x) = (rows_of(y, tokens, self.rows)?, rows_of(x, tokens, self.columns)?);
-        if weight.len() != self.rows * self.columns || tokens > most {
+/// A weight's deltas, its memory (bfloat16), which slot each token belongs to (none: every token is the base's), and the
+/// address of products, a row after another.
+type Site = (Py<Table>, Memory, Option<Py<Rows>>, usize);
+
+/// `y[t] = W · x[t]` of weights with the same input, and `Δ̂ of its slot · x[t]` for every token whose slot has a delta
+/// there: at most `base_linear_tokens` tokens, products of the input's dtype.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // what Python hands over
+pub fn base_linear(py: Python<'_>, x: Tensor<'_>, sites: Vec<Site>) -> PyResult<()> {
+    let ((_, tokens, _, dtype), most) = (x, base_linear_tokens());
+    let Some(columns) = sites.first().map(|site| site.0.get().columns) else { return Ok(()) };
+    let x = rows_of(x, tokens, columns)?;
+    let mine: Vec<Mine<'_>> = sites
+        .iter()
+        .map(|(table, _, rows, _)| rows.as_ref().map(|rows| table.get().of(py, rows.get())).unwrap_or_default())
+        .collect();
+    let mut jobs = Vec::with_capacity(sites.len());
+    for ((table, weight, rows, address), mine) in sites.iter().zip(&mine) {
+        let (table, weight) = (table.get(), slice(*weight)?);
+        let found = (table.columns, weight.len(), rows.as_ref().map_or(tokens, |rows| rows.get().total));
+        if found != (columns, table.rows * columns, tokens) || tokens > most {
             return Err(PyValueError::new_err(format!(
-                "expected {} rows of {} weights and at most {most} tokens, found {} and {tokens}",
-                self.rows,
-                self.columns,
-                weight.len()
+                "expected {columns} columns, {} weights and {tokens} tokens, at most {most}, found {found:?}",
+                table.rows * columns,
             )));
         }
-        let base = dense::Base { weight, rows: self.rows, columns: self.columns, tokens };
-        let mine = rows.map(|rows| self.of(py, rows)).unwrap_or_default();
-        let products = products(&mine);
-        if tokens > 0 {
-            // SAFETY: the caller's tensors have that many rows of that many elements, tokens are below that, and there is
-            // a kernel, for one token at least.
-            py.detach(|| unsafe { linear::linear(&base, &products, x, y) });
-        }
-        Ok(())
+        let base = dense::Base { weight, rows: table.rows, columns, tokens };
+        let y = rows_of((*address, tokens, table.rows, dtype), tokens, table.rows)?;
+        jobs.push(linear::Site { base, products: products(mine), y });
     }
+    if tokens > 0 {
+        // SAFETY: the caller's tensors have that many rows of that many elements, tokens are below that, and there is a
+        // kernel, for one token at least.
+        py.detach(|| unsafe { linear::linear(&jobs, x) });
+    }
+    Ok(())
 }
 
 /// Deltas and their tokens.

@@ -1,7 +1,10 @@
 //! The tokens of one expert, made ready for a delta.
 
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::Mutex;
+
+use half::f16;
 
 use super::backend::backend;
 use super::floats::{multiply, narrow};
@@ -13,13 +16,17 @@ use super::team::{self, ALONE};
 
 /// Tokens ready for a site: `[tokens, …]` each.
 #[derive(Default)]
-pub(super) struct Input {
+pub(super) struct Input<'a> {
+    /// Which.
+    rows: &'a [u32],
     /// How many.
     pub tokens: usize,
+    /// What activations were multiplied with.
+    scales: Option<&'a [f16]>,
     /// Activations times column scales.
     pub scaled: Vec<f32>,
     /// Their sums to look up, where those need not be exact.
-    pub tables: Vec<Tables>,
+    pub tables: Vec<Rc<Tables>>,
     /// Activations of the salient channels.
     pub salient: Vec<f32>,
     /// `V · x`.
@@ -28,11 +35,19 @@ pub(super) struct Input {
     pub packed: Option<Packed>,
 }
 
-impl Input {
-    /// Of `x [tokens, columns]`, with `V · x` if that is known; unless `exact`, as sums to look up where scales allow it.
-    pub fn new(matrix: &Matrix<'_>, x: Vec<f32>, known: Option<&[f32]>, exact: bool) -> Self {
+impl<'a> Input<'a> {
+    /// Of `x [tokens, columns]`, whose `rows` say which they are, with `V · x` if that is known; unless `exact`, as sums to
+    /// look up where scales allow it: those of `ready`, for another weight, where they are of the same tokens and scales.
+    pub fn new(
+        matrix: &'a Matrix<'a>,
+        rows: &'a [u32],
+        x: Vec<f32>,
+        known: Option<&[f32]>,
+        ready: &[Self],
+        exact: bool,
+    ) -> Self {
         let columns = matrix.columns.max(1);
-        let mut input = Self { tokens: x.len() / columns, ..Self::default() };
+        let mut input = Self { rows, tokens: x.len() / columns, scales: matrix.column_scales, ..Self::default() };
         if matrix.sparse.is_some() {
             input.packed = (input.tokens > 0).then(|| Packed::of(&x, matrix.columns));
             return input;
@@ -52,14 +67,17 @@ impl Input {
         for part in matrix.parts.iter().filter(|part| !exact && part.is_looked_up(columns)) {
             let form = part.form(columns);
             if input.tables(form).is_none() {
-                input.tables.push(Tables::of(&input.scaled, matrix.columns, form, backend()));
+                let alike = ready.iter().filter(|other| other.rows == input.rows && other.scales == input.scales);
+                let found = alike.filter_map(|other| other.tables(form)).next().cloned();
+                let make = || Rc::new(Tables::of(&input.scaled, matrix.columns, form, backend()));
+                input.tables.push(found.unwrap_or_else(make));
             }
         }
         input
     }
 
     /// The sums to look up for a part of that form.
-    pub fn tables(&self, form: Form) -> Option<&Tables> {
+    pub fn tables(&self, form: Form) -> Option<&Rc<Tables>> {
         self.tables.iter().find(|tables| tables.form == form)
     }
 }

@@ -1,7 +1,8 @@
 //! `y += Δ̂ · x` on a team of threads, for the tokens of several experts at once, and the base's own product with it.
 //!
 //! Every thread takes a share of the rows and goes through it block by block: the base's product, each expert's delta,
-//! and the outcome is written once. Nothing waits in between, and what lies in a cache is used while it is there.
+//! and the outcome is written once. Weights with the same input are one call, one after another on every thread. Nothing
+//! waits in between, and what lies in a cache is used while it is there.
 
 use std::ops::Range;
 
@@ -35,9 +36,11 @@ pub fn delta_linear(matrix: &Matrix<'_>, x: &[f32], exact: bool, add: &(dyn Fn(u
     let columns = matrix.columns.max(1);
     let all: Vec<u32> = (0..(x.len() / columns) as u32).collect();
     let read = |token: u32, out: &mut [f32]| out.copy_from_slice(&x[token as usize * columns..][..out.len()]);
-    let items = Items::new(&[Product { matrix, tokens: &all }], &read, exact);
-    items.run(matrix.rows, None, &|inputs, of, sums| {
-        items.each(inputs, of, sums, &mut |token, values| add(token, of.start, values));
+    let items = Items::new(&[Product { matrix, tokens: &all }], matrix.rows, None, &read, exact);
+    run(items.weights(), &|index, threads| {
+        items.work(index, threads, &[], &|inputs, of, sums| {
+            items.each(inputs, of, sums, &mut |token, values| add(token, of.start, values));
+        });
     });
 }
 
@@ -49,35 +52,61 @@ pub fn delta_linear(matrix: &Matrix<'_>, x: &[f32], exact: bool, add: &(dyn Fn(u
 pub unsafe fn add_products(products: &[Product<'_>], x: Rows, y: Rows, exact: bool) {
     // SAFETY: the caller's promise.
     let read = |token: u32, out: &mut [f32]| unsafe { x.read(token as usize, out) };
-    let items = Items::new(products, &read, exact);
     let rows = products.iter().map(|product| product.matrix.rows).max().unwrap_or(0);
-    items.run(rows, None, &|inputs, of, sums| {
-        // SAFETY: the caller's promise; every (token, row) is handed out once, so no two threads share an element.
-        items.each(inputs, of, sums, &mut |token, values| unsafe { y.add(token, of.start, values) });
+    let items = Items::new(products, rows, None, &read, exact);
+    run(items.weights(), &|index, threads| {
+        items.work(index, threads, &[], &|inputs, of, sums| {
+            // SAFETY: the caller's promise; every (token, row) is handed out once, so no two threads share an element.
+            items.each(inputs, of, sums, &mut |token, values| unsafe { y.add(token, of.start, values) });
+        });
     });
 }
 
-/// `y[t] = W · x[t]`, and what each expert's delta adds to its own tokens, sums looked up where scales allow it.
+/// The base's weight, the deltas of it, and where products go.
+pub struct Site<'a> {
+    /// The weight.
+    pub base: Base<'a>,
+    /// The deltas.
+    pub products: Vec<Product<'a>>,
+    /// A row a token.
+    pub y: Rows,
+}
+
+/// `y[t] = W · x[t]` of weights with the same input, and what each expert's delta adds to its own tokens, sums looked up
+/// where scales allow it.
 ///
 /// # Safety
-/// [`dense::is_available`] must hold; `x` and `y` must have the base's and the products' tokens, of as many elements as
-/// the weight has columns and rows, and matrices the weight's shape.
-pub unsafe fn linear(base: &Base<'_>, products: &[Product<'_>], x: Rows, y: Rows) {
+/// [`dense::is_available`] must hold; weights must have as many columns and tokens as each other, `x` and every `y`
+/// those tokens, of as many elements as the weight has columns and rows, and matrices their weight's shape.
+pub unsafe fn linear(sites: &[Site<'_>], x: Rows) {
     // SAFETY: the caller's promise.
     let read = |token: u32, out: &mut [f32]| unsafe { x.read(token as usize, out) };
-    let items = Items::new(products, &read, false);
-    let split = base.split(&read);
-    items.run(base.rows, Some(base), &|inputs, of, buffer| {
-        let (all, own) = buffer.split_at_mut(base.tokens * of.len());
-        dense::products(base, &split, of, all);
-        items.each(inputs, of, own, &mut |token, values| {
-            all[token * of.len()..][..of.len()].iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
-        });
-        for (token, sums) in all.chunks(of.len()).enumerate() {
-            // SAFETY: the caller's promise; blocks have no row in common.
-            unsafe { y.write(token, of.start, sums) };
+    let Some(split) = sites.first().map(|site| site.base.split(&read)) else { return };
+    let mut all = Vec::with_capacity(sites.len());
+    for site in sites {
+        all.push((site, Items::new(&site.products, site.base.rows, Some(&site.base), &read, false)));
+    }
+    run(all.iter().map(|(_, items)| items.weights()).sum(), &|index, threads| {
+        let mut before = Vec::new();
+        for (Site { base, y, .. }, items) in &all {
+            before = items.work(index, threads, &before, &|inputs, of, buffer| {
+                let (all, own) = buffer.split_at_mut(base.tokens * of.len());
+                dense::products(base, &split, of, all);
+                items.each(inputs, of, own, &mut |token, values| {
+                    all[token * of.len()..][..of.len()].iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+                });
+                for (token, sums) in all.chunks(of.len()).enumerate() {
+                    // SAFETY: the caller's promise; blocks have no row in common.
+                    unsafe { y.write(token, of.start, sums) };
+                }
+            });
         }
     });
+}
+
+/// On the team, if there is work enough for one.
+fn run(weights: usize, work: &(dyn Fn(usize, usize) + Sync)) {
+    if weights < ALONE { work(0, 1) } else { team::parallel(work) }
 }
 
 type Read<'a> = &'a (dyn Fn(u32, &mut [f32]) + Sync);
@@ -90,19 +119,21 @@ struct Item<'a> {
     inner: Option<Vec<f32>>,
 }
 
-/// The tokens of several experts.
+/// The tokens of several experts on one weight.
 struct Items<'a> {
     of: Vec<Item<'a>>,
+    rows: usize,
+    base: Option<&'a Base<'a>>,
     read: Read<'a>,
     exact: bool,
 }
 
 /// What a thread does with a block of rows: what it made ready of every item, the rows, room for their sums.
-type Block<'a> = &'a (dyn Fn(&[Input], &Range<usize>, &mut [f32]) + Sync);
+type Block<'a> = &'a dyn Fn(&[Input<'_>], &Range<usize>, &mut [f32]);
 
 impl<'a> Items<'a> {
-    fn new(products: &[Product<'a>], read: Read<'a>, exact: bool) -> Self {
-        let mut items = Self { of: Vec::new(), read, exact };
+    fn new(products: &[Product<'a>], rows: usize, base: Option<&'a Base<'a>>, read: Read<'a>, exact: bool) -> Self {
+        let mut items = Self { of: Vec::new(), rows, base, read, exact };
         for Product { matrix, tokens } in products {
             items.of.extend(tokens.chunks(TOKENS).map(|tokens| Item { matrix, tokens, inner: None }));
         }
@@ -125,31 +156,44 @@ impl<'a> Items<'a> {
         wide
     }
 
-    /// Hands out blocks of rows, with room for the sums of all the base's tokens, and of one item's after them.
-    fn run(&self, rows: usize, base: Option<&Base<'_>>, block: Block<'_>) {
-        let (width, all) = base.map_or((0, 0), |base| (base.columns, base.tokens));
+    /// Columns and tokens of the base's product.
+    fn whole(&self) -> (usize, usize) {
+        self.base.map_or((0, 0), |base| (base.columns, base.tokens))
+    }
+
+    /// How much is to be multiplied.
+    fn weights(&self) -> usize {
+        let (columns, tokens) = self.whole();
+        let products = |item: &Item<'_>| item.matrix.weights() * item.tokens.len();
+        self.of.iter().map(products).sum::<usize>() + self.rows * columns * tokens
+    }
+
+    /// One thread's share, in blocks of rows with room for the sums of all the base's tokens, and of one item's after
+    /// them. Takes what the thread made ready of the same tokens for another weight, and gives what it made for this.
+    fn work(&self, index: usize, threads: usize, ready: &[Input<'a>], block: Block<'_>) -> Vec<Input<'a>> {
+        let ((columns, all), rows) = (self.whole(), self.rows);
         let deltas = |row: usize| self.of.iter().map(|item| item.matrix.bytes_before(row)).sum::<usize>();
-        let before = |row: usize| row * width * size_of::<u16>() + deltas(row);
-        let most = self.of.iter().map(|item| item.tokens.len()).max().unwrap_or(0);
-        let tokens = all + most;
+        let of = share(rows, index, threads, &|row| row * columns * size_of::<u16>() + deltas(row));
+        if of.is_empty() {
+            return Vec::new();
+        }
+        let tokens = all + self.of.iter().map(|item| item.tokens.len()).max().unwrap_or(0);
         let crowded = self.of.iter().filter(|item| item.tokens.len() == TOKENS);
         let codes = crowded.map(|item| item.matrix.bytes_before(rows)).max().unwrap_or(0);
         let step = (SUMS / tokens.max(1)).min(CODES * rows / codes.max(1)).max(1).next_multiple_of(LINE);
-        let work = |index: usize, threads: usize| {
-            let of = share(rows, index, threads, &before);
-            // Memory answers while activations are made ready: by every thread for itself, since what another core wrote
-            // takes longer to read than to make.
-            begin(base.map_or_else(|| self.codes(of.start), |base| base.bytes(of.start)));
-            let input = |item: &Item<'_>| Input::new(item.matrix, self.read(item), item.inner.as_deref(), self.exact);
-            let inputs: Vec<Input> = if of.is_empty() { Vec::new() } else { self.of.iter().map(input).collect() };
-            let mut sums = vec![0f32; tokens * step.min(of.len())];
-            for first in of.clone().step_by(step) {
-                block(&inputs, &(first..(first + step).min(of.end)), &mut sums);
-            }
+        // Memory answers while activations are made ready: by every thread for itself, since what another core wrote
+        // takes longer to read than to make.
+        begin(self.base.map_or_else(|| self.codes(of.start), |base| base.bytes(of.start)));
+        let input = |item: &Item<'a>| {
+            let x = self.read(item);
+            Input::new(item.matrix, item.tokens, x, item.inner.as_deref(), ready, self.exact)
         };
-        let products = |item: &Item<'_>| item.matrix.weights() * item.tokens.len();
-        let work_in_all = self.of.iter().map(products).sum::<usize>() + rows * width * all;
-        if work_in_all < ALONE { work(0, 1) } else { team::parallel(&work) }
+        let inputs: Vec<_> = self.of.iter().map(input).collect();
+        let mut sums = vec![0f32; tokens * step.min(of.len())];
+        for first in of.clone().step_by(step) {
+            block(&inputs, &(first..(first + step).min(of.end)), &mut sums);
+        }
+        inputs
     }
 
     /// The first delta's codes from a row on.
@@ -159,7 +203,7 @@ impl<'a> Items<'a> {
     }
 
     /// The deltas of a block of rows: `take(token, values)`.
-    fn each(&self, inputs: &[Input], of: &Range<usize>, sums: &mut [f32], take: &mut dyn FnMut(usize, &[f32])) {
+    fn each(&self, inputs: &[Input<'_>], of: &Range<usize>, sums: &mut [f32], take: &mut dyn FnMut(usize, &[f32])) {
         for (item, input) in self.of.iter().zip(inputs) {
             let sums = &mut sums[..item.tokens.len() * of.len()];
             sums.fill(0.0);

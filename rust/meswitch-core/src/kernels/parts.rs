@@ -17,7 +17,7 @@ use crate::layout::{BLOCK, LINE};
 const NEAR: usize = 1 << 15;
 
 /// Adds the products of rows `of` to `sums [tokens, rows]`.
-pub(super) fn add(matrix: &Matrix<'_>, input: &Input, of: &Range<usize>, sums: &mut [f32]) {
+pub(super) fn add(matrix: &Matrix<'_>, input: &Input<'_>, of: &Range<usize>, sums: &mut [f32]) {
     if of.is_empty() {
         return;
     }
@@ -97,7 +97,7 @@ fn scales_of(part: &Part<'_>, rows: &Range<usize>, groups: usize, unit: f32, sca
     scales[..halves.len()].iter_mut().for_each(|scale| *scale *= unit);
 }
 
-fn floats(matrix: &Matrix<'_>, part: &Part<'_>, input: &Input, of: &Range<usize>, sums: &mut [f32]) {
+fn floats(matrix: &Matrix<'_>, part: &Part<'_>, input: &Input<'_>, of: &Range<usize>, sums: &mut [f32]) {
     let columns = matrix.columns;
     let (mut strip, mut codes, mut level) = (Strip::default(), vec![0u8; columns], vec![0f32; columns]);
     for at in part.span(of.start, of.end) {
