@@ -1,17 +1,15 @@
 //! The tokens of one expert, made ready for a delta.
 
 use std::ops::Range;
-use std::rc::Rc;
 use std::sync::Mutex;
 
 use half::f16;
 
-use super::backend::backend;
 use super::floats::{multiply, narrow};
 use super::matrix::Matrix;
 use super::rows::widen_f16;
 use super::sparse::Packed;
-use super::tables::{Form, Tables};
+use super::tables::Tables;
 use super::team::{self, ALONE};
 
 /// Tokens ready for a site: `[tokens, …]` each.
@@ -26,7 +24,7 @@ pub(super) struct Input<'a> {
     /// Activations times column scales.
     pub scaled: Vec<f32>,
     /// Their sums to look up, where those need not be exact.
-    pub tables: Vec<Rc<Tables>>,
+    pub tables: Vec<Tables>,
     /// Activations of the salient channels.
     pub salient: Vec<f32>,
     /// `V · x`.
@@ -37,13 +35,13 @@ pub(super) struct Input<'a> {
 
 impl<'a> Input<'a> {
     /// Of `x [tokens, columns]`, whose `rows` say which they are, with `V · x` if that is known; unless `exact`, as sums to
-    /// look up where scales allow it: those of `ready`, for another weight, where they are of the same tokens and scales.
+    /// look up where scales allow it: taken from `ready`, for another weight, if of the same tokens and scales.
     pub fn new(
         matrix: &'a Matrix<'a>,
         rows: &'a [u32],
         x: Vec<f32>,
         known: Option<&[f32]>,
-        ready: &[Self],
+        ready: &mut [Self],
         exact: bool,
     ) -> Self {
         let columns = matrix.columns.max(1);
@@ -66,19 +64,16 @@ impl<'a> Input<'a> {
         }
         for part in matrix.parts.iter().filter(|part| !exact && part.is_looked_up(columns)) {
             let form = part.form(columns);
-            if input.tables(form).is_none() {
-                let alike = ready.iter().filter(|other| other.rows == input.rows && other.scales == input.scales);
-                let found = alike.filter_map(|other| other.tables(form)).next().cloned();
-                let make = || Rc::new(Tables::of(&input.scaled, matrix.columns, form, backend()));
-                input.tables.push(found.unwrap_or_else(make));
+            if input.tables.iter().all(|tables| tables.form != form) {
+                let mut alike = ready.iter_mut().filter(|other| other.rows == rows && other.scales == input.scales);
+                let found = alike.find_map(|other| {
+                    let at = other.tables.iter().position(|tables| tables.form == form)?;
+                    Some(other.tables.swap_remove(at))
+                });
+                input.tables.push(found.unwrap_or_else(|| Tables::new(input.tokens, matrix.columns, form)));
             }
         }
         input
-    }
-
-    /// The sums to look up for a part of that form.
-    pub fn tables(&self, form: Form) -> Option<&Rc<Tables>> {
-        self.tables.iter().find(|tables| tables.form == form)
     }
 }
 

@@ -38,7 +38,7 @@ pub fn delta_linear(matrix: &Matrix<'_>, x: &[f32], exact: bool, add: &(dyn Fn(u
     let read = |token: u32, out: &mut [f32]| out.copy_from_slice(&x[token as usize * columns..][..out.len()]);
     let items = Items::new(&[Product { matrix, tokens: &all }], matrix.rows, None, &read, exact);
     run(items.weights(), &|index, threads| {
-        items.work(index, threads, &[], &|inputs, of, sums| {
+        items.work(index, threads, &mut [], &|inputs, of, sums| {
             items.each(inputs, of, sums, &mut |token, values| add(token, of.start, values));
         });
     });
@@ -55,7 +55,7 @@ pub unsafe fn add_products(products: &[Product<'_>], x: Rows, y: Rows, exact: bo
     let rows = products.iter().map(|product| product.matrix.rows).max().unwrap_or(0);
     let items = Items::new(products, rows, None, &read, exact);
     run(items.weights(), &|index, threads| {
-        items.work(index, threads, &[], &|inputs, of, sums| {
+        items.work(index, threads, &mut [], &|inputs, of, sums| {
             // SAFETY: the caller's promise; every (token, row) is handed out once, so no two threads share an element.
             items.each(inputs, of, sums, &mut |token, values| unsafe { y.add(token, of.start, values) });
         });
@@ -89,7 +89,7 @@ pub unsafe fn linear(sites: &[Site<'_>], x: Rows) {
     run(all.iter().map(|(_, items)| items.weights()).sum(), &|index, threads| {
         let mut before = Vec::new();
         for (Site { base, y, .. }, items) in &all {
-            before = items.work(index, threads, &before, &|inputs, of, buffer| {
+            before = items.work(index, threads, &mut before, &|inputs, of, buffer| {
                 let (all, own) = buffer.split_at_mut(base.tokens * of.len());
                 dense::products(base, &split, of, all);
                 items.each(inputs, of, own, &mut |token, values| {
@@ -129,7 +129,7 @@ struct Items<'a> {
 }
 
 /// What a thread does with a block of rows: what it made ready of every item, the rows, room for their sums.
-type Block<'a> = &'a dyn Fn(&[Input<'_>], &Range<usize>, &mut [f32]);
+type Block<'a> = &'a dyn Fn(&mut [Input<'_>], &Range<usize>, &mut [f32]);
 
 impl<'a> Items<'a> {
     fn new(products: &[Product<'a>], rows: usize, base: Option<&'a Base<'a>>, read: Read<'a>, exact: bool) -> Self {
@@ -170,7 +170,7 @@ impl<'a> Items<'a> {
 
     /// One thread's share, in blocks of rows with room for the sums of all the base's tokens, and of one item's after
     /// them. Takes what the thread made ready of the same tokens for another weight, and gives what it made for this.
-    fn work(&self, index: usize, threads: usize, ready: &[Input<'a>], block: Block<'_>) -> Vec<Input<'a>> {
+    fn work(&self, index: usize, threads: usize, ready: &mut [Input<'a>], block: Block<'_>) -> Vec<Input<'a>> {
         let ((columns, all), rows) = (self.whole(), self.rows);
         let deltas = |row: usize| self.of.iter().map(|item| item.matrix.bytes_before(row)).sum::<usize>();
         let of = share(rows, index, threads, &|row| row * columns * size_of::<u16>() + deltas(row));
@@ -188,10 +188,10 @@ impl<'a> Items<'a> {
             let x = self.read(item);
             Input::new(item.matrix, item.tokens, x, item.inner.as_deref(), ready, self.exact)
         };
-        let inputs: Vec<_> = self.of.iter().map(input).collect();
+        let mut inputs: Vec<_> = self.of.iter().map(input).collect();
         let mut sums = vec![0f32; tokens * step.min(of.len())];
         for first in of.clone().step_by(step) {
-            block(&inputs, &(first..(first + step).min(of.end)), &mut sums);
+            block(&mut inputs, &(first..(first + step).min(of.end)), &mut sums);
         }
         inputs
     }
@@ -203,7 +203,7 @@ impl<'a> Items<'a> {
     }
 
     /// The deltas of a block of rows: `take(token, values)`.
-    fn each(&self, inputs: &[Input<'_>], of: &Range<usize>, sums: &mut [f32], take: &mut dyn FnMut(usize, &[f32])) {
+    fn each(&self, inputs: &mut [Input<'_>], of: &Range<usize>, sums: &mut [f32], take: &mut dyn FnMut(usize, &[f32])) {
         for (item, input) in self.of.iter().zip(inputs) {
             let sums = &mut sums[..item.tokens.len() * of.len()];
             sums.fill(0.0);

@@ -15,7 +15,7 @@ use crate::layout::{BLOCK, LINE};
 
 /// Bytes that codes are fetched ahead into the second cache.
 #[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 16384;
+const AHEAD: usize = 20480;
 /// And into the first.
 #[cfg(target_arch = "x86_64")]
 const NEAR: usize = 2048;
@@ -114,16 +114,17 @@ mod tests {
 
     /// All rows' products with all tokens, `[tokens, rows]`.
     fn products(backend: Backend, codes: &[u8], x: &[f32], rows: usize, columns: usize, form: Form) -> Vec<f32> {
-        let tables = Tables::of(x, columns, form, backend);
+        let mut tables = Tables::new(x.len() / columns, columns, form);
         let (stride, lines) = (row_bytes(form.bits, columns), rows.div_ceil(LINE) * LINE);
-        let mut out = vec![0f32; tables.tokens() * rows];
+        let mut out = vec![0f32; tables.tokens * rows];
         for first in (0..rows).step_by(BLOCK) {
             let (start, width) = layout::line(first, lines, stride);
-            let (mut sums, all) = (vec![0f32; tables.tokens() * width], tables.all());
+            let mut sums = vec![0f32; tables.tokens * width];
             for at in 0..tables.segments.len() {
                 let codes = &codes[start + tables.segments[at].start * width..];
                 let lines = Lines { codes, width, count: width / LINE };
-                add_on(backend, &lines, &all[at * tables.tokens()..][..tables.tokens()], width, &mut sums);
+                let here: Vec<_> = tables.at(at, x, backend).collect();
+                add_on(backend, &lines, &here, width, &mut sums);
             }
             let some = width.min(rows - first);
             for (out, sums) in out.chunks_mut(rows.max(1)).zip(sums.chunks(width)) {

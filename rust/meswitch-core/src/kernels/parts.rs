@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::backend::backend;
 use super::floats::{dot, narrow};
 use super::input::Input;
 use super::lookup::{self, Lines};
@@ -17,13 +18,14 @@ use crate::layout::{BLOCK, LINE};
 const NEAR: usize = 1 << 15;
 
 /// Adds the products of rows `of` to `sums [tokens, rows]`.
-pub(super) fn add(matrix: &Matrix<'_>, input: &Input<'_>, of: &Range<usize>, sums: &mut [f32]) {
+pub(super) fn add(matrix: &Matrix<'_>, input: &mut Input<'_>, of: &Range<usize>, sums: &mut [f32]) {
     if of.is_empty() {
         return;
     }
     for part in &matrix.parts {
-        match input.tables(part.form(matrix.columns)) {
-            Some(tables) => look_up(matrix, part, tables, of, sums),
+        let form = part.form(matrix.columns);
+        match input.tables.iter_mut().find(|tables| tables.form == form) {
+            Some(tables) => look_up(matrix, part, &input.scaled, tables, of, sums),
             None => floats(matrix, part, input, of, sums),
         }
     }
@@ -35,25 +37,26 @@ pub(super) fn add(matrix: &Matrix<'_>, input: &Input<'_>, of: &Range<usize>, sum
 }
 
 /// Rows whose sums are looked up, some lines of a block at a time.
-fn look_up(matrix: &Matrix<'_>, part: &Part<'_>, tables: &Tables, of: &Range<usize>, sums: &mut [f32]) {
+fn look_up(matrix: &Matrix<'_>, part: &Part<'_>, x: &[f32], tables: &mut Tables, of: &Range<usize>, sums: &mut [f32]) {
     let span = part.span(of.start, of.end);
     let groups = matrix.columns.div_ceil(part.group).max(1);
     let mut scales = vec![0f32; groups * BLOCK];
-    let (all, mut found, mut rest) = (tables.all(), vec![0f32; tables.tokens() * BLOCK], Rest::default());
+    let (mut found, mut rest) = (vec![0f32; tables.tokens * BLOCK], Rest::default());
     for (rows, start, width) in matrix.lines(part, &span) {
         let (count, known) = (rows.len(), rows.start.max(span.start)..rows.end.min(span.end));
         scales_of(part, &known, groups, matrix.unit, &mut scales);
         let (whole, room) = (count / LINE * LINE, count.next_multiple_of(LINE));
-        let found = &mut found[..tables.tokens() * room];
-        for (group, segments) in tables.groups() {
+        let found = &mut found[..tables.tokens * room];
+        for at in 0..tables.groups.len() {
+            let (group, segments) = tables.groups[at].clone();
             found.fill(0.0);
             // A segment's codes stay in the nearest cache from one token to the next.
             for at in segments {
-                let codes = &part.codes[start + tables.segments[at].start * width..];
-                let lines = Lines { codes, width, count: whole / LINE };
-                let here = &all[at * tables.tokens()..][..tables.tokens()];
-                lookup::add(&lines, here, room, found);
-                lookup::add(&rest.of(&lines, count - whole, tables.segments[at]), here, room, &mut found[whole..]);
+                let segment = tables.segments[at];
+                let lines = Lines { codes: &part.codes[start + segment.start * width..], width, count: whole / LINE };
+                let here: Vec<_> = tables.at(at, x, backend()).collect();
+                lookup::add(&lines, &here, room, found);
+                lookup::add(&rest.of(&lines, count - whole, segment), &here, room, &mut found[whole..]);
             }
             let scales = &scales[group * known.len()..][..known.len()];
             for (found, sums) in found.chunks_exact(room).zip(sums.chunks_exact_mut(of.len())) {

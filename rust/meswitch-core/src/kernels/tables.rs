@@ -44,6 +44,8 @@ pub struct Segment {
     pub start: usize,
     /// The one after the last.
     pub end: usize,
+    /// How many bytes segments before it have.
+    pub place: usize,
     /// Which of the row's scales is theirs.
     pub group: usize,
 }
@@ -59,74 +61,65 @@ pub struct Form {
     pub group: usize,
 }
 
-/// The tables of some tokens for one form.
+/// The tables of some tokens for one form, made a segment at a time: as they are first looked at, so that memory brings
+/// codes meanwhile.
 pub struct Tables {
     /// What they are for.
     pub form: Form,
+    /// How many tokens.
+    pub tokens: usize,
     /// A group's after another's.
     pub segments: Vec<Segment>,
-    length: usize,
+    /// The groups, and the places of their segments.
+    pub groups: Vec<(usize, Range<usize>)>,
+    columns: usize,
+    planes: Vec<(usize, Levels)>,
+    /// Of the segments that are made, in turn: every token's.
     sums: Vec<Sums>,
     steps: Vec<f32>,
 }
 
 impl Tables {
-    /// Of activations `[tokens, columns]`, as kernels of an instruction set take them.
+    /// None made yet, for activations `[tokens, columns]`.
     #[must_use]
-    pub fn of(x: &[f32], columns: usize, form: Form, backend: Backend) -> Self {
-        let tokens = x.len() / columns.max(1);
-        let (segments, length) = (segments(form, columns), row_bytes(form.bits, columns));
-        let mut tables = Self {
-            form,
-            length,
-            sums: vec![Sums([0; 2 * HALF]); tokens * length],
-            steps: vec![0.0; tokens * segments.len()],
-            segments,
-        };
-        if length == 0 {
-            return tables;
-        }
-        let planes: Vec<_> = planes(form.bits, columns)
-            .into_iter()
-            .map(|(bits, first, factor)| (first, Levels::of(bits, factor, zero_of(form, bits, first))))
-            .collect();
-        let steps = tables.steps.chunks_exact_mut(tables.segments.len());
-        for ((x, sums), steps) in x.chunks_exact(columns).zip(tables.sums.chunks_exact_mut(length)).zip(steps) {
-            for (segment, step) in tables.segments.iter().zip(steps) {
-                let (first, levels) = planes.iter().rfind(|plane| plane.0 <= segment.start).expect("a plane");
-                let of = |byte: usize| ((byte - first) * levels.columns).min(columns);
-                let x = &x[of(segment.start)..of(segment.end)];
-                *step = levels.fill(backend, x, &mut sums[segment.start..segment.end]);
-            }
-        }
-        tables
-    }
-
-    /// How many tokens.
-    #[must_use]
-    pub fn tokens(&self) -> usize {
-        self.sums.len() / self.length.max(1)
-    }
-
-    /// The groups, and the places of their segments.
-    pub fn groups(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
-        let mut at = 0;
-        self.segments.chunk_by(|a, b| a.group == b.group).map(move |segments| {
+    pub fn new(tokens: usize, columns: usize, form: Form) -> Self {
+        let (segments, mut at) = (segments(form, columns), 0);
+        let of = |segments: &[Segment]| {
             at += segments.len();
             (segments[0].group, at - segments.len()..at)
-        })
+        };
+        let plane = |(bits, first, factor)| (first, Levels::of(bits, factor, zero_of(form, bits, first)));
+        Self {
+            form,
+            tokens,
+            groups: segments.chunk_by(|a, b| a.group == b.group).map(of).collect(),
+            columns,
+            planes: planes(form.bits, columns).into_iter().map(plane).collect(),
+            sums: Vec::with_capacity(tokens * row_bytes(form.bits, columns)),
+            steps: Vec::with_capacity(tokens * segments.len()),
+            segments,
+        }
     }
 
-    /// Every token's sums for every segment: `[segments, tokens]`.
-    #[must_use]
-    pub fn all(&self) -> Vec<Table<'_>> {
-        let (tokens, count) = (self.tokens(), self.segments.len());
-        let table = |at: usize| {
-            let (segment, token) = (self.segments[at / tokens], at % tokens);
-            let sums = &self.sums[token * self.length..][segment.start..segment.end];
-            Table { sums, step: self.steps[token * count + at / tokens] }
-        };
-        (0..count * tokens).map(table).collect()
+    /// Every token's sums for a segment, made of the activations if they are not there yet; segments come in turn.
+    pub fn at(&mut self, at: usize, x: &[f32], backend: Backend) -> impl Iterator<Item = Table<'_>> {
+        let segment = self.segments[at];
+        let (first, count) = (segment.place * self.tokens, segment.end - segment.start);
+        if self.sums.len() <= first {
+            self.make(segment, x, backend);
+        }
+        let sums = self.sums[first..][..count * self.tokens].chunks_exact(count);
+        sums.zip(&self.steps[at * self.tokens..]).map(|(sums, step)| Table { sums, step: *step })
+    }
+
+    fn make(&mut self, segment: Segment, x: &[f32], backend: Backend) {
+        let (first, levels) = self.planes.iter().rfind(|plane| plane.0 <= segment.start).expect("a plane");
+        let of = |byte: usize| ((byte - first) * levels.columns).min(self.columns);
+        for x in x.chunks_exact(self.columns) {
+            let (place, count) = (self.sums.len(), segment.end - segment.start);
+            self.sums.resize(place + count, Sums([0; 2 * HALF]));
+            self.steps.push(levels.fill(backend, &x[of(segment.start)..of(segment.end)], &mut self.sums[place..]));
+        }
     }
 }
 
@@ -141,13 +134,17 @@ fn zero_of(form: Form, bits: u32, first: usize) -> f32 {
 
 /// The segments of a row: no two groups, and no two planes, in one.
 fn segments(form: Form, columns: usize) -> Vec<Segment> {
-    let mut segments = Vec::new();
+    let (mut segments, mut place) = (Vec::new(), 0);
     for group in 0..columns.div_ceil(form.group.max(1)) {
         for (bits, first, _) in planes(form.bits, columns) {
             let byte = |column: usize| first + row_bytes(bits, column.min(columns));
             let end = byte((group + 1) * form.group);
             let starts = (byte(group * form.group)..end).step_by(SEGMENT);
-            segments.extend(starts.map(|start| Segment { start, end: end.min(start + SEGMENT), group }));
+            segments.extend(starts.map(|start| {
+                let segment = Segment { start, end: end.min(start + SEGMENT), place, group };
+                place += segment.end - start;
+                segment
+            }));
         }
     }
     segments
@@ -251,9 +248,9 @@ mod tests {
             let columns = 512;
             let x: Vec<f32> = (0..columns).map(|at| if at % 3 == 0 { -7.0 } else { 1e-3 + at as f32 }).collect();
             let form = Form { bits, zero: ((1 << bits) - 1) as f32 / 2.0, group: columns };
-            let tables = Tables::of(&x, columns, form, Backend::Scalar);
+            let mut tables = Tables::new(1, columns, form);
             for at in 0..tables.segments.len() {
-                let sums = tables.all()[at].sums;
+                let sums = tables.at(at, &x, Backend::Scalar).next().unwrap().sums;
                 let most = |half: &[i16]| half.iter().map(|sum| i32::from(sum.unsigned_abs())).max().unwrap();
                 let all: i32 = sums.iter().flat_map(|Sums(sums)| sums.chunks(HALF).map(most)).sum();
                 assert!((16_000..=32_767).contains(&all), "{bits} bits: {all}");
