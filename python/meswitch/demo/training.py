@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
+from meswitch.distill.products import multiplies_bfloat16
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -69,7 +71,7 @@ def train(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _schedule(step, training.steps)
         ids = torch.from_numpy(batch)
-        with torch.autocast("cpu", torch.bfloat16, enabled=training.mixed and _multiplies_bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.mixed and multiplies_bfloat16()):
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -77,11 +79,6 @@ def train(
         optimizer.zero_grad()
         shown(step + 1, training.steps)
     model.eval()
-
-
-def _multiplies_bfloat16() -> bool:
-    can = torch.cpu.get_capabilities()
-    return bool(can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16"))
 
 
 def _optimizer(model: LlamaForCausalLM, training: Training) -> torch.optim.Optimizer:

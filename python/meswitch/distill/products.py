@@ -22,8 +22,7 @@ class QuickGradients(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        can = torch.cpu.get_capabilities()
-        self._here = bool(can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16"))
+        self._here = multiplies_bfloat16()
 
     def __torch_function__(
         self,
@@ -34,6 +33,12 @@ class QuickGradients(TorchFunctionMode):
     ) -> Any:
         quick = self._here and function is F.linear and torch.is_grad_enabled()
         return (_Linear.apply if quick else function)(*args, **(kwargs or {}))
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has products of bfloat16."""
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16"))
 
 
 class _Linear(torch.autograd.Function):

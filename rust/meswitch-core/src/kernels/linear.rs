@@ -157,13 +157,13 @@ impl<'a> Items<'a> {
     }
 
     /// Columns and tokens of the base's product.
-    fn whole(&self) -> (usize, usize) {
+    fn of_base(&self) -> (usize, usize) {
         self.base.map_or((0, 0), |base| (base.columns, base.tokens))
     }
 
     /// How much is to be multiplied.
     fn weights(&self) -> usize {
-        let (columns, tokens) = self.whole();
+        let (columns, tokens) = self.of_base();
         let products = |item: &Item<'_>| item.matrix.weights() * item.tokens.len();
         self.of.iter().map(products).sum::<usize>() + self.rows * columns * tokens
     }
@@ -171,7 +171,7 @@ impl<'a> Items<'a> {
     /// One thread's share, in blocks of rows with room for the sums of all the base's tokens, and of one item's after
     /// them. Takes what the thread made ready of the same tokens for another weight, and gives what it made for this.
     fn work(&self, index: usize, threads: usize, ready: &mut [Input<'a>], block: Block<'_>) -> Vec<Input<'a>> {
-        let ((columns, all), rows) = (self.whole(), self.rows);
+        let ((columns, all), rows) = (self.of_base(), self.rows);
         let deltas = |row: usize| self.of.iter().map(|item| item.matrix.bytes_before(row)).sum::<usize>();
         let of = share(rows, index, threads, &|row| row * columns * size_of::<u16>() + deltas(row));
         if of.is_empty() {
