@@ -3,18 +3,18 @@
 
 use std::arch::x86_64::*;
 
-use super::lookup::{Lines, Table, fetch};
+use super::lookup::{Lines, Table, Tokens, fetch};
 use super::tables::{HALF, Halves, ROUND, Sums};
 use crate::layout::{BLOCK, LINE};
 
 /// # Safety
 /// The processor must have AVX2; lines, tables (split) and `out` must belong together.
 #[target_feature(enable = "avx2")]
-pub unsafe fn add(lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
-    for (token, table) in tables.iter().enumerate() {
+pub unsafe fn add(lines: &Lines<'_>, tokens: Tokens<'_>, room: usize, out: &mut [f32]) {
+    for (token, table) in tokens.each().enumerate() {
         let out = out.as_mut_ptr().wrapping_add(token * room);
         // SAFETY: the caller's promise.
-        unsafe { if token == 0 { segment::<true>(lines, *table, out) } else { segment::<false>(lines, *table, out) } }
+        unsafe { if token == 0 { segment::<true>(lines, table, out) } else { segment::<false>(lines, table, out) } }
     }
 }
 

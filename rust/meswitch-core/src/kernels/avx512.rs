@@ -5,26 +5,26 @@
 
 use std::arch::x86_64::*;
 
-use super::lookup::{Lines, Table, fetch};
+use super::lookup::{Lines, Table, Tokens, fetch};
 use super::tables::{HALF, Halves, ROUND, Sums};
 use crate::layout::LINE;
 
 /// # Safety
 /// The processor must have AVX-512 F and BW; lines, tables and `out` must belong together.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub unsafe fn add(lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
-    let mut out = out.as_mut_ptr();
-    for (pair, tables) in tables.chunks(2).enumerate() {
+pub unsafe fn add(lines: &Lines<'_>, tokens: Tokens<'_>, room: usize, out: &mut [f32]) {
+    let count = tokens.steps.len();
+    for first in (0..count).step_by(2) {
+        let (a, out) = (tokens.of(first), out.as_mut_ptr().wrapping_add(first * room));
         // SAFETY: the caller's promise.
         unsafe {
-            match (tables, pair) {
-                ([a, b], 0) => some_lines::<true, 2>(lines, [*a, *b], room, out),
-                ([a, b], _) => some_lines::<false, 2>(lines, [*a, *b], room, out),
-                (_, 0) => some_lines::<true, 1>(lines, [tables[0]], room, out),
-                _ => some_lines::<false, 1>(lines, [tables[0]], room, out),
+            match (first + 1 < count, first) {
+                (true, 0) => some_lines::<true, 2>(lines, [a, tokens.of(1)], room, out),
+                (true, _) => some_lines::<false, 2>(lines, [a, tokens.of(first + 1)], room, out),
+                (_, 0) => some_lines::<true, 1>(lines, [a], room, out),
+                _ => some_lines::<false, 1>(lines, [a], room, out),
             }
         }
-        out = out.wrapping_add(2 * room);
     }
 }
 

@@ -72,29 +72,51 @@ pub struct Table<'a> {
     pub step: f32,
 }
 
-/// Adds `step · Σ sums` of a segment to `out [tables, room]`, the first `lines · 64` of each.
-pub fn add(lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
-    add_on(backend(), lines, tables, room, out);
+/// Every token's sums for a segment.
+#[derive(Clone, Copy)]
+pub struct Tokens<'a> {
+    /// A token's after another's.
+    pub sums: &'a [Sums],
+    /// What they are multiples of.
+    pub steps: &'a [f32],
+    /// Bytes of the segment.
+    pub bytes: usize,
 }
 
-fn add_on(backend: Backend, lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
-    let bytes = tables.first().map_or(0, |table| table.sums.len());
-    let Some(last) = bytes.checked_sub(1).filter(|_| lines.count > 0) else { return };
+impl<'a> Tokens<'a> {
+    /// One token's.
+    #[inline(always)]
+    pub(super) fn of(&self, token: usize) -> Table<'a> {
+        Table { sums: &self.sums[token * self.bytes..][..self.bytes], step: self.steps[token] }
+    }
+
+    /// Each token's.
+    pub(super) fn each(&self) -> impl Iterator<Item = Table<'a>> {
+        (0..self.steps.len()).map(|token| self.of(token))
+    }
+}
+
+/// Adds `step · Σ sums` of a segment to `out [tokens, room]`, the first `lines · 64` of each.
+pub fn add(lines: &Lines<'_>, tokens: Tokens<'_>, room: usize, out: &mut [f32]) {
+    add_on(backend(), lines, tokens, room, out);
+}
+
+fn add_on(backend: Backend, lines: &Lines<'_>, tokens: Tokens<'_>, room: usize, out: &mut [f32]) {
+    let Some(last) = tokens.bytes.checked_sub(1).filter(|_| lines.count > 0) else { return };
     assert!(lines.count * LINE <= lines.width && lines.count <= BLOCK / LINE);
     assert!(last * lines.width + lines.count * LINE <= lines.codes.len());
-    assert!(lines.count * LINE <= room && out.len() >= (tables.len() - 1) * room + lines.count * LINE);
-    assert!(tables.iter().all(|table| table.sums.len() == bytes));
+    assert!(lines.count * LINE <= room && out.len() >= (tokens.steps.len() - 1) * room + lines.count * LINE);
     match backend {
         // SAFETY: a backend is named only after the processor said that it has it; lengths were looked at.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx512 => unsafe { avx512::add(lines, tables, room, out) },
+        Backend::Avx512 => unsafe { avx512::add(lines, tokens, room, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx2 => unsafe { avx2::add(lines, tables, room, out) },
+        Backend::Avx2 => unsafe { avx2::add(lines, tokens, room, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Backend::Neon => unsafe { neon::add(lines, tables, room, out) },
-        _ => scalar::add(lines, tables, room, out),
+        Backend::Neon => unsafe { neon::add(lines, tokens, room, out) },
+        _ => scalar::add(lines, tokens, room, out),
     }
 }
 
@@ -123,8 +145,7 @@ mod tests {
             for at in 0..tables.segments.len() {
                 let codes = &codes[start + tables.segments[at].start * width..];
                 let lines = Lines { codes, width, count: width / LINE };
-                let here: Vec<_> = tables.at(at, x, backend).collect();
-                add_on(backend, &lines, &here, width, &mut sums);
+                add_on(backend, &lines, tables.at(at, x, backend), width, &mut sums);
             }
             let some = width.min(rows - first);
             for (out, sums) in out.chunks_mut(rows.max(1)).zip(sums.chunks(width)) {

@@ -5,7 +5,7 @@
 
 use std::arch::aarch64::*;
 
-use super::lookup::{Lines, Table};
+use super::lookup::{Lines, Table, Tokens};
 use super::tables::{HALF, Halves, ROUND, Sums};
 use crate::layout::LINE;
 
@@ -17,11 +17,11 @@ const QUARTERS: usize = LINE / WIDE;
 /// # Safety
 /// The processor must have NEON; lines, tables (split) and `out` must belong together.
 #[target_feature(enable = "neon")]
-pub unsafe fn add(lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
-    for (token, Table { sums, step }) in tables.iter().enumerate() {
+pub unsafe fn add(lines: &Lines<'_>, tokens: Tokens<'_>, room: usize, out: &mut [f32]) {
+    for (token, Table { sums, step }) in tokens.each().enumerate() {
         for line in 0..lines.count {
             // SAFETY: the caller's promise.
-            unsafe { segment(lines, line, sums, *step, out.as_mut_ptr().add(token * room + line * LINE)) };
+            unsafe { segment(lines, line, sums, step, out.as_mut_ptr().add(token * room + line * LINE)) };
         }
     }
 }

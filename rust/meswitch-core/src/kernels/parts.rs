@@ -54,9 +54,9 @@ fn look_up(matrix: &Matrix<'_>, part: &Part<'_>, x: &[f32], tables: &mut Tables,
             for at in segments {
                 let segment = tables.segments[at];
                 let lines = Lines { codes: &part.codes[start + segment.start * width..], width, count: whole / LINE };
-                let here: Vec<_> = tables.at(at, x, backend()).collect();
-                lookup::add(&lines, &here, room, found);
-                lookup::add(&rest.of(&lines, count - whole, segment), &here, room, &mut found[whole..]);
+                let tokens = tables.at(at, x, backend());
+                lookup::add(&lines, tokens, room, found);
+                lookup::add(&rest.of(&lines, count - whole, segment), tokens, room, &mut found[whole..]);
             }
             let scales = &scales[group * known.len()..][..known.len()];
             for (found, sums) in found.chunks_exact(room).zip(sums.chunks_exact_mut(of.len())) {

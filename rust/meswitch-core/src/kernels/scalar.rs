@@ -1,13 +1,13 @@
 //! Sums looked up half byte by half byte: the truth of the others.
 
-use super::lookup::{Lines, Table};
+use super::lookup::{Lines, Table, Tokens};
 use super::tables::{HALF, Halves, ROUND, Sums};
 use crate::layout::LINE;
 
-/// Adds `step · Σ sums` of every row to `out [tables, room]`.
-pub fn add(lines: &Lines<'_>, tables: &[Table<'_>], room: usize, out: &mut [f32]) {
-    for (Table { sums, step }, out) in tables.iter().zip(out.chunks_mut(room)) {
-        one(lines, sums, *step, out);
+/// Adds `step · Σ sums` of every row to `out [tokens, room]`.
+pub fn add(lines: &Lines<'_>, tokens: Tokens<'_>, room: usize, out: &mut [f32]) {
+    for (Table { sums, step }, out) in tokens.each().zip(out.chunks_mut(room)) {
+        one(lines, sums, step, out);
     }
 }
 

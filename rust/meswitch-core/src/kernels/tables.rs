@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use super::backend::Backend;
 use super::floats::{add_times, magnitude};
-use super::lookup::Table;
+use super::lookup::Tokens;
 #[cfg(target_arch = "aarch64")]
 use super::neon;
 use super::scalar;
@@ -102,14 +102,14 @@ impl Tables {
     }
 
     /// Every token's sums for a segment, made of the activations if they are not there yet; segments come in turn.
-    pub fn at(&mut self, at: usize, x: &[f32], backend: Backend) -> impl Iterator<Item = Table<'_>> {
+    pub fn at(&mut self, at: usize, x: &[f32], backend: Backend) -> Tokens<'_> {
         let segment = self.segments[at];
-        let (first, count) = (segment.place * self.tokens, segment.end - segment.start);
+        let (first, bytes) = (segment.place * self.tokens, segment.end - segment.start);
         if self.sums.len() <= first {
             self.make(segment, x, backend);
         }
-        let sums = self.sums[first..][..count * self.tokens].chunks_exact(count);
-        sums.zip(&self.steps[at * self.tokens..]).map(|(sums, step)| Table { sums, step: *step })
+        let sums = &self.sums[first..][..bytes * self.tokens];
+        Tokens { sums, steps: &self.steps[at * self.tokens..][..self.tokens], bytes }
     }
 
     fn make(&mut self, segment: Segment, x: &[f32], backend: Backend) {
@@ -250,7 +250,7 @@ mod tests {
             let form = Form { bits, zero: ((1 << bits) - 1) as f32 / 2.0, group: columns };
             let mut tables = Tables::new(1, columns, form);
             for at in 0..tables.segments.len() {
-                let sums = tables.at(at, &x, Backend::Scalar).next().unwrap().sums;
+                let sums = tables.at(at, &x, Backend::Scalar).sums;
                 let most = |half: &[i16]| half.iter().map(|sum| i32::from(sum.unsigned_abs())).max().unwrap();
                 let all: i32 = sums.iter().flat_map(|Sums(sums)| sums.chunks(HALF).map(most)).sum();
                 assert!((16_000..=32_767).contains(&all), "{bits} bits: {all}");
