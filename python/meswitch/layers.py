@@ -223,17 +223,17 @@ class LinearWrapper(Wrapper):
         for other in [other for other in self.followers if other.ready is not None]:  # who did not come follows no more
             self.followers.remove(other)
             other.ready = None
-        product, *others = ops.linear(x, [wrapper.site for wrapper in (self, *self.followers)])
+        product, *others = ops.linear(x, [wrapper._site(x) for wrapper in (self, *self.followers)])
         for other, y in zip(self.followers, others, strict=True):
             other.ready = other.rows, x, y
         self.step.follow(self, x)
         return product
 
-    @property
-    def site(self) -> tuple[Tensor, ops.SiteTable, ops.Rows | None]:
-        """As `ops.linear` takes it."""
+    def _site(self, x: Tensor) -> tuple[Tensor, ops.SiteTable, ops.Rows | None]:
+        """As `ops.linear` takes it, for an input that a module in front was given."""
         rows, weight = self.rows, self.module.weight
-        return weight, self.table, rows if self.active(rows) and self.at_once(rows) else None  # type: ignore[return-value]
+        fits = x.numel() == len(rows.slots) * self.in_features  # else `forward` will refuse it
+        return weight, self.table, rows if fits and self.active(rows) and self.at_once(rows) else None  # type: ignore[return-value]
 
     def crowds(self, rows: ops.Rows) -> list[int]:
         """The slots with so many tokens that base and delta are put together for them."""
