@@ -79,8 +79,8 @@ class Blocks:
             self._stage(1 + at, list(decoder.names(at).values()), fit)
             ours.advance(at, _values(weights, rounded=True))
         theirs = fine.end(self._theirs, self._heldout)
-        everything = torch.arange(len(self._heldout))
-        before = self._compare(self._heads(untuned), theirs, plain.end(self._ours, everything))
+        start = plain.end(self._ours, torch.arange(len(self._heldout)))
+        before = self._compare(self._heads(untuned), theirs, start)
         heads = self._heads(self.learners.get(self._head))
         if not self._tied:
             self._stage(1 + len(decoder), [self._head], partial(self._fit_head, heads, fine, ours))
