@@ -2,7 +2,7 @@
 
     python benches/quality.py [--family tiny --family smol] [--seed 0 --seed 1 --seed 2] [--domain code]
                               [--way default --way small] [--form compressed --form distilled]
-                              [--tokens 12288] [--steps 120] [--calibrate-on DOMAIN] [--results FILE]
+                              [--tokens 12288] [--steps 120] [--batch 8] [--calibrate-on DOMAIN] [--results FILE]
                               [--plot FILE.png] [--into FILE.md]
 
 Ways are presets, the papers' presets with embeddings and head in them too (`bitdelta at 1 bit`: as `meswitch compress
@@ -59,10 +59,11 @@ class Measured:
     share: float
     kl: float
     steps: int = 0  # of distillation
+    batch: int = 0  # windows a step
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.family, self.seed, self.domain, self.way, self.form, self.calibrated_on, self.steps
+        return self.family, self.seed, self.domain, self.way, self.form, self.calibrated_on, self.steps, self.batch
 
 
 class Results:
@@ -91,6 +92,7 @@ class Bench:
     ways: list[str]
     tokens: int
     steps: int  # of distillation
+    batch: int  # windows a step
     domains: list[str]
     wanted: list[str]  # of FORMS
     source: str | None  # the domain whose text calibrates, where that is not the expert's own
@@ -103,7 +105,7 @@ class Bench:
                 way: [
                     form
                     for form in self.wanted
-                    if (name, seed, domain, way, form, source, self._steps(form)) not in self.results
+                    if (name, seed, domain, way, form, source, *self._effort(form)) not in self.results
                 ]
                 for way in self.ways
             }
@@ -115,11 +117,12 @@ class Bench:
             costs = sense(made.experts[domain], text, seen) if sensed else None
             for way, forms in left.items():
                 for form, bpw, share, kl in self._measure(made, domain, source, way, forms, (seen, costs), seed):
-                    row = Measured(name, seed, domain, way, form, source, bpw, share or 0.0, kl, self._steps(form))
+                    row = Measured(name, seed, domain, way, form, source, bpw, share or 0.0, kl, *self._effort(form))
                     self.results.add(row)
 
-    def _steps(self, form: str) -> int:
-        return self.steps if form == "distilled" else 0
+    def _effort(self, form: str) -> tuple[int, int]:
+        """Steps and windows a step."""
+        return (self.steps, self.batch) if form == "distilled" else (0, 0)
 
     def _measure(
         self,
@@ -148,7 +151,10 @@ class Bench:
             if "distilled" in forms:
                 out, text = Path(folder) / "distilled", made.calibration[source]
                 with one_scale() if "bitdelta" in way else nullcontext():
-                    distill(made.base, finetune, delta, out, text, method="whole", steps=self.steps, seed=seed)
+                    distill(
+                        made.base, finetune, delta, out, text, method="whole",
+                        steps=self.steps, batch=self.batch, seed=seed,
+                    )  # fmt: skip
                 found = evaluate(made.base, out, finetune, heldout, max_tokens=self.tokens)
                 yield "distilled", report.bpw, found.recovered_share, found.kl
 
@@ -201,9 +207,10 @@ def table(title: str, rows: list[Measured]) -> str:
     """Markdown: a line for each way and form, a column for each domain, means over seeds."""
     domains = sorted({row.domain for row in rows})
     columns = ["way", "form", "bits a weight", *domains, "mean", "KL, 1e-3 nats"]
-    seeds, steps = sorted({row.seed for row in rows}), sorted({row.steps for row in rows if row.steps})
+    seeds = sorted({row.seed for row in rows})
+    efforts = sorted({f"{row.steps} steps of {row.batch} windows" for row in rows if row.steps})
     title += f", seeds {', '.join(map(str, seeds))}"
-    title += f", distilled over {' and '.join(map(str, steps))} steps" if steps else ""
+    title += f", distilled over {' and '.join(efforts)}" if efforts else ""
     lines = [f"### {title}", "", f"| {' | '.join(columns)} |"]
     lines.append("|---" * len(columns) + "|")
     for way in (way for way in WAYS if any(row.way == way for row in rows)):
@@ -262,6 +269,7 @@ def main() -> None:
     parser.add_argument("--form", action="append", choices=FORMS)
     parser.add_argument("--tokens", type=int, default=12288)
     parser.add_argument("--steps", type=int, default=120, help="of distillation")
+    parser.add_argument("--batch", type=int, default=8, help="windows a step")
     parser.add_argument("--calibrate-on", metavar="DOMAIN")
     parser.add_argument("--results", type=Path, default=Path("target/quality.jsonl"))
     parser.add_argument("--plot", type=Path)
@@ -273,6 +281,7 @@ def main() -> None:
         ways=given.way or list(WAYS),
         tokens=given.tokens,
         steps=given.steps,
+        batch=given.batch,
         domains=given.domain or list(DOMAINS),
         wanted=given.form or list(FORMS),
         source=given.calibrate_on,

@@ -86,6 +86,26 @@ def test_scores_are_those_of_whole_checkpoints(
         assert score.nll == pytest.approx(nll(tmp_path / folder, TEXT, 100), rel=1e-4)
 
 
+def test_what_is_scored_is_not_rounded_to_the_fine_tunes_dtype(tmp_path: Path) -> None:
+    """A delta as small as the steps of bfloat16, which `restore` would round away or double."""
+    base = save_random(tmp_path / "base", config_of("llama"))
+    finetune = save_finetune(tmp_path / "finetune", base, 1, strength=0.002)
+    for folder in (base, finetune):
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    compress(base, finetune, tmp_path / "delta")
+    delta = Delta.open(tmp_path / "delta")
+    (tmp_path / "data.txt").write_text(TEXT)
+    found = evaluate(base, delta.path, finetune, tmp_path / "data.txt", window=100)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(delta.sites[name].served(parameter))
+    model.save_pretrained(tmp_path / "served")
+    restore(base, delta.path, tmp_path / "restored")
+    assert found.expert.nll == pytest.approx(nll(tmp_path / "served", TEXT, 100), rel=1e-6)
+    assert found.expert.nll != pytest.approx(nll(tmp_path / "restored", TEXT, 100), rel=1e-5)
+
+
 def test_kl_and_agreement(trio: dict[str, Path], tmp_path: Path) -> None:
     restore(trio["base"], trio["delta"], tmp_path / "restored")
     found = evaluate(trio["base"], trio["delta"], trio["finetune"], trio["data"], window=64)

@@ -121,8 +121,8 @@ class Site:
             raise ValueError(f"a replaced site has no delta of its own: {self.name}")
         return reference.dense(self)
 
-    def restore(self, base: Tensor) -> Tensor:
-        """The fine-tune's parameter rebuilt on `base`, in the fine-tune's shape and dtype."""
+    def served(self, base: Tensor) -> Tensor:
+        """The expert's parameter on `base`: base and delta added in float32, other parameters as they are stored."""
         if self.whole is not None:
             return self.whole
         if self.kind == "shared":
@@ -131,12 +131,18 @@ class Site:
         if self.transposed:
             delta = delta.T
         known = base[: delta.shape[0]].float() if base.dim() == 2 else base.float()
-        weight = (known + delta.view(known.shape)).to(self.dtype)
-        return weight if self.added is None else torch.cat([weight, self.added])
+        weight = known + delta.view(known.shape)
+        return weight if self.added is None else torch.cat([weight, self.added.float()])
 
-    def rebuild(self, base: Checkpoint) -> Tensor:
-        """`restore` on the base's own parameter, which only a replaced site can do without. May be a mapped view."""
-        return self.whole if self.whole is not None else self.restore(base.tensor(self.name))
+    def restore(self, base: Tensor) -> Tensor:
+        """The fine-tune's parameter rebuilt on `base`, in the fine-tune's shape and dtype."""
+        return self.served(base).to(self.dtype)
+
+    def rebuild(self, base: Checkpoint, *, rounded: bool = True) -> Tensor:
+        """`restore`, or `served` unless `rounded`, on the base's own parameter, which only a replaced site can do
+        without. May be a mapped view."""
+        own = torch.empty(0) if self.whole is not None else base.tensor(self.name)
+        return self.restore(own) if rounded else self.served(own)
 
 
 class Delta:

@@ -4,9 +4,9 @@
                       ── expert ─────┴─ NLL of each, KL(fine-tune ‖ expert), top-1 agreement
                       ── base ───────── NLL                    recovered share = (base - expert) / (base - fine-tune)
 
-The expert is the base with every site rebuilt in memory (`Site.rebuild`, the fine-tune's dtype), so nothing is written
-to disk. All models run in float32, at most two of them at a time. Asked for, a second expert takes the first one's
-place, whose quantized sites are truncated SVDs of equal bytes instead.
+The expert is what the engine serves, base and delta added in float32 (`Site.served`) and built in memory; `restore`
+rounds that to the fine-tune's dtype. All models run in float32, at most two of them at a time. Asked for, a second
+expert takes the first one's place, whose quantized sites are truncated SVDs of equal bytes instead.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ def evaluate(
 ) -> Evaluation:
     """Score base, fine-tune (`against`) and delta on the text of `data` (forms: `calibration.read_texts`).
 
-    Tokens are the fine-tune's tokenizer's, in windows of `window` that do not overlap; the first of each is context
-    only. `svd` also scores what truncated SVDs of equal bytes would keep. `progress` is told of the tokens run, all
-    models together.
+    The delta is scored as exact arithmetic serves it: added to the base in float32, rounded to nothing. Tokens are the
+    fine-tune's tokenizer's, in windows of `window` that do not overlap; the first of each is context only. `svd` also
+    scores what truncated SVDs of equal bytes would keep. `progress` is told of the tokens run, all models together.
 
     Raises `DataError` (no two tokens, a token without a row), `BaseMismatchError`, `FormatError`, `NonFiniteError`.
     """
@@ -201,7 +201,7 @@ class _Rebuilt:
 
     def __getitem__(self, _: object) -> Tensor:
         # A clone: the model must outlive the mapped files.
-        return self._site.rebuild(self._checkpoint).to(torch.float32, copy=True)
+        return self._site.rebuild(self._checkpoint, rounded=False).to(torch.float32, copy=True)
 
 
 def rebuild(checkpoint: Checkpoint, delta: Delta, sites: Mapping[str, Site] | None = None) -> Any:

@@ -49,7 +49,7 @@ class Blocks:
         self._theirs = decoder.outer(finetune.tensor)
 
         def rebuilt(name: str) -> Tensor:
-            return delta.sites[name].rebuild(base)
+            return delta.sites[name].rebuild(base, rounded=False)
 
         self._ours = decoder.outer(rebuilt)
         self._biases = decoder.head_bias(finetune.tensor), decoder.head_bias(rebuilt)

@@ -91,7 +91,7 @@ def _untie(expert: Any, delta: Delta, base: Checkpoint) -> None:
     """A head with a site of its own is served on its own, whatever the fine-tune's config ties."""
     head, table = expert.get_output_embeddings(), expert.get_input_embeddings()
     if HEAD in delta.sites and head is not None and head.weight is table.weight:
-        weight = delta.sites[HEAD].rebuild(base).to(torch.float32, copy=True)
+        weight = delta.sites[HEAD].rebuild(base, rounded=False).to(torch.float32, copy=True)
         head.weight = nn.Parameter(weight, requires_grad=False)
 
 
