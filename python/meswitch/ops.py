@@ -201,13 +201,16 @@ def merged(x: Tensor, weight: Tensor, delta: _native.Matrix, bias: Tensor | None
     """
     dtype = torch.float32 if _wide_is_quicker(weight.dtype) else weight.dtype
     native, wide = _rows(weight, weight.shape[1]), x.to(dtype)
-    parts = []
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype)
     for start, count in _tiles(*weight.shape):
         tile = _tile(count, weight.shape[1], dtype)
         delta.merged(native, start, _rows(tile, weight.shape[1]))
-        own = None if bias is None else bias[start : start + count].to(dtype)
-        parts.append(F.linear(wide, tile, own))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(x.dtype)
+        out = y[:, start : start + count]
+        if bias is None:
+            torch.mm(wide, tile.T, out=out)
+        else:
+            torch.addmm(bias[start : start + count].to(dtype), wide, tile.T, out=out)
+    return y.to(x.dtype)
 
 
 @cache

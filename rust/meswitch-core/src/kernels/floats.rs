@@ -21,10 +21,12 @@ by_backend! {
 
 #[inline(always)]
 fn scaled_levels_body(codes: &[u8], zero: f32, scale: f32, factors: &[f32], out: &mut [f32]) {
-    for (out, code) in out.iter_mut().zip(codes) {
-        *out = (f32::from(*code) - zero) * scale;
+    let level = |code: u8| (f32::from(code) - zero) * scale;
+    if factors.is_empty() {
+        out.iter_mut().zip(codes).for_each(|(out, code)| *out = level(*code));
+    } else {
+        out.iter_mut().zip(codes).zip(factors).for_each(|((out, code), factor)| *out = level(*code) * factor);
     }
-    multiply_body(&mut out[..factors.len()], factors);
 }
 
 by_backend! {

@@ -164,9 +164,47 @@ fn add_bf16_body(out: &mut [u16], values: &[f32]) {
     }
 }
 
+/// The same to another place; where the processor rounds, numbers below the least normal one count as zeros.
+pub fn sum_bf16(base: &[u16], values: &[f32], out: &mut [u16]) {
+    #[cfg(target_arch = "x86_64")]
+    if super::backend() >= super::Backend::Avx512 && is_x86_feature_detected!("avx512bf16") {
+        // SAFETY: the processor was asked.
+        return unsafe { sum_bf16_rounded(base, values, out) };
+    }
+    sum_bf16_wide(base, values, out);
+}
+
+/// `sum_bf16` by the processor's own rounding, a third as many instructions, and past the caches: what is written is
+/// more than they hold, and read once all of it is there.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn sum_bf16_rounded(base: &[u16], values: &[f32], out: &mut [u16]) {
+    use std::arch::x86_64::*;
+    const BLOCK: usize = 32;
+    let aligned = out.as_ptr().align_offset(2 * BLOCK) == 0;
+    let whole = if aligned { out.len().min(base.len()).min(values.len()) / BLOCK * BLOCK } else { 0 };
+    let blocks = base[..whole].chunks_exact(BLOCK).zip(values[..whole].chunks_exact(BLOCK));
+    for (out, (base, values)) in out[..whole].chunks_exact_mut(BLOCK).zip(blocks) {
+        // The next row of a base is asked for while this one is added to.
+        _mm_prefetch::<_MM_HINT_T0>(base.as_ptr().wrapping_add(whole).cast());
+        // SAFETY: 32 elements of each, which a line takes; any bits are a value.
+        unsafe {
+            let sum = |at: usize| {
+                let half = _mm512_cvtepu16_epi32(_mm256_loadu_si256(base.as_ptr().add(at).cast()));
+                let wide = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(half));
+                _mm512_add_ps(wide, _mm512_loadu_ps(values.as_ptr().add(at)))
+            };
+            let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(sum(BLOCK / 2), sum(0)));
+            _mm512_stream_si512(out.as_mut_ptr().cast(), rounded);
+        }
+    }
+    _mm_sfence();
+    sum_bf16_body(&base[whole..], &values[whole..], &mut out[whole..]);
+}
+
 by_backend! {
-    /// The same to another place.
-    pub fn sum_bf16(base: &[u16], values: &[f32], out: &mut [u16]) = sum_bf16_body
+    /// `sum_bf16` as every processor can.
+    pub fn sum_bf16_wide(base: &[u16], values: &[f32], out: &mut [u16]) = sum_bf16_body
 }
 
 #[inline(always)]
@@ -207,6 +245,25 @@ mod tests {
                 prop_assert!(found == expected || (found.is_nan() && expected.is_nan()));
                 prop_assert!(half == expected_half || (half.is_nan() && expected_half.is_nan()));
             }
+        }
+
+        #[test]
+        fn a_row_and_its_delta_are_rounded_once(
+            pairs in prop::collection::vec((any::<u16>(), any::<f32>()), 0..200),
+            skip in 0..2usize,
+        ) {
+            #[repr(align(64))]
+            struct Line([u16; 256]);
+            let (base, values): (Vec<u16>, Vec<f32>) = pairs.into_iter().unzip();
+            let mut out = Line([7; 256]);
+            sum_bf16(&base, &values, &mut out.0[skip..skip + base.len()]);
+            for ((found, base), value) in out.0[skip..].iter().zip(&base).zip(&values) {
+                let (found, base) = (bf16::from_bits(*found), bf16::from_bits(*base));
+                let expected = bf16::from_f32(base.to_f32() + value);
+                let least = expected.to_f32().abs() <= f32::MIN_POSITIVE;
+                prop_assert!(found == expected || (found.is_nan() && expected.is_nan()) || least && found.to_f32().abs() <= expected.to_f32().abs());
+            }
+            prop_assert!(out.0[skip + base.len()..].iter().all(|untouched| *untouched == 7));
         }
 
         #[test]
