@@ -1,9 +1,9 @@
 """Distillation of the scales: a delta's codes stay, its scales learn what the fine-tune would have said.
 
 Row scales, column scales and `u` are trained as stored value · exp(θ), whole model at once against the fine-tune's
-logits, or block by block against its hidden states. The rate falls to a tenth over the run. Text that is not trained
-on picks the best scales seen, each rounded to the float16 that is stored, and judges the outcome by
-KL(fine-tune ‖ expert): it is never worse there than what it started from.
+logits, or block by block against its hidden states. The first gradients say at which rate, which falls to a tenth
+over the run. Text that is not trained on picks the best scales seen, each rounded to the float16 that is stored, and
+judges the outcome by KL(fine-tune ‖ expert): it is never worse there than what it started from.
 
     distill ─ Windows (text) ─┬─ Whole  (two models in float32)      ─┬─ Learner, Rows, Weight (one site's scales)
                               └─ Blocks (one block of two models,    ─┘  descend (Adam, best seen)
@@ -83,8 +83,10 @@ def distill(
     `method` is `whole` (memory: both models in float32 and more, 13 bytes a weight), `blocks` (one block of both, and
     hidden states), or `auto`: `whole` where that fits in half of the memory that is free. A step is `batch` windows
     of `window` tokens (forms of `data`: `calibration.read_texts`); `blocks` takes `steps` of them in every block.
-    `rate` is Adam's, on the logarithm of each scale; none means what suits the codes: 0.02 where errors were
-    compensated, 0.05 where not. `heldout_share` of the windows, at most about 2,048 tokens, is for measuring alone.
+    `rate` is Adam's, on the logarithm of each scale; none means what suits the codes, 0.02 where errors were
+    compensated and 0.05 where not, or what suits the first step (`descent.descend`), whichever is less. The first
+    eighth of a window is context only. `heldout_share` of the windows, at most about 2,048 tokens, is for
+    measuring alone.
     The same arguments give the same scales. `out` may be `delta` itself. `whole` leaves sites alone whose parameter
     transformers fuses with others when it loads them (MoE experts).
 
@@ -106,7 +108,7 @@ def distill(
     windows = Windows.draw(data, tuned.path, window, steps * batch, seed, heldout_share)
     with closing(Delta.open(delta)) as source:
         source.check_base(checkpoint)
-        recipe = Recipe(steps, batch, rate or _rate(source), seed)
+        recipe = Recipe(steps, batch, rate or _fastest(source), finds=rate is None, seed=seed)
         windows.check(_vocabulary(tuned, source), data)
         chosen = _fitting(source) if method == "auto" else method
         journal = None
@@ -144,8 +146,8 @@ def _fitting(delta: Delta) -> Method:
     return "whole" if _BYTES_A_WEIGHT * delta.parameters <= psutil.virtual_memory().available / 2 else "blocks"
 
 
-def _rate(delta: Delta) -> float:
-    """What suits the delta's codes: errors that make up for each other bear less."""
+def _fastest(delta: Delta) -> float:
+    """The rate that suits the delta's codes: errors that make up for each other bear less."""
     settings = delta.manifest["settings"]
     return 0.02 if isinstance(settings, dict) and settings.get("compensated") else 0.05
 
@@ -155,7 +157,7 @@ def _about(
 ) -> dict[str, Any]:
     """Everything that decides the outcome of `blocks`."""
     return {
-        "scheme": 1,
+        "scheme": 2,
         "base": base.sample(),
         "finetune": finetune.sample(),
         "delta": delta.manifest,

@@ -53,6 +53,7 @@ class Blocks:
 
         self._ours = decoder.outer(rebuilt)
         self._biases = decoder.head_bias(finetune.tensor), decoder.head_bias(rebuilt)
+        self._context = windows.context
         self._ids = torch.cat([windows.train, windows.heldout])
         self._heldout = torch.arange(len(windows.train), len(self._ids))
         self._tokens = min(recipe.batch, len(windows.train)) * self._ids.shape[1]  # of a step
@@ -78,13 +79,14 @@ class Blocks:
             fit = partial(self._fit_block, at, weights, fine, ours)
             self._stage(1 + at, list(decoder.names(at).values()), fit)
             ours.advance(at, _values(weights, rounded=True))
-        theirs = fine.end(self._theirs, self._heldout)
-        start = plain.end(self._ours, torch.arange(len(self._heldout)))
+        theirs = fine.end(self._theirs, self._heldout, self._context)
+        start = plain.end(self._ours, torch.arange(len(self._heldout)), self._context)
         before = self._compare(self._heads(untuned), theirs, start)
         heads = self._heads(self.learners.get(self._head))
         if not self._tied:
             self._stage(1 + len(decoder), [self._head], partial(self._fit_head, heads, fine, ours))
-        return before, self._compare(heads, theirs, ours.end(self._ours, self._heldout)), self._taken
+        after = self._compare(heads, theirs, ours.end(self._ours, self._heldout, self._context))
+        return before, after, self._taken
 
     # --- streams and weights ------------------------------------------------------------------------------------------
 
@@ -159,10 +161,10 @@ class Blocks:
         for at in range(len(self._decoder)):
             fine.advance(at, self._decoder.block(at, self._finetune.tensor))
         heads = self._heads(self.learners[self._head])
-        seen = fine.end(self._theirs, self._heldout)
+        seen = fine.end(self._theirs, self._heldout, self._context)
 
         def loss(numbers: Tensor) -> float:
-            x = fine.end(self._theirs, numbers)
+            x = fine.end(self._theirs, numbers, self._context)
             return _backward(table(rounded=False)) + heads.descend(x, x, 1 / len(x))
 
         return descend(loss, lambda: float(table(rounded=True)) + self._compare(heads, seen, seen))
@@ -196,7 +198,7 @@ class Blocks:
 
         def error(numbers: Tensor, values: dict[str, Tensor]) -> Tensor:
             missed = self._decoder.run(at, values, ours.hidden[numbers]) - fine.hidden[numbers]
-            return _nats(missed, metric).mean()
+            return _nats(missed, metric)[:, self._context :].mean()
 
         def loss(numbers: Tensor) -> float:
             return _backward(error(numbers, _values(weights, rounded=False)))
@@ -209,10 +211,10 @@ class Blocks:
 
     def _fit_head(self, heads: Heads, fine: Stream, ours: Stream, descend: Callable[..., int]) -> int:
         """The head's logits by KL, on what the tuned blocks make of the text."""
-        seen = fine.end(self._theirs, self._heldout), ours.end(self._ours, self._heldout)
+        seen = fine.end(self._theirs, self._heldout, self._context), ours.end(self._ours, self._heldout, self._context)
 
         def loss(numbers: Tensor) -> float:
-            x, y = fine.end(self._theirs, numbers), ours.end(self._ours, numbers)
+            x, y = fine.end(self._theirs, numbers, self._context), ours.end(self._ours, numbers, self._context)
             return heads.descend(x, y, 1 / len(x))
 
         return descend(loss, lambda: self._compare(heads, *seen))

@@ -45,9 +45,9 @@ class Stream:
         for some in self.hidden.split(self._batch):
             some.copy_(self._decoder.run(block, parameters, some))
 
-    def end(self, outer: dict[str, Tensor], numbers: Tensor) -> Tensor:
-        """What the head sees of some windows, after the last block: `[tokens, width]`."""
-        parts = [self._decoder.leave(outer, self.hidden[some]) for some in numbers.split(self._batch)]
+    def end(self, outer: dict[str, Tensor], numbers: Tensor, first: int) -> Tensor:
+        """What the head sees of some windows from token `first` on, after the last block: `[tokens, width]`."""
+        parts = [self._decoder.leave(outer, self.hidden[some][:, first:]) for some in numbers.split(self._batch)]
         return torch.cat(parts).flatten(0, 1)
 
 

@@ -62,7 +62,7 @@ class Whole:
         """Adds the gradients of one step; returns its KL."""
         total, batch = 0.0, self._windows.train[numbers]
         for part in batch.split(self._most(batch)):
-            divergence = self._compare(part, rounded=False) / batch.numel()
+            divergence = self._compare(part, rounded=False) / self._asked(batch)
             divergence.backward()
             total += float(divergence.detach())
         return total
@@ -72,18 +72,23 @@ class Whole:
         """KL in nats per held-out token, with the scales as stored."""
         heldout = self._windows.heldout
         parts = heldout.split(min(self._most(heldout), max(1, 2048 // heldout.shape[1])))
-        return max(sum(float(self._compare(part, rounded=True)) for part in parts) / heldout.numel(), 0.0)
+        return max(sum(float(self._compare(part, rounded=True)) for part in parts) / self._asked(heldout), 0.0)
+
+    def _asked(self, windows: Tensor) -> int:
+        """Tokens of some windows that count."""
+        return windows[:, self._windows.context :].numel()
 
     def _most(self, batch: Tensor) -> int:
         return max(1, _LOGITS // (self._vocabulary * batch.shape[1]))
 
     def _compare(self, batch: Tensor, *, rounded: bool) -> Tensor:
-        """KL(fine-tune ‖ expert), summed over tokens."""
+        """KL(fine-tune ‖ expert), summed over the tokens that count."""
+        asked = slice(self._windows.context, None)
         inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch), "use_cache": False}
         with torch.no_grad():
-            wanted = self._teacher(**inputs).logits.float().log_softmax(-1)
+            wanted = self._teacher(**inputs).logits[:, asked].float().log_softmax(-1)
         weights = {name: weight(rounded) for name, weight in self._weights.items()}
-        found = functional_call(self._expert, weights, kwargs=inputs).logits.float().log_softmax(-1)
+        found = functional_call(self._expert, weights, kwargs=inputs).logits[:, asked].float().log_softmax(-1)
         return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
 
 

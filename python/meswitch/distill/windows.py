@@ -42,6 +42,15 @@ class Windows:
         kept = min(most, max(1, round(share * len(windows))))
         return cls(torch.stack(windows[:-kept]), torch.stack(windows[-kept:]))
 
+    @property
+    def context(self) -> int:
+        """Tokens at the start of a window that nobody is asked about.
+
+        A window begins in mid-sentence: what comes next is anybody's guess, and a few such guesses can outweigh all
+        other answers.
+        """
+        return self.train.shape[1] // 8
+
     def check(self, vocabulary: int, data: str | Path) -> None:
         """Raises `DataError` for a token that the models have no row for."""
         for ids in (self.train, self.heldout):
