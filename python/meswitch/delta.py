@@ -141,7 +141,9 @@ class Site:
     def rebuild(self, base: Checkpoint, *, rounded: bool = True) -> Tensor:
         """`restore`, or `served` unless `rounded`, on the base's own parameter, which only a replaced site can do
         without. May be a mapped view."""
-        own = torch.empty(0) if self.whole is not None else base.tensor(self.name)
+        if self.whole is not None:
+            return self.whole
+        own = base.tensor(self.name)
         return self.restore(own) if rounded else self.served(own)
 
 
