@@ -454,9 +454,9 @@ def test_a_long_stream_is_a_file_without_a_name(tmp_path: Path, monkeypatch: pyt
     outer = decoder.outer(checkpoint.tensor)
 
     def advanced() -> Tensor:
-        stream = Stream(decoder, outer, lambda rows: checkpoint.tensor(decoder.embedding)[rows], ids, 2, tmp_path)
+        stream = Stream(decoder, outer, lambda rows: checkpoint.tensor(decoder.embedding)[rows], ids, 2, 0, tmp_path)
         stream.advance(0, decoder.block(0, checkpoint.tensor))
-        return stream.end(outer, torch.tensor([4, 0, 1]), 0)
+        return stream.end(outer, torch.tensor([4, 0, 1]))
 
     wanted = advanced()
     monkeypatch.setattr("meswitch.distill.stream._MEMORY", 0)

@@ -53,7 +53,6 @@ class Blocks:
 
         self._ours = decoder.outer(rebuilt)
         self._biases = decoder.head_bias(finetune.tensor), decoder.head_bias(rebuilt)
-        self._context = windows.context
         self._ids = torch.cat([windows.train, windows.heldout])
         self._heldout = torch.arange(len(windows.train), len(self._ids))
         self._tokens = min(recipe.batch, len(windows.train)) * self._ids.shape[1]  # of a step
@@ -79,13 +78,13 @@ class Blocks:
             fit = partial(self._fit_block, at, weights, fine, ours)
             self._stage(1 + at, list(decoder.names(at).values()), fit)
             ours.advance(at, _values(weights, rounded=True))
-        theirs = fine.end(self._theirs, self._heldout, self._context)
-        start = plain.end(self._ours, torch.arange(len(self._heldout)), self._context)
+        theirs = fine.end(self._theirs, self._heldout)
+        start = plain.end(self._ours, torch.arange(len(self._heldout)))
         before = self._compare(self._heads(untuned), theirs, start)
         heads = self._heads(self.learners.get(self._head))
         if not self._tied:
             self._stage(1 + len(decoder), [self._head], partial(self._fit_head, heads, fine, ours))
-        after = self._compare(heads, theirs, ours.end(self._ours, self._heldout, self._context))
+        after = self._compare(heads, theirs, ours.end(self._ours, self._heldout))
         return before, after, self._taken
 
     # --- streams and weights ------------------------------------------------------------------------------------------
@@ -99,7 +98,7 @@ class Blocks:
 
     def _teacher(self) -> Stream:
         """The fine-tune's, of all windows, before its first block."""
-        return Stream(self._decoder, self._theirs, self._table, self._ids, self._recipe.batch, self._journal.folder)
+        return self._stream(self._theirs, self._table, self._ids)
 
     def _expert(self, ids: Tensor) -> Stream:
         """The expert's, before its first block, with the scales as stored."""
@@ -107,7 +106,11 @@ class Blocks:
         def table(rows: Tensor) -> Tensor:
             return self._weight(self._decoder.embedding, rows)(rounded=True)
 
-        return Stream(self._decoder, self._ours, table, ids, self._recipe.batch, self._journal.folder)
+        return self._stream(self._ours, table, ids)
+
+    def _stream(self, outer: dict[str, Tensor], table: Callable[[Tensor], Tensor], ids: Tensor) -> Stream:
+        batch, context, folder = self._recipe.batch, self._windows.context, self._journal.folder
+        return Stream(self._decoder, outer, table, ids, batch, context, folder)
 
     def _heads(self, learner: Learner | None) -> Heads:
         finetune = self._finetune.tensor(self._decoder.head)
@@ -161,10 +164,10 @@ class Blocks:
         for at in range(len(self._decoder)):
             fine.advance(at, self._decoder.block(at, self._finetune.tensor))
         heads = self._heads(self.learners[self._head])
-        seen = fine.end(self._theirs, self._heldout, self._context)
+        seen = fine.end(self._theirs, self._heldout)
 
         def loss(numbers: Tensor) -> float:
-            x = fine.end(self._theirs, numbers, self._context)
+            x = fine.end(self._theirs, numbers)
             return _backward(table(rounded=False)) + heads.descend(x, x, 1 / len(x))
 
         return descend(loss, lambda: float(table(rounded=True)) + self._compare(heads, seen, seen))
@@ -198,7 +201,7 @@ class Blocks:
 
         def error(numbers: Tensor, values: dict[str, Tensor]) -> Tensor:
             missed = self._decoder.run(at, values, ours.hidden[numbers]) - fine.hidden[numbers]
-            return _nats(missed, metric)[:, self._context :].mean()
+            return _nats(missed, metric)[:, self._windows.context :].mean()
 
         def loss(numbers: Tensor) -> float:
             return _backward(error(numbers, _values(weights, rounded=False)))
@@ -211,10 +214,10 @@ class Blocks:
 
     def _fit_head(self, heads: Heads, fine: Stream, ours: Stream, descend: Callable[..., int]) -> int:
         """The head's logits by KL, on what the tuned blocks make of the text."""
-        seen = fine.end(self._theirs, self._heldout, self._context), ours.end(self._ours, self._heldout, self._context)
+        seen = fine.end(self._theirs, self._heldout), ours.end(self._ours, self._heldout)
 
         def loss(numbers: Tensor) -> float:
-            x, y = fine.end(self._theirs, numbers, self._context), ours.end(self._ours, numbers, self._context)
+            x, y = fine.end(self._theirs, numbers), ours.end(self._ours, numbers)
             return heads.descend(x, y, 1 / len(x))
 
         return descend(loss, lambda: self._compare(heads, *seen))

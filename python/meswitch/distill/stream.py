@@ -17,7 +17,8 @@ _MEMORY = 2**28  # bytes
 class Stream:
     """`hidden float32 [windows, length, width]`, made and moved on `batch` windows at a time.
 
-    `ids int64 [windows, length]`; `table` gives the embedding's rows of the tokens it is handed; `folder`: see `room`.
+    `ids int64 [windows, length]`, of which the first `context` are not asked about; `table` gives the embedding's rows
+    of the tokens it is handed; `folder`: see `room`.
     """
 
     def __init__(
@@ -27,9 +28,10 @@ class Stream:
         table: Callable[[Tensor], Tensor],
         ids: Tensor,
         batch: int,
+        context: int,
         folder: Path,
     ) -> None:
-        self._decoder, self._batch = decoder, batch
+        self._decoder, self._batch, self._context = decoder, batch, context
         rows = ids.unique()
         weights, hidden = table(rows), None
         for at in range(0, len(ids), batch):
@@ -45,9 +47,10 @@ class Stream:
         for some in self.hidden.split(self._batch):
             some.copy_(self._decoder.run(block, parameters, some))
 
-    def end(self, outer: dict[str, Tensor], numbers: Tensor, first: int) -> Tensor:
-        """What the head sees of some windows from token `first` on, after the last block: `[tokens, width]`."""
-        parts = [self._decoder.leave(outer, self.hidden[some][:, first:]) for some in numbers.split(self._batch)]
+    def end(self, outer: dict[str, Tensor], numbers: Tensor) -> Tensor:
+        """What the head is asked of some windows, after the last block: `[tokens, width]`."""
+        asked = [self.hidden[some][:, self._context :] for some in numbers.split(self._batch)]
+        parts = [self._decoder.leave(outer, hidden) for hidden in asked]
         return torch.cat(parts).flatten(0, 1)
 
 
