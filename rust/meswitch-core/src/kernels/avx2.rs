@@ -2,6 +2,7 @@
 //! high ones apart.
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 use super::lookup::{Lines, Table, Tokens, fetch};
 use super::tables::{HALF, Halves, ROUND, Sums};
@@ -80,14 +81,18 @@ unsafe fn flush([first, last]: [__m256i; 2], step: __m256, out: *mut f32) {
 /// The sums of every byte, split: `COLUMNS` activations, `TERMS` of them in half of it.
 ///
 /// # Safety
-/// The processor must have AVX2; there must be `COLUMNS` activations a byte.
+/// The processor must have AVX2.
 #[target_feature(enable = "avx2")]
-pub unsafe fn fill<const COLUMNS: usize, const TERMS: usize>(x: &[f32], halves: &Halves, sums: &mut [Sums]) {
+pub unsafe fn fill<const COLUMNS: usize, const TERMS: usize>(
+    x: &[[f32; COLUMNS]],
+    halves: &Halves,
+    sums: &mut [MaybeUninit<Sums>],
+) {
     // Of eight 32-bit sums, the low bytes of four and their high bytes, beside those of another eight.
     let first = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, -1, -1, -1, -1, -1, -1, -1, -1));
     let last = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, 1, 5, 9, 13));
     let order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
-    for (x, Sums(sums)) in x.chunks_exact(COLUMNS).zip(sums) {
+    for (x, sums) in x.iter().zip(sums) {
         for half in 0..2 {
             let mut eights = [_mm256_setzero_ps(); 2];
             for term in 0..TERMS {
@@ -104,7 +109,7 @@ pub unsafe fn fill<const COLUMNS: usize, const TERMS: usize>(x: &[f32], halves: 
             let bytes = _mm256_or_si256(_mm256_shuffle_epi8(a, first), _mm256_shuffle_epi8(b, last));
             let split = _mm256_permutevar8x32_epi32(bytes, order);
             // SAFETY: sixteen sums.
-            unsafe { _mm256_store_si256(sums.as_mut_ptr().add(half * HALF).cast(), split) };
+            unsafe { _mm256_store_si256(sums.as_mut_ptr().cast::<i16>().add(half * HALF).cast(), split) };
         }
     }
 }

@@ -4,9 +4,10 @@
 #![allow(clippy::needless_range_loop)] // lines and tokens index several arrays at once
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 use super::lookup::{Lines, Table, Tokens, fetch};
-use super::tables::{HALF, Halves, ROUND, Sums};
+use super::tables::{Halves, ROUND, Sums};
 use crate::layout::LINE;
 
 /// # Safety
@@ -117,9 +118,13 @@ unsafe fn flush([even, odd]: [__m512i; 2], step: __m512, out: *mut f32) {
 /// The sums of every byte: `COLUMNS` activations, `TERMS` of them in half of it.
 ///
 /// # Safety
-/// The processor must have AVX-512 F; there must be `COLUMNS` activations a byte.
+/// The processor must have AVX-512 F and BW.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub unsafe fn fill<const COLUMNS: usize, const TERMS: usize>(x: &[f32], halves: &Halves, sums: &mut [Sums]) {
+pub unsafe fn fill<const COLUMNS: usize, const TERMS: usize>(
+    x: &[[f32; COLUMNS]],
+    halves: &Halves,
+    sums: &mut [MaybeUninit<Sums>],
+) {
     let mut levels = [[_mm512_setzero_ps(); TERMS]; 2];
     for (half, levels) in levels.iter_mut().enumerate() {
         for (term, levels) in levels.iter_mut().enumerate() {
@@ -127,16 +132,20 @@ pub unsafe fn fill<const COLUMNS: usize, const TERMS: usize>(x: &[f32], halves: 
             *levels = unsafe { _mm512_loadu_ps(halves[half][term].as_ptr()) };
         }
     }
-    for (x, Sums(sums)) in x.chunks_exact(COLUMNS).zip(sums) {
-        for half in 0..2 {
-            let mut values = _mm512_setzero_ps();
-            for term in 0..TERMS {
-                let x = _mm512_set1_ps(x[(half * TERMS + term) % COLUMNS]);
-                values = _mm512_add_ps(values, _mm512_mul_ps(x, levels[half][term]));
-            }
-            let values = _mm512_castps_si512(_mm512_add_ps(values, _mm512_set1_ps(ROUND)));
-            // SAFETY: sixteen sums.
-            unsafe { _mm256_store_si256(sums.as_mut_ptr().add(half * HALF).cast(), _mm512_cvtepi32_epi16(values)) };
-        }
+    // The low words of two registers' sums.
+    let words = _mm512_set_epi16(
+        62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8,
+        6, 4, 2, 0,
+    );
+    for (x, sums) in x.iter().zip(sums) {
+        let half = |half: usize| {
+            let times =
+                |term: usize| _mm512_mul_ps(_mm512_set1_ps(x[(half * TERMS + term) % COLUMNS]), levels[half][term]);
+            let values = (1..TERMS).fold(times(0), |values, term| _mm512_add_ps(values, times(term)));
+            _mm512_castps_si512(_mm512_add_ps(values, _mm512_set1_ps(ROUND)))
+        };
+        let both = _mm512_permutex2var_epi16(half(0), words, half(1));
+        // SAFETY: 32 sums, aligned to their size.
+        unsafe { _mm512_store_si512(sums.as_mut_ptr().cast(), both) };
     }
 }

@@ -46,7 +46,18 @@ fn dot_body(a: &[f32], b: &[f32]) -> f32 {
             lanes[i] += a[i] * b[i];
         }
     }
-    lanes.iter().sum()
+    total(lanes)
+}
+
+/// A lane and the one half the lanes away, and so on: few steps wait for each other.
+#[inline(always)]
+fn total(mut lanes: [f32; LANES]) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+    }
+    lanes[0]
 }
 
 by_backend! {
@@ -62,7 +73,7 @@ fn magnitude_body(x: &[f32]) -> f32 {
     for x in whole {
         lanes.iter_mut().zip(x).for_each(|(lane, x)| *lane += x.abs());
     }
-    lanes.iter().sum()
+    total(lanes)
 }
 
 by_backend! {

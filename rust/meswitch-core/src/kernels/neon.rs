@@ -4,6 +4,7 @@
 #![allow(clippy::needless_range_loop)] // lines and quarters index several arrays at once
 
 use std::arch::aarch64::*;
+use std::mem::MaybeUninit;
 
 use super::lookup::{Lines, Table, Tokens};
 use super::tables::{HALF, Halves, ROUND, Sums};
@@ -76,10 +77,14 @@ fn words(bytes: uint8x16_t) -> int16x8_t {
 /// The sums of every byte, split: `COLUMNS` activations, `TERMS` of them in half of it.
 ///
 /// # Safety
-/// The processor must have NEON; there must be `COLUMNS` activations a byte.
+/// The processor must have NEON.
 #[target_feature(enable = "neon")]
-pub unsafe fn fill<const COLUMNS: usize, const TERMS: usize>(x: &[f32], halves: &Halves, sums: &mut [Sums]) {
-    for (x, Sums(sums)) in x.chunks_exact(COLUMNS).zip(sums) {
+pub unsafe fn fill<const COLUMNS: usize, const TERMS: usize>(
+    x: &[[f32; COLUMNS]],
+    halves: &Halves,
+    sums: &mut [MaybeUninit<Sums>],
+) {
+    for (x, sums) in x.iter().zip(sums) {
         for half in 0..2 {
             let mut fours = [vdupq_n_f32(0.0); HALF / 4];
             for term in 0..TERMS {
@@ -95,7 +100,7 @@ pub unsafe fn fill<const COLUMNS: usize, const TERMS: usize>(x: &[f32], halves: 
             let last = vreinterpretq_u8_s16(vcombine_s16(narrow(fours[2]), narrow(fours[3])));
             // SAFETY: sixteen sums.
             unsafe {
-                let bytes = sums.as_mut_ptr().add(half * HALF).cast::<u8>();
+                let bytes = sums.as_mut_ptr().cast::<i16>().add(half * HALF).cast::<u8>();
                 vst1q_u8(bytes, vuzp1q_u8(first, last));
                 vst1q_u8(bytes.add(WIDE), vuzp2q_u8(first, last));
             }

@@ -1,5 +1,7 @@
 //! Sums looked up half byte by half byte: the truth of the others.
 
+use std::mem::MaybeUninit;
+
 use super::lookup::{Lines, Table, Tokens};
 use super::tables::{HALF, Halves, ROUND, Sums};
 use crate::layout::LINE;
@@ -24,13 +26,16 @@ fn one(lines: &Lines<'_>, sums: &[Sums], step: f32, out: &mut [f32]) {
 }
 
 /// The sums of every byte: `COLUMNS` activations, `TERMS` of them in half of it.
-pub fn fill<const COLUMNS: usize, const TERMS: usize>(x: &[f32], halves: &Halves, sums: &mut [Sums]) {
-    for (x, Sums(sums)) in x.chunks_exact(COLUMNS).zip(sums) {
-        for (half, (sums, levels)) in sums.chunks_exact_mut(HALF).zip(halves).enumerate() {
-            for (at, sum) in sums.iter_mut().enumerate() {
-                let value = |term: usize| x[(half * TERMS + term) % COLUMNS] * levels[term][at];
-                *sum = ((0..TERMS).map(value).sum::<f32>() + ROUND).to_bits() as i16;
-            }
-        }
+pub fn fill<const COLUMNS: usize, const TERMS: usize>(
+    x: &[[f32; COLUMNS]],
+    halves: &Halves,
+    sums: &mut [MaybeUninit<Sums>],
+) {
+    for (x, sums) in x.iter().zip(sums) {
+        sums.write(Sums(std::array::from_fn(|at| {
+            let (half, at) = (at / HALF, at % HALF);
+            let value = |term: usize| x[(half * TERMS + term) % COLUMNS] * halves[half][term][at];
+            ((0..TERMS).map(value).sum::<f32>() + ROUND).to_bits() as i16
+        })));
     }
 }

@@ -6,6 +6,7 @@
 //! The step is the smallest with which no row's sum over those bytes leaves 16 bits, whatever its codes; so kernels add
 //! in 16 bits, exactly, and rounding leaves an error of 1/400 of the product, and whatever the activations of 1/250.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::backend::Backend;
@@ -116,9 +117,11 @@ impl Tables {
         let (first, levels) = self.planes.iter().rfind(|plane| plane.0 <= segment.start).expect("a plane");
         let of = |byte: usize| ((byte - first) * levels.columns).min(self.columns);
         for x in x.chunks_exact(self.columns) {
-            let (place, count) = (self.sums.len(), segment.end - segment.start);
-            self.sums.resize(place + count, Sums([0; 2 * HALF]));
-            self.steps.push(levels.fill(backend, &x[of(segment.start)..of(segment.end)], &mut self.sums[place..]));
+            let count = segment.end - segment.start;
+            let sums = &mut self.sums.spare_capacity_mut()[..count];
+            self.steps.push(levels.fill(backend, &x[of(segment.start)..of(segment.end)], sums));
+            // SAFETY: `fill` writes them all.
+            unsafe { self.sums.set_len(self.sums.len() + count) };
         }
     }
 }
@@ -184,40 +187,46 @@ impl Levels {
         levels
     }
 
-    /// The sums of activations, zeros after the last; gives their step.
-    fn fill(&self, backend: Backend, x: &[f32], sums: &mut [Sums]) -> f32 {
+    /// Writes the sums of activations, zeros after the last; gives their step.
+    fn fill(&self, backend: Backend, x: &[f32], sums: &mut [MaybeUninit<Sums>]) -> f32 {
         let step = magnitude(x) * self.reach / MOST;
         if !step.is_finite() {
+            sums.fill(MaybeUninit::new(Sums([0; 2 * HALF])));
             return f32::NAN;
         }
         let inverse = if step > TINY { step.recip() } else { 0.0 };
-        let mut near = [0f32; 8 * SEGMENT];
-        add_times(&mut near[..x.len()], x, inverse);
-        let near = &near[..sums.len() * self.columns];
         match self.columns {
-            8 => fill_on::<8, 4>(backend, near, &self.halves, sums),
-            4 => fill_on::<4, 2>(backend, near, &self.halves, sums),
-            2 => fill_on::<2, 1>(backend, near, &self.halves, sums),
-            _ => fill_on::<1, 1>(backend, near, &self.halves, sums),
+            8 => fill_on::<8, 4>(backend, x, inverse, &self.halves, sums),
+            4 => fill_on::<4, 2>(backend, x, inverse, &self.halves, sums),
+            2 => fill_on::<2, 1>(backend, x, inverse, &self.halves, sums),
+            _ => fill_on::<1, 1>(backend, x, inverse, &self.halves, sums),
         }
         step
     }
 }
 
-/// Sums of `COLUMNS` a byte, `TERMS` of them in half of it.
-fn fill_on<const COLUMNS: usize, const TERMS: usize>(backend: Backend, x: &[f32], halves: &Halves, sums: &mut [Sums]) {
-    assert_eq!(x.len(), COLUMNS * sums.len());
+/// Sums of `COLUMNS` a byte, `TERMS` of them in half of it, in units of a step.
+fn fill_on<const COLUMNS: usize, const TERMS: usize>(
+    backend: Backend,
+    x: &[f32],
+    inverse: f32,
+    halves: &Halves,
+    sums: &mut [MaybeUninit<Sums>],
+) {
+    let mut near = [[0f32; COLUMNS]; SEGMENT];
+    add_times(&mut near.as_flattened_mut()[..x.len()], x, inverse);
+    let near = &near[..sums.len()];
     match backend {
-        // SAFETY: a backend is named only after the processor said that it has it; lengths were looked at.
+        // SAFETY: a backend is named only after the processor said that it has it.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx512 => unsafe { avx512::fill::<COLUMNS, TERMS>(x, halves, sums) },
+        Backend::Avx512 => unsafe { avx512::fill::<COLUMNS, TERMS>(near, halves, sums) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx2 => unsafe { avx2::fill::<COLUMNS, TERMS>(x, halves, sums) },
+        Backend::Avx2 => unsafe { avx2::fill::<COLUMNS, TERMS>(near, halves, sums) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Backend::Neon => unsafe { neon::fill::<COLUMNS, TERMS>(x, halves, sums) },
-        _ => scalar::fill::<COLUMNS, TERMS>(x, halves, sums),
+        Backend::Neon => unsafe { neon::fill::<COLUMNS, TERMS>(near, halves, sums) },
+        _ => scalar::fill::<COLUMNS, TERMS>(near, halves, sums),
     }
 }
 
