@@ -3,9 +3,12 @@ fail."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -480,6 +483,22 @@ def test_an_engine_that_nobody_holds_ends_its_thread(family: Path) -> None:
     gc.collect()
     worker.join(10)
     assert not worker.is_alive()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_is_told_that_the_engine_is_not_its_own(shared: Engine) -> None:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            signal.alarm(20)
+            try:
+                shared.generate(PROMPT, expert="a", max_new_tokens=1)
+            except MeswitchError as error:
+                code = 0 if "forked" in str(error) else 2
+        os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert shared.generate(PROMPT, expert="a", max_new_tokens=1).finish_reason == "length"
 
 
 def test_the_interpreter_ends_with_an_engine_still_open(family: Path) -> None:

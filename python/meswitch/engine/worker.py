@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -146,16 +147,19 @@ class Worker(threading.Thread):
         self.live: dict[str, Request] = {}
         self.steps = self.step_tokens = self.finished = self.failed = 0
         self._closed = self._ended = False
+        self._process = os.getpid()
         self._lock = threading.RLock()  # a finalizer may run inside `post`
 
     # from any thread
 
     @property
     def open(self) -> bool:
-        return not self._closed
+        return not self._closed and self._process == os.getpid()  # a fork leaves the thread behind
 
     def post(self, job: Callable[[], None]) -> bool:
         """Queues `job`; false when the engine is closed."""
+        if not self.open:  # asked without the lock: whoever held it at a fork never lets go
+            return False
         with self._lock:
             if self._closed:
                 return False
@@ -439,4 +443,4 @@ class Worker(threading.Thread):
 
 
 def closed() -> MeswitchError:
-    return MeswitchError("the engine is closed", hint="make a new Engine")
+    return MeswitchError("the engine is closed", hint="make a new Engine; a forked process needs one of its own")

@@ -22,6 +22,7 @@ mod _native {
     /// Refuses a `MESWITCH_BACKEND` that cannot run here before anything runs on another.
     #[pymodule_init]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        meswitch_core::kernels::team::watch_forks();
         meswitch_core::kernels::check().map_err(super::errors::to_python)
     }
 

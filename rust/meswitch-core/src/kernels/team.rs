@@ -5,6 +5,7 @@
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Fewer multiplications than this are not worth waking a team for.
 pub const ALONE: usize = 1 << 18;
@@ -23,8 +24,26 @@ struct Gomp {
 /// Work that a team shares out by thread index and number of threads.
 type Work<'a> = &'a (dyn Fn(usize, usize) + Sync);
 
+/// Whether this process was forked: its parent's team stayed behind, and who waits for it waits forever.
+static FORKED: AtomicBool = AtomicBool::new(false);
+
+/// Has processes that are forked from now on work on one thread.
+pub fn watch_forks() {
+    #[cfg(unix)]
+    {
+        extern "C" fn forked() {
+            FORKED.store(true, Ordering::Relaxed);
+        }
+        // SAFETY: a forked child may store a flag, whatever its parent was doing.
+        unsafe { libc::pthread_atfork(None, None, Some(forked)) };
+    }
+}
+
 /// Runs `work(index, threads)` once on every thread of the team and returns when all are done. Must not panic.
 pub fn parallel(work: Work<'_>) {
+    if FORKED.load(Ordering::Relaxed) {
+        return work(0, 1);
+    }
     match gomp() {
         Some(gomp) => {
             let mut task = Task { work, gomp };
@@ -46,6 +65,9 @@ pub fn parallel(work: Work<'_>) {
 /// How many threads the team has.
 #[must_use]
 pub fn threads() -> usize {
+    if FORKED.load(Ordering::Relaxed) {
+        return 1;
+    }
     // SAFETY: a plain query.
     gomp().map_or_else(rayon::current_num_threads, |gomp| unsafe { (gomp.most)() }.max(1) as usize)
 }
