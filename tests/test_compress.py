@@ -6,8 +6,10 @@ import contextlib
 import errno
 import itertools
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +46,22 @@ def change(folder: Path, name: str, edit: object) -> None:
     if callable(edit):
         tensors[name] = edit(tensor)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_compresses_too(tmp_path: Path) -> None:
+    base = save_random(tmp_path / "base", config_of("llama", vocab_size=20_000))  # enough for more threads than one
+    finetune = save_finetune(tmp_path / "finetune", base, seed=1)
+    compress(base, finetune, tmp_path / "ours")
+    child = os.fork()
+    if child == 0:  # without the threads of the compress before
+        signal.alarm(30)
+        torch.set_num_threads(1)  # torch's own operators would wait for theirs
+        compress(base, finetune, tmp_path / "childs")
+        Delta.open(tmp_path / "childs").verify(base)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "childs/delta.safetensors").read_bytes() == (tmp_path / "ours/delta.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

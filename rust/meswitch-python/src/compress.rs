@@ -14,6 +14,7 @@ use pyo3::types::{PyBytes, PyDict};
 use serde_json::Value;
 
 use crate::delta::Checkpoint;
+use crate::detached;
 use crate::errors::to_python;
 
 /// Compresses a fine-tune into a delta directory.
@@ -42,7 +43,7 @@ pub fn compress(
     let settings = read_json(settings)?;
     let (base, finetune) = (&base.0, &finetune.0);
     let (mut raised, mut refused) = (None, None);
-    let outcome = py.detach(|| {
+    let outcome = detached(py, || {
         let job = Job { base, finetune, plans: &plans, out: &out, files: &files, settings, base_name };
         job.run(&mut |step| tell(&progress, step, &mut raised), &mut |site| {
             let Some(factor) = &factor else { return Ok(None) };
@@ -83,7 +84,7 @@ pub fn write(
     let settings = read_json(settings)?;
     let base = &base.0;
     let (mut raised, mut refused) = (None, None);
-    let outcome = py.detach(|| {
+    let outcome = detached(py, || {
         let assembly = Assembly { base, out: &out, files: &files, settings, base_name };
         assembly.write_given(&entries, &mut |step| tell(&progress, step, &mut raised), &mut |entry| {
             let given = Python::attach(|py| tensors.call1(py, (&entry.name,))?.extract(py));
@@ -128,7 +129,7 @@ pub fn weigh(
 /// Whether a parameter is bit-equal in base and fine-tune.
 #[pyfunction]
 pub fn same(py: Python<'_>, base: &Checkpoint, finetune: &Checkpoint, name: &str) -> PyResult<bool> {
-    py.detach(|| Ok(meswitch_core::compress::same(&base.0.view(name)?, &finetune.0.view(name)?))).map_err(to_python)
+    detached(py, || Ok(meswitch_core::compress::same(&base.0.view(name)?, &finetune.0.view(name)?))).map_err(to_python)
 }
 
 /// `Σ importance · Δ²` of every row of a site, as little-endian float32; `moments` are its E[x²].
@@ -147,7 +148,7 @@ pub fn energies<'py>(
         let pair = Pair::new(name, base.0.view(name)?, finetune.0.view(name)?, transposed)?;
         codec::energies(&pair, moments.as_deref())
     };
-    Ok(bytes(py, &py.detach(work).map_err(to_python)?))
+    Ok(bytes(py, &detached(py, work).map_err(to_python)?))
 }
 
 /// What each candidate (a plan's settings) leaves in each of some rows of a site: `Σ importance · (Δ − Δ̂)²`.
@@ -174,7 +175,7 @@ pub fn probe<'py>(
         }
         codec::probe(&pair, moments.as_deref(), &rows, &candidates)
     };
-    Ok(py.detach(work).map_err(to_python)?.iter().map(|errors| bytes(py, errors)).collect())
+    Ok(detached(py, work).map_err(to_python)?.iter().map(|errors| bytes(py, errors)).collect())
 }
 
 fn bytes<'py>(py: Python<'py>, values: &[f32]) -> Bound<'py, PyBytes> {

@@ -5,7 +5,14 @@ mod delta;
 mod errors;
 mod matrix;
 
+use meswitch_core::kernels;
+use pyo3::marker::Ungil;
 use pyo3::prelude::*;
+
+/// Runs work of the core while other Python threads go on, in a forked process too.
+fn detached<T: Send + Ungil>(py: Python<'_>, work: impl FnOnce() -> T + Send + Ungil) -> T {
+    py.detach(|| kernels::team::with_pool(work))
+}
 
 /// The Rust half of meswitch.
 #[pymodule]
@@ -22,31 +29,31 @@ mod _native {
     /// Refuses a `MESWITCH_BACKEND` that cannot run here before anything runs on another.
     #[pymodule_init]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
-        meswitch_core::kernels::team::watch_forks();
-        meswitch_core::kernels::check().map_err(super::errors::to_python)
+        kernels::team::watch_forks();
+        kernels::check().map_err(super::errors::to_python)
     }
 
     /// The instruction set in use: one of `backends`.
     #[pyfunction]
     fn backend() -> String {
-        meswitch_core::kernels::backend().to_string()
+        kernels::backend().to_string()
     }
 
     /// The instruction sets that run here, the least first; `MESWITCH_BACKEND` may name one.
     #[pyfunction]
     fn backends() -> Vec<String> {
-        meswitch_core::kernels::available().map(|backend| backend.to_string()).collect()
+        kernels::available().map(|backend| backend.to_string()).collect()
     }
 
     /// How many threads kernels run on, and whether they are torch's own.
     #[pyfunction]
     fn team() -> (usize, bool) {
-        (meswitch_core::kernels::team::threads(), meswitch_core::kernels::team::is_shared())
+        (kernels::team::threads(), kernels::team::is_shared())
     }
 
     /// The processor features that kernels ask about, and whether each is there.
     #[pyfunction]
     fn cpu_features() -> std::collections::BTreeMap<&'static str, bool> {
-        meswitch_core::kernels::features().into_iter().collect()
+        kernels::features().into_iter().collect()
     }
 }

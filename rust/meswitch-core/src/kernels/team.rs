@@ -27,7 +27,7 @@ type Work<'a> = &'a (dyn Fn(usize, usize) + Sync);
 /// Whether this process was forked: its parent's team stayed behind, and who waits for it waits forever.
 static FORKED: AtomicBool = AtomicBool::new(false);
 
-/// Has processes that are forked from now on work on one thread.
+/// Has kernels of processes that are forked from now on work on one thread.
 pub fn watch_forks() {
     #[cfg(unix)]
     {
@@ -37,6 +37,17 @@ pub fn watch_forks() {
         // SAFETY: a forked child may store a flag, whatever its parent was doing.
         unsafe { libc::pthread_atfork(None, None, Some(forked)) };
     }
+}
+
+/// Runs what shares its work out by rayon: in a forked process on threads of its own.
+///
+/// # Panics
+/// Where a forked process gets no threads.
+pub fn with_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    if !FORKED.load(Ordering::Relaxed) {
+        return work();
+    }
+    rayon::ThreadPoolBuilder::new().build().expect("threads of one's own").install(work)
 }
 
 /// Runs `work(index, threads)` once on every thread of the team and returns when all are done. Must not panic.
