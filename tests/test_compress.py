@@ -6,10 +6,8 @@ import contextlib
 import errno
 import itertools
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from families import VOCABULARY, config_of, save_finetune, save_random
+from forks import forked
 from meswitch.calibration import Calibration
 from meswitch.checkpoint import Checkpoint
 from meswitch.compress import PRESETS, Progress, compress, restore
@@ -48,19 +47,17 @@ def change(folder: Path, name: str, edit: object) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_process_compresses_too(tmp_path: Path) -> None:
     base = save_random(tmp_path / "base", config_of("llama", vocab_size=20_000))  # enough for more threads than one
     finetune = save_finetune(tmp_path / "finetune", base, seed=1)
     compress(base, finetune, tmp_path / "ours")
-    child = os.fork()
-    if child == 0:  # without the threads of the compress before
-        signal.alarm(30)
-        torch.set_num_threads(1)  # torch's own operators would wait for theirs
+
+    def work() -> None:
+        torch.set_num_threads(1)  # torch's own operators would wait for their threads
         compress(base, finetune, tmp_path / "childs")
         Delta.open(tmp_path / "childs").verify(base)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+
+    assert forked(work) == 0
     assert (tmp_path / "childs/delta.safetensors").read_bytes() == (tmp_path / "ours/delta.safetensors").read_bytes()
 
 

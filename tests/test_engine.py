@@ -3,12 +3,9 @@ fail."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from families import CHAT_TEMPLATE, config_of, save_finetune, save_random, tokenizer_of
+from forks import forked
 from meswitch import router as routing
 from meswitch.compress import compress, restore
 from meswitch.engine import Answer, Engine
@@ -485,19 +483,12 @@ def test_an_engine_that_nobody_holds_ends_its_thread(family: Path) -> None:
     assert not worker.is_alive()
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_process_is_told_that_the_engine_is_not_its_own(shared: Engine) -> None:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        with contextlib.suppress(BaseException):
-            signal.alarm(20)
-            try:
-                shared.generate(PROMPT, expert="a", max_new_tokens=1)
-            except MeswitchError as error:
-                code = 0 if "forked" in str(error) else 2
-        os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+    def work() -> None:
+        with pytest.raises(MeswitchError, match="forked"):
+            shared.generate(PROMPT, expert="a", max_new_tokens=1)
+
+    assert forked(work) == 0
     assert shared.generate(PROMPT, expert="a", max_new_tokens=1).finish_reason == "length"
 
 

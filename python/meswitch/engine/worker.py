@@ -154,11 +154,12 @@ class Worker(threading.Thread):
 
     @property
     def open(self) -> bool:
-        return not self._closed and self._process == os.getpid()  # a fork leaves the thread behind
+        # Asked without the lock: a fork leaves the thread behind, and whoever held the lock.
+        return not self._closed and self._process == os.getpid()
 
     def post(self, job: Callable[[], None]) -> bool:
         """Queues `job`; false when the engine is closed."""
-        if not self.open:  # asked without the lock: whoever held it at a fork never lets go
+        if not self.open:
             return False
         with self._lock:
             if self._closed:
@@ -189,9 +190,10 @@ class Worker(threading.Thread):
             raise closed()
 
     def stop(self, timeout: float | None = None) -> None:
-        with self._lock:
-            self._closed = True
-            self.inbox.put(lambda: None)
+        if self.open:
+            with self._lock:
+                self._closed = True
+                self.inbox.put(lambda: None)
         if self.is_alive() and threading.current_thread() is not self:
             self.join(timeout)
 

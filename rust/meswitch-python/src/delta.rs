@@ -20,12 +20,12 @@ impl Checkpoint {
     #[new]
     #[allow(clippy::needless_pass_by_value)] // what Python hands over
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        detached(py, || checkpoint::Checkpoint::open(&path)).map(Self).map_err(to_python)
+        py.detach(|| checkpoint::Checkpoint::open(&path)).map(Self).map_err(to_python)
     }
 
     /// A hash of names, dtypes, shapes and three kilobytes of each tensor.
     fn sample(&self, py: Python<'_>) -> PyResult<String> {
-        detached(py, || meswitch_core::fingerprint::sample(&self.0)).map_err(to_python)
+        py.detach(|| meswitch_core::fingerprint::sample(&self.0)).map_err(to_python)
     }
 
     /// The tensors on disk, by name in order.

@@ -9,7 +9,7 @@ use meswitch_core::kernels;
 use pyo3::marker::Ungil;
 use pyo3::prelude::*;
 
-/// Runs work of the core while other Python threads go on, in a forked process too.
+/// Runs work that the core shares out by rayon while other Python threads go on, in a forked process too.
 fn detached<T: Send + Ungil>(py: Python<'_>, work: impl FnOnce() -> T + Send + Ungil) -> T {
     py.detach(|| kernels::team::with_pool(work))
 }

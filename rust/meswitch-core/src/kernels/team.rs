@@ -2,6 +2,7 @@
 //!
 //! A second pool would make every later torch operator slower (its threads and libgomp's spin against each other), so
 //! the libgomp that torch has loaded is looked up at run time and asked for its team. Without one, rayon's pool serves.
+//! Neither comes along where a process forks, and who waits for them there waits forever.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::OnceLock;
@@ -24,7 +25,7 @@ struct Gomp {
 /// Work that a team shares out by thread index and number of threads.
 type Work<'a> = &'a (dyn Fn(usize, usize) + Sync);
 
-/// Whether this process was forked: its parent's team stayed behind, and who waits for it waits forever.
+/// Whether this process was forked.
 static FORKED: AtomicBool = AtomicBool::new(false);
 
 /// Has kernels of processes that are forked from now on work on one thread.
