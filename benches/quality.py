@@ -19,7 +19,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -33,13 +33,14 @@ from meswitch.compress import PRESETS, compress
 from meswitch.delta import Site
 from meswitch.demo.corpus import DOMAINS
 from meswitch.demo.family import Family, family
-from meswitch.distill import distill
+from meswitch.distill import distill, whole
 from meswitch.distill.learner import Learner
 from meswitch.evaluate import evaluate
 from meswitch.sensitivity import sense
 
 # The papers' forms at our size: embeddings and head in them too.
 WHOLE = {"me-switch at 2 bits": ("me-switch", 2), "bitdelta at 1 bit": ("bitdelta", 1)}
+PAPERS = ("me-switch", "bitdelta")
 WAYS = (*PRESETS, *WHOLE, "1.1", "1.6", "2.1", "3.1")
 FORMS = ("compressed", "distilled", "svd")
 BEGIN, END = "<!-- benches/quality.py: begin -->", "<!-- benches/quality.py: end -->"
@@ -150,7 +151,7 @@ class Bench:
                     yield "svd", report.bpw * rival["bytes"] / report.bytes, rival["recovered_share"], rival["kl"]
             if "distilled" in forms:
                 out, text = Path(folder) / "distilled", made.calibration[source]
-                with one_scale() if "bitdelta" in way else nullcontext():
+                with published(way):
                     distill(
                         made.base, finetune, delta, out, text, method="whole",
                         steps=self.steps, batch=self.batch, seed=seed,
@@ -159,14 +160,20 @@ class Bench:
                 yield "distilled", report.bpw, found.recovered_share, found.kl
 
 
-def one_scale() -> AbstractContextManager[None]:
-    """Distillation of one scale a matrix, which BitDelta has."""
+@contextmanager
+def published(way: str) -> Iterator[None]:
+    """Distillation as a paper has it, where the way is a paper's: by KL alone, and BitDelta's one scale a matrix."""
 
     def tie(learner: Learner) -> None:
         for move in learner.moved.values():
             move.register_hook(lambda gradient: gradient.mean().expand_as(gradient))
 
-    return altered(tie)
+    with ExitStack() as changes:
+        if way.startswith(PAPERS):
+            changes.enter_context(patch.object(whole, "TEXT", 0.0))
+        if way.startswith("bitdelta"):
+            changes.enter_context(altered(tie))
+        yield
 
 
 @contextmanager

@@ -19,14 +19,14 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.compress import compress, restore
 from meswitch.decoder import Decoder
 from meswitch.delta import Delta, Site
-from meswitch.distill import Distillation, distill
+from meswitch.distill import Distillation, distill, whole
 from meswitch.distill.descent import Recipe, descend
 from meswitch.distill.head import Heads
 from meswitch.distill.learner import Learner, Rows, Weight, relative_error
 from meswitch.distill.products import QuickGradients
 from meswitch.distill.sensitivity import Sensitivity
 from meswitch.distill.stream import Stream
-from meswitch.distill.windows import Windows
+from meswitch.distill.windows import TEXT, UNKNOWN, Windows
 from meswitch.errors import BaseMismatchError, DataError, FormatError, NonFiniteError, UnsupportedModelError
 
 FAST: dict[str, Any] = {"steps": 16, "window": 16, "batch": 8, "rate": 0.02}
@@ -228,6 +228,37 @@ def test_the_start_of_a_window_is_context(tmp_path: Path, method: Any) -> None:
     assert done.kl_before == pytest.approx(expected, rel=1e-3)
 
 
+def test_what_follows(tmp_path: Path) -> None:
+    ids = torch.arange(32).reshape(2, 16)
+    windows = Windows(ids, ids)
+    assert windows.following(torch.tensor([1])).tolist() == [[*range(19, 32), UNKNOWN]]
+
+
+def test_text_itself_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step down the gradients changes, against their length."""
+    base, finetune, delta, _, data = case(tmp_path)
+    monkeypatch.setattr(whole, "TEXT", 0.5)
+    windows = Windows.draw(data, finetune, 16, 32, 0, 0.1)
+    recipe = Recipe(1, 8, 0.02, finds=True, seed=0)
+    job = whole.Whole(Checkpoint.open(base), Checkpoint.open(finetune), Delta.open(delta), windows, recipe)
+    some = torch.arange(4)
+    job._descend(some)
+    moved = [move for learner in job.learners.values() for move in learner.moved.values()]
+    squares = sum(float(move.grad.square().sum()) for move in moved if move.grad is not None)
+
+    @torch.no_grad()
+    def after(step: float) -> float:
+        for move in moved:
+            move.copy_(torch.zeros_like(move) if move.grad is None else -step * move.grad)
+        wanted, found = job._answers(windows.train[some], rounded=False)
+        following = windows.following(some).flatten()
+        likely = found[following != UNKNOWN].gather(1, following[following != UNKNOWN, None])
+        return float(((wanted.exp() * (wanted - found)).sum() - 0.5 * likely.sum()) / len(found))
+
+    step = 0.01 / squares
+    assert after(-step) - after(step) == pytest.approx(2 * step * squares, rel=0.02)
+
+
 @both
 def test_the_same_seed_gives_the_same_scales_in_place_too(tmp_path: Path, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path)
@@ -379,8 +410,10 @@ def test_divergence_by_pieces_of_the_head(tmp_path: Path, tokens: int) -> None:
     found = decoder.logits(y, Weight(site, ours, learner)(rounded=False)).log_softmax(-1)
     direct = torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
     assert heads.compare(x, y) == pytest.approx(float(direct.detach()), rel=1e-4)
-    expected = torch.autograd.grad(direct / 7, list(learner.moved.values()))
-    assert heads.descend(x, y, 1 / 7) == pytest.approx(float(direct.detach()) / 7, rel=1e-5)
+    following = torch.tensor([3, UNKNOWN, 0, 104, 50, 3, UNKNOWN])
+    unlikely = torch.nn.functional.nll_loss(found, following, ignore_index=UNKNOWN, reduction="sum")
+    expected = torch.autograd.grad((direct + TEXT * unlikely) / 7, list(learner.moved.values()))
+    assert heads.descend(x, y, following) == pytest.approx(float(direct.detach()) / 7, rel=1e-5)
     for move, gradient in zip(learner.moved.values(), expected, strict=True):
         torch.testing.assert_close(move.grad, gradient, rtol=1e-4, atol=1e-7)
 

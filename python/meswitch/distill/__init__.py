@@ -1,15 +1,17 @@
 """Distillation of the scales: a delta's codes stay, its scales learn what the fine-tune would have said.
 
 Row scales, column scales and `u` are trained as stored value · exp(θ), whole model at once against the fine-tune's
-logits, or block by block against its hidden states. The first gradients say at which rate, which falls to a tenth
-over the run. Text that is not trained on picks the best scales seen, each rounded to the float16 that is stored, and
-judges the outcome by KL(fine-tune ‖ expert): it is never worse there than what it started from.
+logits, or block by block against its hidden states; the text's own next tokens count a little beside its logits. The
+first gradients say at which rate, which falls to a tenth over the run. Text that is not trained on picks the best
+scales seen, each rounded to the float16 that is stored, and judges the outcome by KL(fine-tune ‖ expert): it is never
+worse there than what it started from.
 
     distill ─ Windows (text) ─┬─ Whole  (two models in float32)      ─┬─ Learner, Rows, Weight (one site's scales)
                               └─ Blocks (one block of two models,    ─┘  descend (Adam, best seen)
                                          Stream, Heads, Journal)
 
-Joint training of row and column scales: arXiv 2512.19720; training one-bit deltas' scales at all: arXiv 2402.10193.
+Joint training of row and column scales: arXiv 2512.19720; training one-bit deltas' scales at all: arXiv 2402.10193;
+a little of the text itself beside a teacher's answers: arXiv 1503.02531, section 2.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ def distill(
 ) -> Distillation:
     """Trains the scales of `delta` to answer as the fine-tune does on the text of `data`; writes the result to `out`.
 
+    What is made small is KL(fine-tune ‖ expert) + 0.002 · NLL of the text, by the logits (`blocks`: of the head).
     `method` is `whole` (memory: both models in float32 and more, 13 bytes a weight), `blocks` (one block of both, and
     hidden states), or `auto`: `whole` where that fits in half of the memory that is free. A step is `batch` windows
     of `window` tokens (forms of `data`: `calibration.read_texts`); `blocks` takes `steps` of them in every block.
@@ -157,7 +160,7 @@ def _about(
 ) -> dict[str, Any]:
     """Everything that decides the outcome of `blocks`."""
     return {
-        "scheme": 2,
+        "scheme": 3,
         "base": base.sample(),
         "finetune": finetune.sample(),
         "delta": delta.manifest,

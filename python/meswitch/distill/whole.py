@@ -1,7 +1,8 @@
 """Distillation of a whole model at once: KL(fine-tune ‖ expert) on logits, by the scales of every site together.
 
-text ── fine-tune (teacher) ──────────────────────────────┐
-     ── base + scales · codes, rebuilt every step ────────┴─ KL(fine-tune ‖ expert) ── Adam on the scales alone
+text ─┬─ fine-tune (teacher) ─────────────────────────────┐
+      ├─ base + scales · codes, rebuilt every step ───────┼─ KL(fine-tune ‖ expert) ── Adam on the scales alone
+      └─ the token that comes next ───────────────────────┘   + TEXT · its NLL
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from meswitch.checkpoint import HEAD, Checkpoint
 from meswitch.delta import Delta
 from meswitch.distill.descent import Recipe, descend
 from meswitch.distill.learner import Learner, Weight, learners
-from meswitch.distill.windows import Windows
+from meswitch.distill.windows import TEXT, UNKNOWN, Windows
 from meswitch.evaluate import load_model, rebuild
 
 _LOGITS = 2**26  # logits of one pass and model: 256 MiB
@@ -59,11 +60,16 @@ class Whole:
         return descend(own, recipe, batches, self._descend, self._score, _LOOKS, told)
 
     def _descend(self, numbers: Tensor) -> float:
-        """Adds the gradients of one step; returns its KL."""
-        total, batch = 0.0, self._windows.train[numbers]
-        for part in batch.split(self._most(batch)):
-            divergence = self._compare(part, rounded=False) / self._asked(batch)
-            divergence.backward()
+        """Adds the gradients of one step; returns its KL alone."""
+        windows, total = self._windows, 0.0
+        asked = self._asked(windows.train[numbers])
+        for some in numbers.split(self._most(windows.train)):
+            wanted, found = self._answers(windows.train[some], rounded=False)
+            divergence = _divergence(wanted, found) / asked
+            unlikely = nn.functional.nll_loss(
+                found, windows.following(some).flatten(), ignore_index=UNKNOWN, reduction="sum"
+            )
+            (divergence + TEXT * unlikely / asked).backward()
             total += float(divergence.detach())
         return total
 
@@ -72,7 +78,8 @@ class Whole:
         """KL in nats per held-out token, with the scales as stored."""
         heldout = self._windows.heldout
         parts = heldout.split(min(self._most(heldout), max(1, 2048 // heldout.shape[1])))
-        return max(sum(float(self._compare(part, rounded=True)) for part in parts) / self._asked(heldout), 0.0)
+        found = sum(float(_divergence(*self._answers(part, rounded=True))) for part in parts)
+        return max(found / self._asked(heldout), 0.0)
 
     def _asked(self, windows: Tensor) -> int:
         """Tokens of some windows that count."""
@@ -81,15 +88,20 @@ class Whole:
     def _most(self, batch: Tensor) -> int:
         return max(1, _LOGITS // (self._vocabulary * batch.shape[1]))
 
-    def _compare(self, batch: Tensor, *, rounded: bool) -> Tensor:
-        """KL(fine-tune ‖ expert), summed over the tokens that count."""
+    def _answers(self, batch: Tensor, *, rounded: bool) -> tuple[Tensor, Tensor]:
+        """Log-probabilities `[tokens that count, vocabulary]` of fine-tune and expert."""
         asked = slice(self._windows.context, None)
         inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch), "use_cache": False}
         with torch.no_grad():
-            wanted = self._teacher(**inputs).logits[:, asked].float().log_softmax(-1)
+            wanted = self._teacher(**inputs).logits[:, asked].flatten(0, 1).float().log_softmax(-1)
         weights = {name: weight(rounded) for name, weight in self._weights.items()}
-        found = functional_call(self._expert, weights, kwargs=inputs).logits[:, asked].float().log_softmax(-1)
-        return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+        logits = functional_call(self._expert, weights, kwargs=inputs).logits[:, asked]
+        return wanted, logits.flatten(0, 1).float().log_softmax(-1)
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """KL(fine-tune ‖ expert), summed over tokens."""
+    return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
 
 
 def _untie(expert: Any, delta: Delta, base: Checkpoint) -> None:

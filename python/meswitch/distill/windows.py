@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meswitch.calibration import check_vocabulary, load_tokenizer, passages, read_texts, token_chunks
 from meswitch.errors import DataError
 
+TEXT = 0.002  # what the likelihood of the text itself weighs beside KL
+UNKNOWN = -1  # the token after a window's last
 _HELDOUT_TOKENS = 2048  # more would cost more than it tells
 _PASSAGE_CHARACTERS = 8192
 
@@ -50,6 +52,10 @@ class Windows:
         other answers.
         """
         return self.train.shape[1] // 8
+
+    def following(self, numbers: Tensor) -> Tensor:
+        """What follows the tokens that somebody is asked about, in some windows to train on: `int64 [n, asked]`."""
+        return nn.functional.pad(self.train[numbers], (0, 1), value=UNKNOWN)[:, 1 + self.context :]
 
     def check(self, vocabulary: int, data: str | Path) -> None:
         """Raises `DataError` for a token that the models have no row for."""
