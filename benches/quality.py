@@ -250,7 +250,8 @@ def plot(found: dict[str, list[Measured]], path: Path) -> None:
     figure, axes = pyplot.subplots(len(found), 2, figsize=(13, 4.2 * len(found)), squeeze=False)
     marks = {"compressed": "o", "distilled": "*", "svd": "x"}
     for pair, (title, rows) in zip(axes, found.items(), strict=True):
-        for axis, label in zip(pair, ("KL(fine-tune ‖ expert), nats a token", "share of the gain lost"), strict=True):
+        labels = "KL(fine-tune ‖ expert), nats a token", "share of the gain lost, 0.01 % or more"
+        for axis, label in zip(pair, labels, strict=True):
             axis.set(title=title, xlabel="bits a weight, everything included", ylabel=label, yscale="log", xscale="log")
             axis.grid(alpha=0.3, which="both")
         for color, way in enumerate(way for way in WAYS if any(row.way == way for row in rows)):
@@ -258,7 +259,7 @@ def plot(found: dict[str, list[Measured]], path: Path) -> None:
                 own = [row for row in rows if (row.way, row.form) == (way, form)]
                 if own:
                     bpw, kl = mean(row.bpw for row in own), mean(row.kl for row in own)
-                    lost = max(1e-5, 1 - mean(row.share for row in own))
+                    lost = max(1e-4, 1 - mean(row.share for row in own))
                     label = f"{way}, {form}" if form != "svd" else None
                     for axis, value in zip(pair, (kl, lost), strict=True):
                         axis.plot(bpw, value, mark, color=f"C{color}", label=label, markersize=9)
