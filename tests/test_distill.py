@@ -228,7 +228,7 @@ def test_the_start_of_a_window_is_context(tmp_path: Path, method: Any) -> None:
     assert done.kl_before == pytest.approx(expected, rel=1e-3)
 
 
-def test_what_follows(tmp_path: Path) -> None:
+def test_what_follows() -> None:
     ids = torch.arange(32).reshape(2, 16)
     windows = Windows(ids, ids)
     assert windows.following(torch.tensor([1])).tolist() == [[*range(19, 32), UNKNOWN]]

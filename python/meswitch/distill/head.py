@@ -58,7 +58,7 @@ class Heads:
                 target = (self._logits_of_finetune(at, x) - wanted[:, None]).exp_()
             logits = self._logits_of_expert(at, y, rounded=False)
             if logits.requires_grad:
-                here = (following[:, None] == rows).float().mul_(text)
+                here = TEXT * (following[:, None] == rows)
                 gradient = (logits.detach() - found[:, None]).exp_().mul_(1 + text).sub_(target).sub_(here)
                 torch.autograd.backward(logits, gradient.mul_(share))
         return share * float(divergence.sum(dtype=torch.float64))
