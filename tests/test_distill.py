@@ -231,7 +231,7 @@ def test_the_start_of_a_window_is_context(tmp_path: Path, method: Any) -> None:
 def test_what_follows() -> None:
     ids = torch.arange(32).reshape(2, 16)
     windows = Windows(ids, ids)
-    assert windows.following(torch.tensor([1])).tolist() == [[*range(19, 32), UNKNOWN]]
+    assert windows.following(torch.tensor([1])).tolist() == [*range(19, 32), UNKNOWN]
 
 
 def test_text_itself_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_text_itself_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
         for move in moved:
             move.copy_(torch.zeros_like(move) if move.grad is None else -step * move.grad)
         wanted, found = job._answers(windows.train[some], rounded=False)
-        following = windows.following(some).flatten()
+        following = windows.following(some)
         likely = found[following != UNKNOWN].gather(1, following[following != UNKNOWN, None])
         return float(((wanted.exp() * (wanted - found)).sum() - 0.5 * likely.sum()) / len(found))
 

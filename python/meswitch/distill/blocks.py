@@ -168,7 +168,7 @@ class Blocks:
 
         def loss(numbers: Tensor) -> float:
             x = fine.end(self._theirs, numbers)
-            return _backward(table(rounded=False)) + heads.descend(x, x, self._windows.following(numbers).flatten())
+            return _backward(table(rounded=False)) + heads.descend(x, x, self._windows.following(numbers))
 
         return descend(loss, lambda: float(table(rounded=True)) + self._compare(heads, seen, seen))
 
@@ -218,7 +218,7 @@ class Blocks:
 
         def loss(numbers: Tensor) -> float:
             x, y = fine.end(self._theirs, numbers), ours.end(self._ours, numbers)
-            return heads.descend(x, y, self._windows.following(numbers).flatten())
+            return heads.descend(x, y, self._windows.following(numbers))
 
         return descend(loss, lambda: self._compare(heads, *seen))
 

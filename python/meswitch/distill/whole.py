@@ -62,13 +62,11 @@ class Whole:
     def _descend(self, numbers: Tensor) -> float:
         """Adds the gradients of one step; returns its KL alone."""
         windows, total = self._windows, 0.0
-        asked = self._asked(windows.train[numbers])
+        asked = len(numbers) * windows.asked
         for some in numbers.split(self._most(windows.train)):
             wanted, found = self._answers(windows.train[some], rounded=False)
             divergence = _divergence(wanted, found) / asked
-            unlikely = nn.functional.nll_loss(
-                found, windows.following(some).flatten(), ignore_index=UNKNOWN, reduction="sum"
-            )
+            unlikely = nn.functional.nll_loss(found, windows.following(some), ignore_index=UNKNOWN, reduction="sum")
             (divergence + TEXT * unlikely / asked).backward()
             total += float(divergence.detach())
         return total
@@ -79,11 +77,7 @@ class Whole:
         heldout = self._windows.heldout
         parts = heldout.split(min(self._most(heldout), max(1, 2048 // heldout.shape[1])))
         found = sum(float(_divergence(*self._answers(part, rounded=True))) for part in parts)
-        return max(found / self._asked(heldout), 0.0)
-
-    def _asked(self, windows: Tensor) -> int:
-        """Tokens of some windows that count."""
-        return windows[:, self._windows.context :].numel()
+        return max(found / (len(heldout) * self._windows.asked), 0.0)
 
     def _most(self, batch: Tensor) -> int:
         return max(1, _LOGITS // (self._vocabulary * batch.shape[1]))

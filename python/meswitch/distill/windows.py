@@ -53,9 +53,14 @@ class Windows:
         """
         return self.train.shape[1] // 8
 
+    @property
+    def asked(self) -> int:
+        """Tokens of a window that somebody is asked about."""
+        return self.train.shape[1] - self.context
+
     def following(self, numbers: Tensor) -> Tensor:
-        """What follows the tokens that somebody is asked about, in some windows to train on: `int64 [n, asked]`."""
-        return nn.functional.pad(self.train[numbers], (0, 1), value=UNKNOWN)[:, 1 + self.context :]
+        """What follows the tokens that somebody is asked about, in some windows to train on: `int64 [n · asked]`."""
+        return nn.functional.pad(self.train[numbers], (0, 1), value=UNKNOWN)[:, 1 + self.context :].flatten()
 
     def check(self, vocabulary: int, data: str | Path) -> None:
         """Raises `DataError` for a token that the models have no row for."""
