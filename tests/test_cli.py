@@ -438,6 +438,8 @@ def test_doctor_survives_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
     step = cli._lines("working", every=0.0)
+    step(1, 1000)
+    assert capsys.readouterr().err == "working: 0%\n"  # too little done to say how long the rest takes
     step(1, 4)
     step(4, 4)
     quiet = cli._lines("quiet", every=60.0)

@@ -753,9 +753,12 @@ def _lines(what: str, every: float = 5.0) -> Callable[[int, int], None]:
         if done < total and now - last < every:
             return
         last = now
-        left = (now - start) * (total - done) / max(done, 1)
-        end = f"{left:.0f} s left" if done < total else f"{now - start:.0f} s"
-        typer.echo(f"{what}: {done / max(total, 1):.0%}, {end}", err=True)
+        share, passed = done / max(total, 1), now - start
+        if done >= total:
+            end = f", {passed:.0f} s"
+        else:  # less than a hundredth says nothing of the rest
+            end = f", {passed / share - passed:.0f} s left" if share >= 0.01 else ""
+        typer.echo(f"{what}: {share:.0%}{end}", err=True)
 
     return step
 
