@@ -33,7 +33,7 @@ from meswitch.compress import PRESETS, compress
 from meswitch.delta import Site
 from meswitch.demo.corpus import DOMAINS
 from meswitch.demo.family import Family, family
-from meswitch.distill import distill, whole
+from meswitch.distill import distill, windows
 from meswitch.distill.learner import Learner
 from meswitch.evaluate import evaluate
 from meswitch.sensitivity import sense
@@ -170,7 +170,7 @@ def published(way: str) -> Iterator[None]:
 
     with ExitStack() as changes:
         if way.startswith(PAPERS):
-            changes.enter_context(patch.object(whole, "TEXT", 0.0))
+            changes.enter_context(patch.object(windows, "TEXT", 0.0))
         if way.startswith("bitdelta"):
             changes.enter_context(altered(tie))
         yield

@@ -26,7 +26,7 @@ from meswitch.distill.learner import Learner, Rows, Weight, relative_error
 from meswitch.distill.products import QuickGradients
 from meswitch.distill.sensitivity import Sensitivity
 from meswitch.distill.stream import Stream
-from meswitch.distill.windows import TEXT, UNKNOWN, Windows
+from meswitch.distill.windows import TEXT, UNKNOWN, Windows, text_weight
 from meswitch.errors import BaseMismatchError, DataError, FormatError, NonFiniteError, UnsupportedModelError
 
 FAST: dict[str, Any] = {"steps": 16, "window": 16, "batch": 8, "rate": 0.02}
@@ -234,14 +234,23 @@ def test_what_follows() -> None:
     assert windows.following(torch.tensor([1])).tolist() == [*range(19, 32), UNKNOWN]
 
 
+def test_what_text_weighs() -> None:
+    assert text_weight(4.0) == 2 * text_weight(1.0) == 2 * TEXT
+    assert text_weight(-1e-9) == 0.0
+
+
 def test_text_itself_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step down the gradients changes, against their length."""
     base, finetune, delta, _, data = case(tmp_path)
-    monkeypatch.setattr(whole, "TEXT", 0.5)
     windows = Windows.draw(data, finetune, 16, 32, 0, 0.1)
     recipe = Recipe(1, 8, 0.02, finds=True, seed=0)
     job = whole.Whole(Checkpoint.open(base), Checkpoint.open(finetune), Delta.open(delta), windows, recipe)
     some = torch.arange(4)
+    with torch.no_grad():
+        wanted, found = job._answers(windows.train[some], rounded=False)
+    monkeypatch.setattr(
+        "meswitch.distill.windows.TEXT", 0.5 / float((wanted.exp() * (wanted - found)).sum(-1).mean().sqrt())
+    )
     job._descend(some)
     moved = [move for learner in job.learners.values() for move in learner.moved.values()]
     squares = sum(float(move.grad.square().sum()) for move in moved if move.grad is not None)
@@ -412,7 +421,8 @@ def test_divergence_by_pieces_of_the_head(tmp_path: Path, tokens: int) -> None:
     assert heads.compare(x, y) == pytest.approx(float(direct.detach()), rel=1e-4)
     following = torch.tensor([3, UNKNOWN, 0, 104, 50, 3, UNKNOWN])
     unlikely = torch.nn.functional.nll_loss(found, following, ignore_index=UNKNOWN, reduction="sum")
-    expected = torch.autograd.grad((direct + TEXT * unlikely) / 7, list(learner.moved.values()))
+    weight = TEXT * (direct.detach() / 7).sqrt()
+    expected = torch.autograd.grad((direct + weight * unlikely) / 7, list(learner.moved.values()))
     assert heads.descend(x, y, following) == pytest.approx(float(direct.detach()) / 7, rel=1e-5)
     for move, gradient in zip(learner.moved.values(), expected, strict=True):
         torch.testing.assert_close(move.grad, gradient, rtol=1e-4, atol=1e-7)

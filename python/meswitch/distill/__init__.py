@@ -82,7 +82,7 @@ def distill(
 ) -> Distillation:
     """Trains the scales of `delta` to answer as the fine-tune does on the text of `data`; writes the result to `out`.
 
-    What is made small is KL(fine-tune ‖ expert) + 0.002 · NLL of the text, by the logits (`blocks`: of the head).
+    What is made small is KL(fine-tune ‖ expert) + 0.2 √KL · NLL of the text, by the logits (`blocks`: of the head).
     `method` is `whole` (memory: both models in float32 and more, 13 bytes a weight), `blocks` (one block of both, and
     hidden states), or `auto`: `whole` where that fits in half of the memory that is free. A step is `batch` windows
     of `window` tokens (forms of `data`: `calibration.read_texts`); `blocks` takes `steps` of them in every block.
@@ -160,7 +160,7 @@ def _about(
 ) -> dict[str, Any]:
     """Everything that decides the outcome of `blocks`."""
     return {
-        "scheme": 3,
+        "scheme": 4,
         "base": base.sample(),
         "finetune": finetune.sample(),
         "delta": delta.manifest,

@@ -1,8 +1,8 @@
 """KL of two heads' logits, a few of their rows at a time: memory holds neither all logits nor a whole head.
 
 With logits z_p, z_q of fine-tune and expert, KL(p ‖ q) = Σ p · (z_p − z_q) − logsumexp(z_p) + logsumexp(z_q) is summed
-in one pass over the rows. Its gradient by z_q is q − p, which a second pass sends back through each piece, with `TEXT`
-times q − t for the token t that the text goes on with.
+in one pass over the rows. Its gradient by z_q is q − p, which a second pass sends back through each piece, with
+q − t for the token t that the text goes on with at its weight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from meswitch.checkpoint import Checkpoint
 from meswitch.decoder import Decoder
 from meswitch.delta import Site
 from meswitch.distill.learner import Learner, Weight
-from meswitch.distill.windows import TEXT, UNKNOWN
+from meswitch.distill.windows import UNKNOWN, text_weight
 
 _PIECE = 2**24  # logits, and weights of the head, at a time: 64 MiB each
 
@@ -45,23 +45,25 @@ class Heads:
         return float(self._sums(x, y, rounded=True)[0].sum(dtype=torch.float64))
 
     def descend(self, x: Tensor, y: Tensor, following: Tensor) -> float:
-        """Adds the gradients of its mean and of `TEXT` times that of the NLL of what follows; returns the former.
+        """Adds the gradients of its mean and, at `text_weight`, that of the NLL of what follows; returns the former.
 
         `following int64 [tokens]`; the scales as they are.
         """
         share = 1 / len(x)
         with torch.no_grad():
-            divergence, wanted, found = self._sums(x, y, rounded=False)
-        text = TEXT * (following != UNKNOWN)[:, None]
+            divergences, wanted, found = self._sums(x, y, rounded=False)
+        divergence = share * float(divergences.sum(dtype=torch.float64))
+        weight = text_weight(divergence)
+        text = weight * (following != UNKNOWN)[:, None]
         for at, rows in enumerate(self._pieces):
             with torch.no_grad():
                 target = (self._logits_of_finetune(at, x) - wanted[:, None]).exp_()
             logits = self._logits_of_expert(at, y, rounded=False)
             if logits.requires_grad:
-                here = TEXT * (following[:, None] == rows)
+                here = weight * (following[:, None] == rows)
                 gradient = (logits.detach() - found[:, None]).exp_().mul_(1 + text).sub_(target).sub_(here)
                 torch.autograd.backward(logits, gradient.mul_(share))
-        return share * float(divergence.sum(dtype=torch.float64))
+        return divergence
 
     def _sums(self, x: Tensor, y: Tensor, *, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
         """KL, and the logarithms of both sums of exponentials, of each token."""

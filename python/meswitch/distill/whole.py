@@ -2,7 +2,7 @@
 
 text ─┬─ fine-tune (teacher) ─────────────────────────────┐
       ├─ base + scales · codes, rebuilt every step ───────┼─ KL(fine-tune ‖ expert) ── Adam on the scales alone
-      └─ the token that comes next ───────────────────────┘   + TEXT · its NLL
+      └─ the token that comes next ───────────────────────┘   + 0.2 √KL · its NLL
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from meswitch.checkpoint import HEAD, Checkpoint
 from meswitch.delta import Delta
 from meswitch.distill.descent import Recipe, descend
 from meswitch.distill.learner import Learner, Weight, learners
-from meswitch.distill.windows import TEXT, UNKNOWN, Windows
+from meswitch.distill.windows import UNKNOWN, Windows, text_weight
 from meswitch.evaluate import load_model, rebuild
 
 _LOGITS = 2**26  # logits of one pass and model: 256 MiB
@@ -65,10 +65,11 @@ class Whole:
         asked = len(numbers) * windows.asked
         for some in numbers.split(self._most(windows.train)):
             wanted, found = self._answers(windows.train[some], rounded=False)
-            divergence = _divergence(wanted, found) / asked
+            divergence = _divergence(wanted, found)
             unlikely = nn.functional.nll_loss(found, windows.following(some), ignore_index=UNKNOWN, reduction="sum")
-            (divergence + TEXT * unlikely / asked).backward()
-            total += float(divergence.detach())
+            weight = text_weight(float(divergence.detach()) / len(found))
+            ((divergence + weight * unlikely) / asked).backward()
+            total += float(divergence.detach()) / asked
         return total
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,18 @@ from torch import Tensor, nn
 from meswitch.calibration import check_vocabulary, load_tokenizer, passages, read_texts, token_chunks
 from meswitch.errors import DataError
 
-TEXT = 0.002  # what the likelihood of the text itself weighs beside KL
+TEXT = 0.2  # what the likelihood of the text itself weighs beside a KL of one nat
 UNKNOWN = -1  # the token after a window's last
 _HELDOUT_TOKENS = 2048  # more would cost more than it tells
 _PASSAGE_CHARACTERS = 8192
+
+
+def text_weight(divergence: float) -> float:
+    """What the likelihood of the text weighs beside a KL of `divergence` nats a token.
+
+    What it costs in KL goes as its square: in proportion to KL's root, it costs every expert the same part.
+    """
+    return TEXT * math.sqrt(max(divergence, 0.0))
 
 
 @dataclass(frozen=True)
