@@ -23,14 +23,18 @@ import torch
 from quality import altered
 from torch import Tensor
 
-from meswitch.calibration import calibrate
-from meswitch.checkpoint import Checkpoint
-from meswitch.compress import PRESETS, Preset, compress
-from meswitch.delta import Delta, Site
+from meswitch import reference
+from meswitch.compression.calibration import calibrate
+from meswitch.compression.distillation.job import distill
+from meswitch.compression.distillation.learner import Learner
+from meswitch.compression.evaluation import evaluate
+from meswitch.compression.job import compress
+from meswitch.compression.options import CompressOptions
+from meswitch.compression.presets import PRESETS, Preset
+from meswitch.delta.directory import Delta
 from meswitch.demo.family import Family, family
-from meswitch.distill import distill
-from meswitch.distill.learner import Learner
-from meswitch.evaluate import evaluate
+from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.site import QuantizedSite
 
 SELECTIONS = ("error", "activation", "magnitude", "random")
 CHANNELS = (8, 64)
@@ -49,7 +53,7 @@ class Bench:
         """(what, bits a weight, share, KL)."""
         for k in (0, *CHANNELS):
             rule = replace(PRESETS["me-switch"].block, salient=k)
-            compress(*self._pair, self._delta, preset=Preset(rule, None, None), calibration=self._seen)
+            compress(*self._pair, self._delta, CompressOptions(preset=Preset(rule, None, None)), calibration=self._seen)
             yield f"{k} channels" + (", by error" if k else ""), *self._score(self._delta)
             for selection in SELECTIONS[1:] if k else ():
                 self._choose(selection)
@@ -59,7 +63,9 @@ class Bench:
         """(what, bits a weight, share, KL)."""
         for compensate in (False, True):
             told = "compensated, " if compensate else ""
-            compress(*self._pair, self._delta, preset="small", calibration=self._seen, compensate=compensate)
+            compress(
+                *self._pair, self._delta, CompressOptions(preset="small", compensate=compensate), calibration=self._seen
+            )
             yield f"{told}as compressed", *self._score(self._delta)
             for name, roles in TRAINED.items():
                 with only(roles):
@@ -69,26 +75,26 @@ class Bench:
     def _choose(self, selection: str) -> None:
         """Writes the delta anew with as many salient channels of another choice."""
         ours, theirs = Checkpoint.open(self._base), Checkpoint.open(self._finetune)
-        tensors: dict[str, bytes] = {}
+        tensors: dict[str, Tensor] = {}
         with closing(Delta.open(self._delta)) as delta:
             for site in delta.sites.values():
-                if site.salient_index is not None:
+                if isinstance(site, QuantizedSite) and site.salient is not None:
                     wanted = theirs.tensor(site.name).float() - ours.tensor(site.name).float()
                     index = self._channels(selection, site, wanted)
-                    missed = wanted - replace(site, salient=None, salient_index=None).dense()
+                    missed = wanted - reference.dense(replace(site, salient=None))
                     values = (missed[:, index] / 2.0**site.exponent).half()
-                    tensors[f"{site.name}/salient_index"] = index.int().numpy().tobytes()
-                    tensors[f"{site.name}/salient"] = values.contiguous().numpy().tobytes()
-            delta._native.rewrite(self._other, tensors, {}, "{}")
+                    tensors[f"{site.name}/salient_index"] = index.int()
+                    tensors[f"{site.name}/salient"] = values
+            delta.rewrite(self._other, tensors, {}, {})
 
-    def _channels(self, selection: str, site: Site, wanted: Tensor) -> Tensor:
-        assert site.salient_index is not None
+    def _channels(self, selection: str, site: QuantizedSite, wanted: Tensor) -> Tensor:
+        assert site.salient is not None
         score = wanted.square().sum(0)
         if selection == "activation":
             score = score * self._seen.second_moments[site.name]
         elif selection == "random":
             score = torch.rand(len(score), generator=torch.Generator().manual_seed(0))
-        return score.topk(len(site.salient_index)).indices.sort().values
+        return score.topk(len(site.salient.index)).indices.sort().values
 
     def _score(self, folder: Path) -> tuple[float, float, float]:
         found = evaluate(self._base, folder, self._finetune, self._heldout, max_tokens=self._tokens)

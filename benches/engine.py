@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from compress import SHAPES, write
 
-from meswitch.compress import compress
-from meswitch.engine import Engine
+from meswitch.compression.job import compress
+from meswitch.compression.options import CompressOptions
+from meswitch.engine.engine import Engine
 
 PROMPT = list(range(100, 116))
 LONG = [100 + at % 1000 for at in range(512)]
@@ -142,7 +143,7 @@ def prepare(root: Path, shapes: str, presets: list[str], experts: int) -> None:
         if not first.exists():
             if not (root / "finetune").exists():
                 write(root / "finetune", shapes, finetune=True)
-            compress(root / "base", root / "finetune", first, preset=preset)
+            compress(root / "base", root / "finetune", first, CompressOptions(preset=preset))
         for at in range(1, experts):  # the same delta under other names: other memory is what counts
             if not (root / preset / f"expert-{at}").exists():
                 shutil.copytree(first, root / preset / f"expert-{at}")

@@ -42,6 +42,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from meswitch.kernels.rows import Rows
+from meswitch.site import QuantizedSite
+
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 # By our bits: the peer's types, with their numbers in `enum ggml_type`. Its Q2_0 has no kernel on x86.
 TYPES = {
@@ -153,10 +156,8 @@ class Ours(Side):
         """Matrices of these codes `[windows, matrices, words]`, with a scale for so many columns."""
         import torch
 
-        from meswitch import ops
-
         windows, count, _ = words.shape
-        rows, columns, one = self.y.shape[1], self.x.shape[1], ops.Rows([0])
+        rows, columns, one = self.y.shape[1], self.x.shape[1], Rows([0])
         scales = torch.rand(windows, count, rows, columns // group).half()
         tables = [
             [table(bits, group, columns, *pair) for pair in zip(*of, strict=True)]
@@ -175,11 +176,11 @@ class Ours(Side):
     def check(self, table: Any) -> None:
         import torch
 
-        from meswitch import ops
+        from meswitch.kernels import cpu as ops
 
         dense = torch.empty(CHECKED, table.in_features)
         table.matrix(0).dense(0, CHECKED, dense.data_ptr())
-        ops.delta_linear(self.y.zero_(), self.x, ops.Rows([0]), table)
+        ops.delta_linear(self.y.zero_(), self.x, Rows([0]), table)
         close("ours", self.y.numpy()[0, :CHECKED], dense.numpy() @ self.x.numpy()[0])
 
 
@@ -187,12 +188,12 @@ def table(bits: int, group: int, columns: int, codes: Any, scales: Any) -> Any:
     """A table with one delta of these codes in its slot 0."""
     import torch
 
-    from meswitch import ops
-    from meswitch.delta import Part, Site
+    from meswitch.kernels import cpu as ops
+    from meswitch.site import Part
 
     part = Part(bits, (2**bits - 1) / 2, codes, scales, group)
-    site = Site("weight", "quantized", (len(scales), columns), torch.bfloat16, parts=(part,))
-    of = ops.SiteTable(len(scales), columns)
+    site = QuantizedSite(name="weight", shape=(len(scales), columns), dtype=torch.bfloat16, parts=(part,))
+    of = ops.DeltaTable(len(scales), columns)
     of.set(0, site)
     return of
 

@@ -28,15 +28,17 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from meswitch.calibration import Calibration, calibrate
-from meswitch.compress import PRESETS, compress
-from meswitch.delta import Site
+from meswitch.compression.calibration import Calibration, calibrate
+from meswitch.compression.distillation import windows
+from meswitch.compression.distillation.job import distill
+from meswitch.compression.distillation.learner import Learner
+from meswitch.compression.evaluation import evaluate
+from meswitch.compression.job import compress
+from meswitch.compression.presets import PRESETS
+from meswitch.compression.sensitivity import measure_sensitivity
 from meswitch.demo.corpus import DOMAINS
 from meswitch.demo.family import Family, family
-from meswitch.distill import distill, windows
-from meswitch.distill.learner import Learner
-from meswitch.evaluate import evaluate
-from meswitch.sensitivity import sense
+from meswitch.site import Site
 
 # The papers' forms at our size: embeddings and head in them too.
 WHOLE = {"me-switch at 2 bits": ("me-switch", 2), "bitdelta at 1 bit": ("bitdelta", 1)}
@@ -115,7 +117,7 @@ class Bench:
             text = made.calibration[source]
             seen = calibrate(made.experts[domain], text)
             sensed = any(targets(way) and forms for way, forms in left.items())
-            costs = sense(made.experts[domain], text, seen) if sensed else None
+            costs = measure_sensitivity(made.experts[domain], text, seen) if sensed else None
             for way, forms in left.items():
                 for form, bpw, share, kl in self._measure(made, domain, source, way, forms, (seen, costs), seed):
                     row = Measured(name, seed, domain, way, form, source, bpw, share or 0.0, kl, *self._effort(form))

@@ -9,8 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first importe
 import pytest
 import torch
 
-from meswitch.demo.family import Family
 from meswitch.demo.family import family as tiny_family
+from meswitch.demo.paths import Family
 
 torch.set_num_threads(min(4, os.cpu_count() or 1))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from meswitch import reference
-from meswitch.delta import Part, Site, Sparse
+from meswitch.site import Part, QuantizedSite, ReplacedSite, SharedSite, Site, Sparse
 
 VOCABULARY = 264  # 256 bytes and eight special tokens
 
@@ -109,9 +109,11 @@ def save_finetune(folder: Path, base: Path, seed: int, *, grow: int = 0, strengt
 def quantize(name: str, base: Tensor, tuned: Tensor, *, transposed: bool) -> Site:
     """Two bits a weight, one scale a row; vectors whole."""
     if torch.equal(base, tuned):
-        return Site(name, "shared", tuple(tuned.shape), tuned.dtype, transposed=transposed)
+        return SharedSite(name=name, shape=tuple(tuned.shape), dtype=tuned.dtype, transposed=transposed)
     if tuned.dim() == 1:
-        return Site(name, "replaced", tuple(tuned.shape), tuned.dtype, whole=tuned, nbytes=4 * tuned.numel())
+        return ReplacedSite(
+            name=name, shape=tuple(tuned.shape), dtype=tuned.dtype, value=tuned, nbytes=4 * tuned.numel()
+        )
     added = tuned[base.shape[0] :] if tuned.shape[0] > base.shape[0] else None
     delta = tuned[: base.shape[0]] - base
     delta = delta.T.contiguous() if transposed else delta
@@ -120,7 +122,9 @@ def quantize(name: str, base: Tensor, tuned: Tensor, *, transposed: bool) -> Sit
     part = Part(bits=2, zero=1.5, codes=reference.pack(codes, 2), scales=scales)
     size = 4 * part.codes.numel() + 2 * scales.numel()
     shape = tuple(tuned.shape)
-    return Site(name, "quantized", shape, tuned.dtype, transposed=transposed, parts=(part,), added=added, nbytes=size)
+    return QuantizedSite(
+        name=name, shape=shape, dtype=tuned.dtype, transposed=transposed, parts=(part,), added=added, nbytes=size
+    )
 
 
 def sparse(name: str, base: Tensor, tuned: Tensor, *, transposed: bool) -> Site:
@@ -131,7 +135,7 @@ def sparse(name: str, base: Tensor, tuned: Tensor, *, transposed: bool) -> Site:
     starts = torch.arange(out + 1, dtype=torch.int32) * kept.shape[1]
     entries = Sparse(starts, gaps, kept.flatten().to(torch.float8_e5m2), kept.numel())
     shape, size = tuple(tuned.shape), 4 * (out + 1) + 2 * kept.numel()
-    return Site(name, "quantized", shape, tuned.dtype, transposed=transposed, sparse=entries, nbytes=size)
+    return QuantizedSite(name=name, shape=shape, dtype=tuned.dtype, transposed=transposed, sparse=entries, nbytes=size)
 
 
 @dataclass
@@ -183,5 +187,5 @@ def restored(base: Path, delta: HandDelta) -> Any:
         for name, site in delta.sites.items():
             start = ours[name] if name in ours else ours["model.embed_tokens.weight"]
             parameter = state[name] if name in state else state[prefix + name]
-            parameter.copy_(site.restore(start))
+            parameter.copy_(reference.restored(site, start))
     return model.eval()

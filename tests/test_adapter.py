@@ -16,11 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from families import CHAT_TEMPLATE, VOCABULARY, config_of, save_random, tokenizer_of
-from meswitch import _native
-from meswitch.adapter import import_adapter
-from meswitch.checkpoint import Checkpoint
-from meswitch.compress import restore
-from meswitch.delta import Delta
+from meswitch import _native, reference
+from meswitch.compression.lora import import_adapter
+from meswitch.delta.directory import Delta
+from meswitch.delta.restoration import restore
 from meswitch.errors import (
     ArchitectureError,
     CheckpointError,
@@ -28,6 +27,8 @@ from meswitch.errors import (
     NonFiniteError,
     UnsupportedModelError,
 )
+from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.site import LowRankSite
 from test_engine_families import assert_alike, prompts_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -182,9 +183,9 @@ def test_sixteen_bit_factors_are_kept_exactly(dtype: torch.dtype, tmp_path: Path
     import_adapter(base, adapter, tmp_path / "expert")
     site, tensors = Delta.open(tmp_path / "expert").sites[f"{Q}.weight"], load_file(adapter / WEIGHTS)
     a, b = (tensors[f"base_model.model.{Q}.lora_{letter}.weight"].double() for letter in "AB")
-    assert site.u is not None and site.v is not None
-    assert torch.equal(2.0**site.exponent * site.u.double() @ site.v.double(), 2 * b @ a)
-    assert site.kind == "low_rank" and site.relative_error == 0 and site.nbytes == 2 * 4 * (32 + 32)
+    assert isinstance(site, LowRankSite)
+    assert torch.equal(2.0**site.exponent * site.low_rank.u.double() @ site.low_rank.v.double(), 2 * b @ a)
+    assert site.relative_error == 0 and site.nbytes == 2 * 4 * (32 + 32)
 
 
 def test_the_manifest_tells_what_rounding_costs(tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_the_manifest_tells_what_rounding_costs(tmp_path: Path) -> None:
     site, tensors = Delta.open(tmp_path / "expert").sites[f"{Q}.weight"], load_file(adapter / WEIGHTS)
     a, b = (tensors[f"base_model.model.{Q}.lora_{letter}.weight"].double() for letter in "AB")
     wanted = 5 / 4 * b @ a
-    missed = float((site.dense().double() - wanted).norm() / wanted.norm())
+    missed = float((reference.dense(site).double() - wanted).norm() / wanted.norm())
     assert 0 < missed < 1e-3 and site.relative_error == pytest.approx(missed, abs=2e-6)
 
 

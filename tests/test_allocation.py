@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from families import config_of, save_finetune, save_random
-from meswitch.allocation import Form, choose, hull, sample
-from meswitch.calibration import Calibration, calibrate
-from meswitch.compress import compress
-from meswitch.delta import Delta
+from meswitch import reference
+from meswitch.compression.allocation import choose, hull
+from meswitch.compression.calibration import Calibration, calibrate
+from meswitch.compression.evaluation import evaluate
+from meswitch.compression.forms import Form, sample
+from meswitch.compression.job import compress
+from meswitch.compression.options import CompressOptions
+from meswitch.compression.sensitivity import measure_sensitivity
+from meswitch.delta.directory import Delta
 from meswitch.errors import BudgetError
-from meswitch.evaluate import evaluate
-from meswitch.sensitivity import sense
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -43,7 +46,7 @@ def seen(pair: tuple[Path, Path]) -> tuple[Calibration, dict[str, torch.Tensor]]
     data = pair[0].parent / "text.txt"
     data.write_text("the quick brown fox jumps over the lazy dog; " * 60)
     calibration = calibrate(pair[1], data)
-    return calibration, sense(pair[1], data, calibration, max_tokens=512)
+    return calibration, measure_sensitivity(pair[1], data, calibration, max_tokens=512)
 
 
 @given(menus, st.integers(0, 3000), st.integers(0, 400))
@@ -71,9 +74,9 @@ def test_every_row_has_a_measured_one_like_it(losses: list[float], count: int) -
 def test_a_target_is_met(tmp_path: Path, family: str) -> None:
     base = save_random(tmp_path / "base", config_of(family))
     finetune = save_finetune(tmp_path / "finetune", base, seed=1, grow=3 if family == "llama" else 0)
-    whole = compress(base, finetune, tmp_path / "delta", bits=4).bytes
+    whole = compress(base, finetune, tmp_path / "delta", CompressOptions(bits=4)).bytes
     for target in (whole, whole * 7 // 8):
-        report = compress(base, finetune, tmp_path / "delta", target_bytes=target)
+        report = compress(base, finetune, tmp_path / "delta", CompressOptions(target_bytes=target))
         delta = Delta.open(tmp_path / "delta")
         delta.verify(base)
         weighed = sum((tmp_path / "delta" / name).stat().st_size for name in ("meswitch.json", "delta.safetensors"))
@@ -84,15 +87,18 @@ def test_a_target_is_met(tmp_path: Path, family: str) -> None:
 
 
 def test_bits_a_weight_are_a_target_too(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    assert 8 < compress(*pair, tmp_path / "delta", bpw=9).bpw <= 9
-    like_preset = compress(*pair, tmp_path / "preset", preset="small")
-    assert compress(*pair, tmp_path / "auto", preset="small", method="auto").bytes <= like_preset.bytes + 64
+    assert 8 < compress(*pair, tmp_path / "delta", CompressOptions(bpw=9)).bpw <= 9
+    like_preset = compress(*pair, tmp_path / "preset", "small")
+    assert (
+        compress(*pair, tmp_path / "auto", CompressOptions(preset="small", method="auto")).bytes
+        <= like_preset.bytes + 64
+    )
 
 
 def test_more_bytes_lose_less(tmp_path: Path, pair: tuple[Path, Path], seen: Any) -> None:
     losses = []
     for bpw in (6.5, 7.0, 8.0, 10.0, 12.0):
-        report = compress(*pair, tmp_path / "delta", bpw=bpw, calibration=seen[0], sensitivity=seen[1])
+        report = compress(*pair, tmp_path / "delta", CompressOptions(bpw=bpw), calibration=seen[0], sensitivity=seen[1])
         losses.append(report.predicted_kl)
     assert losses == sorted(losses, reverse=True) and losses[0] > 10 * losses[-1] > 0
 
@@ -101,7 +107,7 @@ def test_a_sensitive_site_gets_more(tmp_path: Path, pair: tuple[Path, Path], see
     sizes = []
     for factor in (1e-3, 1.0, 1e3):
         sensitivity = {**seen[1], UP: seen[1][UP] * factor}
-        compress(*pair, tmp_path / "delta", bpw=8, calibration=seen[0], sensitivity=sensitivity)
+        compress(*pair, tmp_path / "delta", CompressOptions(bpw=8), calibration=seen[0], sensitivity=sensitivity)
         sizes.append(Delta.open(tmp_path / "delta").sites[UP].nbytes)
     assert sizes[0] < sizes[1] < sizes[2]
 
@@ -109,7 +115,13 @@ def test_a_sensitive_site_gets_more(tmp_path: Path, pair: tuple[Path, Path], see
 def test_a_sensitive_row_gets_more(tmp_path: Path, pair: tuple[Path, Path], seen: Any) -> None:
     rows = torch.full_like(seen[1]["lm_head.weight"], 1e-6)
     rows[::7] = 1e-2
-    compress(*pair, tmp_path / "delta", bpw=8, calibration=seen[0], sensitivity={**seen[1], "lm_head.weight": rows})
+    compress(
+        *pair,
+        tmp_path / "delta",
+        CompressOptions(bpw=8),
+        calibration=seen[0],
+        sensitivity={**seen[1], "lm_head.weight": rows},
+    )
     head = Delta.open(tmp_path / "delta").sites["lm_head.weight"]
     best = max(head.parts, key=lambda part: part.bits)
     assert best.rows is not None and best.rows.tolist() == list(range(0, len(rows), 7))
@@ -121,7 +133,7 @@ def test_equal_sites_cost_nothing(tmp_path: Path, pair: tuple[Path, Path]) -> No
     tensors = load_file(finetune / WEIGHTS)
     tensors[UP] = load_file(base / WEIGHTS)[UP]
     save_file(tensors, tmp_path / "finetune" / WEIGHTS, metadata={"format": "pt"})
-    report = compress(base, tmp_path / "finetune", tmp_path / "delta", bpw=8)
+    report = compress(base, tmp_path / "finetune", tmp_path / "delta", CompressOptions(bpw=8))
     site = Delta.open(tmp_path / "delta").sites[UP]
     assert (site.kind, site.nbytes) == ("shared", 0)
     assert sum(entry["sites"] for entry in report.chosen or []) == 15
@@ -129,12 +141,12 @@ def test_equal_sites_cost_nothing(tmp_path: Path, pair: tuple[Path, Path]) -> No
 
 def test_a_site_may_be_left_to_its_low_rank_part(tmp_path: Path, pair: tuple[Path, Path], seen: Any) -> None:
     least = smallest(refusal(tmp_path, pair, 1))
-    compress(*pair, tmp_path / "delta", target_bytes=least)
+    compress(*pair, tmp_path / "delta", CompressOptions(target_bytes=least))
     delta = Delta.open(tmp_path / "delta")
     delta.verify(pair[0])
-    assert delta.sites[UP].nbytes == 0 and not delta.sites[UP].dense().any()
+    assert delta.sites[UP].nbytes == 0 and not reference.dense(delta.sites[UP]).any()
     assert delta.sites[UP].relative_error == 1.0
-    compress(*pair, tmp_path / "delta", target_bytes=least + 1200)
+    compress(*pair, tmp_path / "delta", CompressOptions(target_bytes=least + 1200))
     delta = Delta.open(tmp_path / "delta")
     delta.verify(pair[0])
     assert delta.nbytes > least
@@ -142,7 +154,7 @@ def test_a_site_may_be_left_to_its_low_rank_part(tmp_path: Path, pair: tuple[Pat
 
 def refusal(tmp_path: Path, pair: tuple[Path, Path], target: int) -> BudgetError:
     with pytest.raises(BudgetError, match="expected a target of at least") as caught:
-        compress(*pair, tmp_path / "refused", target_bytes=target)
+        compress(*pair, tmp_path / "refused", CompressOptions(target_bytes=target))
     assert not (tmp_path / "refused").exists()
     return caught.value
 
@@ -154,12 +166,12 @@ def smallest(error: BudgetError) -> int:
 def test_the_least_size_is_said(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     least = smallest(refusal(tmp_path, pair, 1))
     refusal(tmp_path, pair, least - 1)
-    assert compress(*pair, tmp_path / "delta", target_bytes=least).bytes <= least
+    assert compress(*pair, tmp_path / "delta", CompressOptions(target_bytes=least)).bytes <= least
 
 
 def test_the_same_twice(tmp_path: Path, pair: tuple[Path, Path], seen: Any) -> None:
     for name in ("one", "two"):
-        compress(*pair, tmp_path / name, bpw=8, calibration=seen[0], sensitivity=seen[1])
+        compress(*pair, tmp_path / name, CompressOptions(bpw=8), calibration=seen[0], sensitivity=seen[1])
     one, two = ((tmp_path / name / "delta.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 
@@ -174,21 +186,21 @@ def test_the_same_twice(tmp_path: Path, pair: tuple[Path, Path], seen: Any) -> N
         ({"method": "magic"}, "a method of preset, auto"),
     ],
 )
-def test_what_contradicts_itself_is_refused(tmp_path: Path, given: dict[str, Any], match: str) -> None:
+def test_what_contradicts_itself_is_refused(given: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        compress(tmp_path, tmp_path, tmp_path, **given)
+        CompressOptions(**given)
 
 
 def test_it_beats_a_preset_of_its_size(family: Any, tmp_path: Path) -> None:
     finetune, data = family.experts["code"], family.calibration["code"]
     calibration = calibrate(finetune, data, max_tokens=4096)
-    sensitivity = sense(finetune, data, calibration, max_tokens=1024)
-    preset = compress(family.base, finetune, tmp_path / "preset", bits=2, calibration=calibration)
+    sensitivity = measure_sensitivity(finetune, data, calibration, max_tokens=1024)
+    preset = compress(family.base, finetune, tmp_path / "preset", CompressOptions(bits=2), calibration=calibration)
     auto = compress(
         family.base,
         finetune,
         tmp_path / "auto",
-        target_bytes=preset.bytes,
+        CompressOptions(target_bytes=preset.bytes),
         calibration=calibration,
         sensitivity=sensitivity,
     )
@@ -208,7 +220,7 @@ def test_sensitivity_is_the_cost_of_noise(tmp_path: Path, name: str) -> None:
     folder = save_random(tmp_path / "model", config_of(name))
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 60)
     calibration = calibrate(folder, tmp_path / "text.txt", window=64)
-    found = sense(folder, tmp_path / "text.txt", calibration, max_tokens=2048, window=64)
+    found = measure_sensitivity(folder, tmp_path / "text.txt", calibration, max_tokens=2048, window=64)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)  # some sites cost a billionth of a nat
     ids = calibration_ids(folder, tmp_path / "text.txt")
     generator = torch.Generator().manual_seed(0)
@@ -231,6 +243,6 @@ def test_sensitivity_is_the_cost_of_noise(tmp_path: Path, name: str) -> None:
 
 
 def calibration_ids(folder: Path, data: Path) -> torch.Tensor:
-    from meswitch.calibration import load_tokenizer, token_ids
+    from meswitch.huggingface.text import load_tokenizer, token_ids
 
     return torch.tensor(token_ids(data.read_text(), load_tokenizer(folder))[:2048]).view(-1, 64)

@@ -1,80 +1,171 @@
-"""Imports point down: nothing knows what stands above it or beside it."""
+"""Imports point down, file by file and without a circle, and the diagram in docs/architecture.md shows them.
+
+`python tests/test_arrows.py` writes the diagram anew.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 HOUSE = Path(__file__).parents[1]
 PACKAGE = HOUSE / "python" / "meswitch"
+ARCHITECTURE = HOUSE / "docs" / "architecture.md"
+BEGIN, END = "<!-- arrows: written by tests/test_arrows.py -->\n", "<!-- end of arrows -->"
 
-# A room may import from the floors below its own.
+# A package, or a module at the top, may import from the floors below its own and from itself.
 FLOORS = (
-    ("cli", "serve"),
+    ("cli", "server"),
     ("demo",),
-    ("engine", "distill", "adapter"),
-    ("scheduling", "experts", "router", "moe", "compress"),
-    ("layers", "attention", "evaluate", "sensitivity", "hessians"),
-    ("ops", "calibration", "allocation", "low_rank"),
-    ("delta", "decoder"),
-    ("reference", "checkpoint", "config"),
+    ("engine", "compression"),
+    ("moe",),
+    ("experts", "batching", "router"),
+    ("layers",),
+    ("kernels",),
+    ("delta", "terminal"),
+    ("huggingface",),
+    ("reference",),
+    ("site", "progress", "sizes"),
     ("errors", "_native"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# What only some files may import: whole modules of others, and names of the native module.
+ONLY = {
+    "transformers.generation.continuous_batching": ("batching/", "engine/worker.py"),
+    "meswitch._native.Matrix": ("kernels/",),
+    "meswitch._native.Rows": ("kernels/",),
+    "meswitch._native.Table": ("kernels/",),
+    "meswitch._native.base_linear": ("kernels/",),
+}
 CRATES = ("meswitch-python", "meswitch-cuda", "meswitch-core")
 NAMELESS = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+MOST_LINES = 460
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
 
 
-def run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those that only a type checker sees."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        yield node
-        yield from run_time_nodes(node)
+def room(file: str) -> str:
+    """The package or top module that a file belongs to."""
+    return file.split("/")[0].removesuffix(".py")
 
 
-def imported_rooms(source: str) -> set[str]:
-    """The rooms a file imports from.
+def imported(source: str) -> set[str]:
+    """Every module and name that a file imports, type-checking imports included.
 
-    >>> sorted(imported_rooms("import meswitch.ops\\nfrom meswitch import delta, __version__\\nfrom torch import nn"))
-    ['delta', 'ops']
+    >>> sorted(imported("import meswitch.site\\nif TYPE_CHECKING:\\n    from meswitch.delta import target"))
+    ['meswitch.delta.target', 'meswitch.site']
     """
-    names = []
-    for node in run_time_nodes(ast.parse(source)):
+    names = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports name their module in full"
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    parts = [name.split(".") for name in names if name.startswith("meswitch.")]
-    return {part[1] for part in parts if part[1] in FLOOR or (PACKAGE / part[1]).with_suffix(".py").exists()}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_down(path: Path) -> None:
-    own = room(path)
-    assert own in FLOOR, f"{own} stands on no floor: give it one in FLOORS"
-    wrong = {
-        other
-        for other in imported_rooms(path.read_text(encoding="utf-8"))
-        if other != own and FLOOR.get(other, -1) <= FLOOR[own]
+def target(name: str) -> str | None:
+    """The file of the package that an imported name lies in; `_native` for the native module."""
+    parts = name.split(".")
+    if parts[0] != "meswitch" or len(parts) == 1:
+        return None
+    if parts[1] == "_native":
+        return "_native"
+    for end in range(len(parts), 1, -1):
+        path = PACKAGE.joinpath(*parts[1:end])
+        if path.with_suffix(".py").is_file():
+            return relative(path.with_suffix(".py"))
+        if (path / "__init__.py").is_file():
+            return relative(path / "__init__.py")
+    return None
+
+
+@cache
+def arrows() -> dict[str, set[str]]:
+    """By file: the files that it imports from."""
+    return {
+        relative(path): {
+            other for name in imported(path.read_text(encoding="utf-8")) if (other := target(name)) is not None
+        }
+        - {relative(path)}
+        for path in FILES
     }
-    assert not wrong, f"{own} imports {', '.join(sorted(wrong))}, which does not stand below it"
 
 
-def test_type_only_imports_are_no_arrows() -> None:
-    assert imported_rooms("if TYPE_CHECKING:\n    from meswitch.engine import Engine") == set()
-    assert imported_rooms("def f():\n    from meswitch.engine import Engine") == {"engine"}
+def diagram() -> str:
+    """Every room with the rooms that its files import from, a floor a line or more."""
+    below: dict[str, set[str]] = {}
+    for file, others in arrows().items():
+        below.setdefault(room(file), set()).update(room(other) for other in others)
+    lines = ["```"]
+    for rooms in FLOORS:
+        for name in rooms:
+            if name in below:
+                own = sorted(below[name] - {name, "errors"}, key=lambda other: (FLOOR[other], other))
+                lines.append(f"{name:<12} -> {', '.join(own)}" if own else name)
+    return "\n".join([*lines, "```", ""])
+
+
+def _between_markers(text: str) -> str:
+    return text.split(BEGIN)[1].split(END)[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_point_down(path: Path) -> None:
+    file = relative(path)
+    own = room(file)
+    assert own in FLOOR, f"{own} stands on no floor: give it one in FLOORS"
+    wrong = {other for other in arrows()[file] if room(other) != own and FLOOR[room(other)] <= FLOOR[own]}
+    assert not wrong, f"{file} imports {', '.join(sorted(wrong))}, which does not stand below it"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    # A package's own page may name what lies in it.
+    graph = {
+        file: {other for other in others if not other.endswith("__init__.py")} for file, others in arrows().items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("forbidden", ONLY)
+def test_what_only_some_files_may_import(forbidden: str) -> None:
+    users = {
+        relative(path)
+        for path in FILES
+        if any((name + ".").startswith(forbidden + ".") for name in _uses(path.read_text(encoding="utf-8")))
+    }
+    wrong = {file for file in users if not file.startswith(ONLY[forbidden])}
+    assert not wrong, (
+        f"only {' and '.join(ONLY[forbidden])} may import {forbidden}, but {', '.join(sorted(wrong))} does"
+    )
+
+
+def _uses(source: str) -> Iterator[str]:
+    """Imported names, and the native module's names that are used through it."""
+    yield from imported(source)
+    yield from (f"meswitch._native.{name}" for name in re.findall(r"\b_native\.(\w+)", source))
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_the_diagram_is_true() -> None:
+    assert _between_markers(ARCHITECTURE.read_text(encoding="utf-8")) == diagram(), "python tests/test_arrows.py"
 
 
 @pytest.mark.parametrize("crate", [crate for crate in CRATES if (HOUSE / "rust" / crate).exists()])
@@ -89,3 +180,8 @@ def test_crates_point_down(crate: str) -> None:
 def test_every_file_is_a_noun(folder: str) -> None:
     found = [path for path in (HOUSE / folder).rglob("*") if path.stem.lower() in NAMELESS]
     assert not found, "a file says what is in it"
+
+
+if __name__ == "__main__":
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    ARCHITECTURE.write_text(text.replace(BEGIN + _between_markers(text), BEGIN + diagram()), encoding="utf-8")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation.continuous_batching.utils import build_attention_mask
 
-from meswitch.attention import Stretch, attend, stretches, visible
+from meswitch.batching.attention import Stretch, attend, stretches, visible
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 400)), min_size=1, max_size=40))

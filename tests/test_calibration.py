@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from families import CHAT_TEMPLATE, VOCABULARY, config_of, save_random, tokenizer_of
-from meswitch.calibration import batches, calibrate, read_texts, token_chunks
+from meswitch.compression.calibration import calibrate
 from meswitch.errors import DataError
+from meswitch.huggingface.text import batches, read_texts, token_windows
 
 TEXT = "the quick brown fox jumps over the lazy dog, and naps. " * 40
 
@@ -117,7 +118,7 @@ def test_windows_are_the_stream_cut_up(texts: list[str], length: int, limit: int
     for text in texts:
         stream += [tokenizer.eos_token_id] if stream else []
         stream += tokenizer(text)["input_ids"]
-    windows = token_chunks(texts, tokenizer, length, max_tokens=limit)
+    windows = token_windows(texts, tokenizer, length, max_tokens=limit)
     assert [token for window in windows for token in window.tolist()] == stream[:limit]
     assert all(len(window) == length for window in windows[:-1])
 
@@ -132,7 +133,7 @@ def tokenizer_of_once() -> Any:
 
 
 def test_what_a_template_began_is_not_begun_again(tokenizer: Any) -> None:
-    [window] = token_chunks(["<s>hi"], tokenizer, 16)
+    [window] = token_windows(["<s>hi"], tokenizer, 16)
     assert window.tolist().count(tokenizer.bos_token_id) == 1
 
 
@@ -172,7 +173,7 @@ def test_moments_are_those_of_the_inputs(tmp_path: Path, architecture: str) -> N
     folder = save_random(tmp_path / "model", config_of(architecture, **narrow))
     (tmp_path / "a.txt").write_text(TEXT[:100])
     found = calibrate(folder, tmp_path / "a.txt", window=32)
-    windows = token_chunks([TEXT[:100]], tokenizer_of_once(), 32)
+    windows = token_windows([TEXT[:100]], tokenizer_of_once(), 32)
     assert found.tokens == 100
     assert torch.equal(found.token_counts, torch.bincount(torch.cat(windows), minlength=VOCABULARY))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -187,7 +188,7 @@ def test_what_cannot_be_streamed_is_run_whole(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT[:100])
     found = calibrate(folder, tmp_path / "a.txt", window=32).second_moments
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for name, moments in by_hand(model, token_chunks([TEXT[:100]], tokenizer_of_once(), 32)).items():
+    for name, moments in by_hand(model, token_windows([TEXT[:100]], tokenizer_of_once(), 32)).items():
         torch.testing.assert_close(found[name], moments)
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
 
@@ -199,7 +200,7 @@ def test_the_models_own_type(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT[:100])
     wanted = by_hand(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
-        token_chunks([TEXT[:100]], tokenizer_of_once(), 32),
+        token_windows([TEXT[:100]], tokenizer_of_once(), 32),
     )
     for change in ({}, {"dtype": None}):
         (folder / "config.json").write_text(json.dumps(config | change))
@@ -231,7 +232,9 @@ def test_the_same_seed_draws_the_same_passages(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", *({"text": f"{i} {TEXT[: 10 + i]}"} for i in range(60)))
     steps: list[tuple[int, int]] = []
     runs = [
-        calibrate(folder, path, max_tokens=100, window=16, seed=seed, progress=lambda *step: steps.append(step))
+        calibrate(
+            folder, path, max_tokens=100, window=16, seed=seed, progress=lambda at: steps.append((at.done, at.total))
+        )
         for seed in (1, 1, 2)
     ]
     assert torch.equal(runs[0].token_counts, runs[1].token_counts)

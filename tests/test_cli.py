@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,10 @@ from typer.testing import CliRunner
 from families import config_of, save_finetune, save_random, tokenizer_of
 from meswitch import cli
 from meswitch.errors import ExpertNotFoundError
-from meswitch.router import Route
+from meswitch.progress import Progress
+from meswitch.router.route import Route
+from meswitch.terminal.progress import progress_lines
+from meswitch.terminal.tables import format_size, write_text
 from test_adapter import save_adapter
 
 COMMANDS = ("compress", "import", "inspect", "verify", "restore", "evaluate", "generate", "demo", "doctor", "router")
@@ -148,15 +151,12 @@ def test_compress_reports(paths: dict[str, Path], tmp_path: Path) -> None:
 def test_compress_goes_on(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["compress", paths["base"], paths["finetune"], "-o", tmp_path / "delta", "--calibrate", paths["text.txt"]]
 
-    def interrupt(what: str) -> Callable[[int, int], None]:
-        def step(done: int, total: int) -> None:
-            if what == "compressing" and done:
-                raise KeyboardInterrupt
-
-        return step
+    def interrupt(progress: Progress) -> None:
+        if progress.task == "compressing" and progress.done:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_lines", interrupt)
+        patch.setattr("meswitch.terminal.progress.progress_lines", lambda: interrupt)
         assert run(*given).exit_code == 130
     found = run(*given)
     assert found.exit_code == 0 and found.stderr.count("going on from an interrupted run, which did ") == 1
@@ -270,7 +270,7 @@ def test_an_interrupt_is_130(paths: dict[str, Path], tmp_path: Path, monkeypatch
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("meswitch.compress.compress", interrupted)
+    monkeypatch.setattr("meswitch.compression.job.compress", interrupted)
     found = run("compress", paths["base"], paths["finetune"], "-o", tmp_path / "x")
     assert found.exit_code == 130 and "interrupted" in found.stderr and not (tmp_path / "x").exists()
 
@@ -387,7 +387,7 @@ def test_misrouted_prompts_are_listed(paths: dict[str, Path], tmp_path: Path, mo
     row = {"prompts": 12, "recall": 0.0, "precision": None, "abstained": 0.0}
     result = {"accuracy": 0.0, "abstained": 0.0, "expected_calibration_error": 0.6, "confusion": {}}
     result |= {"per_expert": {"a": row}, "misrouted": wrong}
-    monkeypatch.setattr("meswitch.router.evaluate", lambda *_, **__: result)
+    monkeypatch.setattr("meswitch.router.routers.evaluate_router", lambda *_, **__: result)
     found = run("router", "evaluate", "base", tmp_path, "--data", "x.jsonl")
     assert found.stdout.count("a sent to b") == 10 and "2 more" in found.stdout
 
@@ -437,13 +437,12 @@ def test_doctor_survives_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    step = cli._lines("working", every=0.0)
-    step(1, 1000)
+    show = progress_lines(every=0.0)
+    show(Progress("working", 1, 1000))
     assert capsys.readouterr().err == "working: 0%\n"  # too little done to say how long the rest takes
-    step(1, 4)
-    step(4, 4)
-    quiet = cli._lines("quiet", every=60.0)
-    quiet(1, 4)
+    show(Progress("working", 1, 4))
+    show(Progress("working", 4, 4))
+    progress_lines(every=60.0)(Progress("quiet", 1, 4))
     said = capsys.readouterr()
     assert said.out == "" and said.err.splitlines()[0].startswith("working: 25%, ") and "left" in said.err
     assert said.err.splitlines()[1].startswith("working: 100%, ") and "quiet" not in said.err
@@ -453,7 +452,7 @@ def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]
     ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (2.5e6, "2.5 MB"), (3.67e9, "3.67 GB")]
 )
 def test_sizes(count: float, text: str) -> None:
-    assert cli._size(count) == text
+    assert format_size(count) == text
 
 
 def test_a_narrow_encoding_loses_a_letter_not_the_answer(
@@ -472,7 +471,7 @@ def test_a_narrow_encoding_loses_a_letter_not_the_answer(
 
     narrow = Narrow()
     monkeypatch.setattr(sys, "stdout", narrow)
-    cli._write("2 \u2713\n")
+    write_text("2 \u2713\n")
     assert narrow.said == "2 ?\n"
 
 

@@ -24,11 +24,17 @@ from transformers import AutoModelForCausalLM
 
 from families import VOCABULARY, config_of, save_finetune, save_random
 from forks import forked
-from meswitch.calibration import Calibration
-from meswitch.checkpoint import Checkpoint
-from meswitch.compress import PRESETS, Progress, compress, restore
-from meswitch.delta import Delta
+from meswitch import reference
+from meswitch.compression.calibration import Calibration
+from meswitch.compression.job import compress
+from meswitch.compression.options import CompressOptions
+from meswitch.compression.presets import PRESETS
+from meswitch.delta.directory import Delta
+from meswitch.delta.restoration import restore
 from meswitch.errors import ArchitectureError, BaseMismatchError, CheckpointError, FormatError, NonFiniteError
+from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.progress import Progress
+from meswitch.site import QuantizedSite, Site, Sparse
 
 WEIGHTS = "model.safetensors"
 
@@ -65,7 +71,7 @@ def test_a_forked_process_compresses_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_the_manifest_tells_the_error_that_restore_leaves(tmp_path: Path, family: str, preset: str) -> None:
     base, finetune = pair(tmp_path, family)
-    report = compress(base, finetune, tmp_path / "delta", preset=preset)
+    report = compress(base, finetune, tmp_path / "delta", CompressOptions(preset=preset))
     delta = Delta.open(tmp_path / "delta")
     delta.verify(base)
     assert set(delta.sites) == set(Checkpoint.open(finetune).names())
@@ -84,11 +90,11 @@ def test_unbiased_scales_keep_a_delta_along_itself(tmp_path: Path) -> None:
     base, finetune = pair(tmp_path)
     ours, theirs = (load_file(folder / WEIGHTS) for folder in (base, finetune))
     for preset, least, most in (("small", 0.97, 1.03), ("bitdelta", 0.5, 0.75)):
-        compress(base, finetune, tmp_path / preset, preset=preset)
+        compress(base, finetune, tmp_path / preset, CompressOptions(preset=preset))
         for name, site in Delta.open(tmp_path / preset).sites.items():
             if site.kind == "quantized":
                 delta = theirs[name] - ours[name]
-                assert least < float((site.dense() * delta).sum() / delta.square().sum()) < most, name
+                assert least < float((reference.dense(site) * delta).sum() / delta.square().sum()) < most, name
 
 
 def test_conv1d_weights_are_channels_by_output(tmp_path: Path) -> None:
@@ -148,11 +154,11 @@ def test_what_did_not_change_costs_nothing(tmp_path: Path) -> None:
         "model.embed_tokens.weight",
         lambda tensor: torch.cat([tensor[:half], ours["model.embed_tokens.weight"][half:]]),
     )
-    compress(base, finetune, tmp_path / "delta", bits=4)
+    compress(base, finetune, tmp_path / "delta", CompressOptions(bits=4))
     sites = Delta.open(tmp_path / "delta").sites
     assert sites["model.layers.0.mlp.up_proj.weight"].kind == "shared"
     embedding = sites["model.embed_tokens.weight"]
-    assert not embedding.dense()[half:].any()
+    assert not reference.dense(embedding)[half:].any()
     assert embedding.nbytes < 0.7 * sites["lm_head.weight"].nbytes
 
 
@@ -167,7 +173,7 @@ def test_heads_tied_on_either_side(tmp_path: Path, tied: str) -> None:
     other.load_state_dict(state)
     other.save_pretrained(tmp_path / "other")
     finetune = save_finetune(tmp_path / "finetune", tmp_path / "other", 5, grow=2)
-    compress(base, finetune, tmp_path / "delta", bits=8)
+    compress(base, finetune, tmp_path / "delta", CompressOptions(bits=8))
     Delta.open(tmp_path / "delta").verify(base)
     restore(base, tmp_path / "delta", tmp_path / "restored")
     ids = torch.tensor([[1, 2, VOCABULARY, VOCABULARY + 1]])
@@ -195,32 +201,36 @@ def narrow_pair(root: Path, share: float) -> tuple[Path, Path]:
     return base, root / "finetune"
 
 
+def sparse_of(site: Site) -> Sparse | None:
+    return site.sparse if isinstance(site, QuantizedSite) else None
+
+
 def test_a_delta_that_is_mostly_zeros_is_sparse_and_exact(tmp_path: Path) -> None:
     base, finetune = narrow_pair(tmp_path, 0.02)
-    sparse = compress(base, finetune, tmp_path / "delta")
+    report = compress(base, finetune, tmp_path / "delta")
     delta = Delta.open(tmp_path / "delta")
     delta.verify(base)
     restore(base, tmp_path / "delta", tmp_path / "restored")
     ours, theirs, found = (load_file(f / WEIGHTS) for f in (base, finetune, tmp_path / "restored"))
     for name, site in delta.sites.items():
         assert torch.equal(found[name], theirs[name]), name
-        if site.sparse is not None:
-            assert site.sparse.changed == int((ours[name] != theirs[name]).sum())
-    kept = [site.sparse for site in delta.sites.values() if site.sparse is not None]
-    assert {len(site.shape) for site in delta.sites.values() if site.sparse is None} <= {1}
+        if (sparse := sparse_of(site)) is not None:
+            assert sparse.changed == int((ours[name] != theirs[name]).sum())
+    kept = [sparse for site in delta.sites.values() if (sparse := sparse_of(site)) is not None]
+    assert {len(site.shape) for site in delta.sites.values() if sparse_of(site) is None} <= {1}
     entries, changed = (sum(counts) for counts in zip(*((len(s.gaps), s.changed) for s in kept), strict=True))
     assert changed <= entries < 1.5 * changed
     listed = {site["name"]: site.get("density") for site in delta.inspect()["sites"]}
     assert listed == {name: site.density for name, site in delta.sites.items()}
-    codes = compress(base, finetune, tmp_path / "codes", preset="me-switch", embedding_bits=2)
-    assert all(site.sparse is None for site in Delta.open(tmp_path / "codes").sites.values())
-    assert sparse.bytes < codes.bytes
+    codes = compress(base, finetune, tmp_path / "codes", CompressOptions(preset="me-switch", embedding_bits=2))
+    assert all(sparse_of(site) is None for site in Delta.open(tmp_path / "codes").sites.values())
+    assert report.bytes < codes.bytes
 
 
 def test_a_delta_with_too_many_changes_is_not_sparse(tmp_path: Path) -> None:
     base, finetune = narrow_pair(tmp_path, 0.3)
     compress(base, finetune, tmp_path / "delta")
-    assert all(site.sparse is None for site in Delta.open(tmp_path / "delta").sites.values())
+    assert all(sparse_of(site) is None for site in Delta.open(tmp_path / "delta").sites.values())
 
 
 def test_bytes_go_with_the_layers_that_changed(tmp_path: Path) -> None:
@@ -245,7 +255,7 @@ def test_more_bits_are_nearer(tmp_path: Path) -> None:
     base, finetune = pair(tmp_path)
     errors = []
     for bits in (1, 2, 3, 4, 8):
-        compress(base, finetune, tmp_path / "delta", bits=bits)
+        compress(base, finetune, tmp_path / "delta", CompressOptions(bits=bits))
         site = Delta.open(tmp_path / "delta").sites["model.layers.0.self_attn.q_proj.weight"]
         assert site.bits == bits
         errors.append(site.relative_error or 0.0)
@@ -262,8 +272,8 @@ def test_calibration_favours_the_channels_that_matter(tmp_path: Path) -> None:
     delta = load_file(finetune / WEIGHTS)[name] - load_file(base / WEIGHTS)[name]
 
     def error_at_5(calibration: Calibration | None) -> float:
-        compress(base, finetune, tmp_path / "delta", preset="me-switch", calibration=calibration)
-        return float((Delta.open(tmp_path / "delta").sites[name].dense() - delta)[:, 5].norm())
+        compress(base, finetune, tmp_path / "delta", "me-switch", calibration=calibration)
+        return float((reference.dense(Delta.open(tmp_path / "delta").sites[name]) - delta)[:, 5].norm())
 
     assert error_at_5(calibration) < 0.2 * error_at_5(None) + 1e-3
 
@@ -281,6 +291,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def compress_as(base: Path, finetune: Path, out: Path, given: dict[str, Any], **more: Any) -> None:
+    """`given`: options of a compress, and perhaps its calibration."""
+    options = {name: value for name, value in given.items() if name != "calibration"}
+    compress(base, finetune, out, CompressOptions(**options), calibration=given.get("calibration"), **more)
+
+
 def run(stop: Callable[[int, float], bool], base: Path, finetune: Path, out: Path, **options: Any) -> list[Progress]:
     """Compresses, until `stop` says so of the number of steps and the share done. Returns the steps."""
     taken: list[Progress] = []
@@ -291,7 +307,7 @@ def run(stop: Callable[[int, float], bool], base: Path, finetune: Path, out: Pat
             raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):
-        compress(base, finetune, out, progress=step, **options)
+        compress_as(base, finetune, out, options, progress=step)
     return taken
 
 
@@ -350,7 +366,7 @@ def test_only_the_same_call_goes_on(tmp_path: Path) -> None:
         taken = run(late, base, finetune, tmp_path / "delta", **options)
         assert taken[-1].resumed == 0, "another call's sites are no use"
         taken = run(never, base, finetune, tmp_path / "delta", **options)
-        compress(base, finetune, tmp_path / str(number), **options)
+        compress_as(base, finetune, tmp_path / str(number), options)
         assert taken[-1].resumed > 0 and content(tmp_path / "delta") == content(tmp_path / str(number))
         run(late, base, finetune, tmp_path / "delta", **options)
 
@@ -464,8 +480,8 @@ def test_something_else_at_the_target_is_kept(tmp_path: Path) -> None:
     for target in (base, base / WEIGHTS):
         with pytest.raises(FormatError, match="something else"):
             compress(base, finetune, target)
-    compress(base, finetune, tmp_path / "delta", preset="small")
-    compress(base, finetune, tmp_path / "delta", preset="default")
+    compress(base, finetune, tmp_path / "delta", "small")
+    compress(base, finetune, tmp_path / "delta", "default")
     assert Delta.open(tmp_path / "delta").manifest["settings"]["preset"] == "default"
     with pytest.raises(FormatError, match="new folder"):
         restore(base, tmp_path / "delta", base)
@@ -473,9 +489,9 @@ def test_something_else_at_the_target_is_kept(tmp_path: Path) -> None:
 
 def test_unknown_choices(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="preset of default"):
-        compress(tmp_path, tmp_path, tmp_path, preset="tiny")
+        compress(tmp_path, tmp_path, tmp_path, "tiny")
     with pytest.raises(ValueError, match="1, 2, 3, 4 or 8"):
-        compress(tmp_path, tmp_path, tmp_path, bits=5)
+        compress(tmp_path, tmp_path, tmp_path, CompressOptions(bits=5))
 
 
 def test_restore_wants_its_own_base(tmp_path: Path) -> None:
@@ -500,12 +516,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_no_space_left(tmp_path: Path, small_disk: Path) -> None:
     base, finetune = pair(tmp_path)
-    compress(base, finetune, tmp_path / "delta", bits=8)
+    compress(base, finetune, tmp_path / "delta", CompressOptions(bits=8))
     with pytest.raises(Exception, match=r"No space left|os error 28"):
         restore(base, tmp_path / "delta", small_disk / "restored")
     assert not list(small_disk.iterdir())
     with pytest.raises(OSError, match="No space left") as caught:
-        compress(base, finetune, small_disk / "delta", bits=8)
+        compress(base, finetune, small_disk / "delta", CompressOptions(bits=8))
     assert caught.value.errno == errno.ENOSPC
     assert [path.name for path in small_disk.iterdir()] == [".delta.incomplete"]
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)

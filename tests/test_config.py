@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import config_of, save_finetune, save_random
-from meswitch.compress import compress, restore
-from meswitch.config import config_changes, text_config
-from meswitch.delta import Delta
-from meswitch.engine import Engine
+from meswitch.compression.job import compress
+from meswitch.delta.directory import Delta
+from meswitch.delta.restoration import restore
+from meswitch.engine.engine import Engine
 from meswitch.errors import ArchitectureError
+from meswitch.huggingface.config import config_changes, text_config
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 

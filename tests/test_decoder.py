@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from families import VOCABULARY, config_of, save_finetune, save_random
-from meswitch.checkpoint import Checkpoint
-from meswitch.decoder import Decoder, Weights
 from meswitch.errors import UnsupportedModelError
+from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.huggingface.decoder import Decoder, Weights
 
 FAMILIES = ("llama", "qwen2", "gemma", "gpt2", "phi3", "qwen3", "gpt_neox", "olmo2", "cohere", "gemma2", "gemma3_text")
 MORE = ("opt", "stablelm", "falcon", "mistral", "bloom", "mamba", "apertus")

@@ -15,19 +15,25 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from families import config_of, save_finetune, save_random, tokenizer_of
-from meswitch.checkpoint import Checkpoint
-from meswitch.compress import compress, restore
-from meswitch.decoder import Decoder
-from meswitch.delta import Delta, Site
-from meswitch.distill import Distillation, distill, whole
-from meswitch.distill.descent import Recipe, descend
-from meswitch.distill.head import Heads
-from meswitch.distill.learner import Learner, Rows, Weight, relative_error
-from meswitch.distill.products import QuickGradients
-from meswitch.distill.sensitivity import Sensitivity
-from meswitch.distill.stream import Stream
-from meswitch.distill.windows import TEXT, UNKNOWN, Windows, text_weight
+from meswitch import reference
+from meswitch.compression.distillation import whole
+from meswitch.compression.distillation.descent import Recipe, descend
+from meswitch.compression.distillation.fisher import Sensitivity
+from meswitch.compression.distillation.heads import Heads
+from meswitch.compression.distillation.hidden import Stream
+from meswitch.compression.distillation.job import Distillation, distill
+from meswitch.compression.distillation.learner import Learner, Rows, Weight, relative_error
+from meswitch.compression.distillation.products import QuickGradients
+from meswitch.compression.distillation.windows import TEXT, UNKNOWN, Windows, text_weight
+from meswitch.compression.job import compress
+from meswitch.compression.options import CompressOptions
+from meswitch.delta.directory import Delta
+from meswitch.delta.restoration import restore
 from meswitch.errors import BaseMismatchError, DataError, FormatError, NonFiniteError, UnsupportedModelError
+from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.huggingface.decoder import Decoder
+from meswitch.progress import Progress
+from meswitch.site import QuantizedSite, ReplacedSite, SharedSite, Site
 
 FAST: dict[str, Any] = {"steps": 16, "window": 16, "batch": 8, "rate": 0.02}
 both = pytest.mark.parametrize("method", ["whole", "blocks"])
@@ -55,15 +61,26 @@ def case(
     """Base, fine-tune, delta, where the outcome goes, and text."""
     base = save_random(root / "base", config_of(family, **changes))
     finetune = save_finetune(root / "finetune", base, seed=1, grow=grow)
-    compress(base, finetune, root / "delta", preset=preset)
+    compress(base, finetune, root / "delta", CompressOptions(preset=preset))
     return base, finetune, root / "delta", root / "distilled", text(root)
 
 
 def frozen(site: Site) -> list[Tensor]:
     """What no distillation may touch."""
-    kept = [site.whole, site.added, site.v, site.salient, site.salient_index]
-    kept += [tensor for part in site.parts for tensor in (part.codes, part.rows)]
+    if isinstance(site, ReplacedSite):
+        return [site.value]
+    if isinstance(site, SharedSite):
+        return []
+    kept = [site.added] + ([] if site.low_rank is None else [site.low_rank.v])
+    if isinstance(site, QuantizedSite):
+        kept += [] if site.salient is None else [site.salient.index, site.salient.values]
+        kept += [tensor for part in site.parts for tensor in (part.codes, part.rows)]
     return [tensor for tensor in kept if tensor is not None]
+
+
+def coded(delta: Delta) -> list[QuantizedSite]:
+    """The sites that have codes."""
+    return [site for site in delta.sites.values() if isinstance(site, QuantizedSite) and site.parts]
 
 
 @torch.no_grad()
@@ -105,8 +122,9 @@ def test_the_scales_learn_and_the_codes_stay(tmp_path: Path, family: str, preset
     for name, site in before.sites.items():
         then = after.sites[name]
         assert all(torch.equal(a, b) for a, b in zip(frozen(site), frozen(then), strict=True))
+    for site, then in zip(coded(before), coded(after), strict=True):
         moved += sum(not torch.equal(a.scales, b.scales) for a, b in zip(site.parts, then.parts, strict=True))
-    assert moved >= sum(bool(site.parts) for site in before.sites.values())
+    assert moved >= len(coded(before))
     assert divergence(base, out, finetune) < divergence(base, delta, finetune)
 
 
@@ -118,30 +136,31 @@ def test_the_manifest_tells_the_new_errors_and_what_was_done(tmp_path: Path) -> 
     assert settings["preset"] == "small"
     assert settings["distilled"] == {key: value for key, value in done.to_json().items() if key != "seconds"}
     ours, theirs = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).state_dict() for f in (base, finetune))
-    for name, site in after.sites.items():
-        if site.parts:
-            rows = site.out_features
-            change = theirs[name][:rows] - ours[name][:rows]
-            assert site.relative_error == pytest.approx(float((change - site.dense()).norm() / change.norm()), rel=1e-4)
+    for site in coded(after):
+        rows = site.out_features
+        change = theirs[site.name][:rows] - ours[site.name][:rows]
+        missed = float((change - reference.dense(site)).norm() / change.norm())
+        assert site.relative_error == pytest.approx(missed, rel=1e-4)
 
 
 def test_a_learner_rebuilds_what_the_reference_does(tmp_path: Path) -> None:
     _, _, delta, _, _ = case(tmp_path, "gpt2", "default")
-    for site in Delta.open(delta).sites.values():
-        if site.parts:
-            torch.testing.assert_close(Rows(Learner(site)).delta(rounded=True), site.dense())
-            torch.testing.assert_close(Rows(Learner(site)).delta(rounded=False).detach(), site.dense())
+    for site in coded(Delta.open(delta)):
+        torch.testing.assert_close(Rows(Learner(site)).delta(rounded=True), reference.dense(site))
+        torch.testing.assert_close(Rows(Learner(site)).delta(rounded=False).detach(), reference.dense(site))
 
 
 def test_groups_and_gradients(tmp_path: Path) -> None:
     """The gradient by hand against autograd's through the plain formula, groups that do not divide the row included."""
-    site = next(s for s in Delta.open(case(tmp_path)[2]).sites.values() if s.parts and s.column_scales is not None)
+    site = next(s for s in coded(Delta.open(case(tmp_path)[2])) if s.column_scales is not None)
     part = site.parts[0]
     groups = -(-site.in_features // 5)
     scales = torch.rand(part.scales.shape[0], groups).half() + 0.5
     grouped = type(part)(part.bits, part.zero, part.codes, scales, 5, part.rows)
     learner = Learner(
-        Site(site.name, site.kind, site.shape, site.dtype, parts=(grouped,), column_scales=site.column_scales)
+        QuantizedSite(
+            name=site.name, shape=site.shape, dtype=site.dtype, parts=(grouped,), column_scales=site.column_scales
+        )
     )
     probe = torch.randn(site.out_features, site.in_features)
     (Rows(learner).delta(rounded=False) * probe).sum().backward()
@@ -158,7 +177,7 @@ def test_groups_and_gradients(tmp_path: Path) -> None:
 
 
 def test_stored_scales_neither_vanish_nor_overflow(tmp_path: Path) -> None:
-    site = next(s for s in Delta.open(case(tmp_path)[2]).sites.values() if s.parts)
+    site = coded(Delta.open(case(tmp_path)[2]))[0]
     learner = Learner(site)
     for reach in (-60.0, 60.0):
         with torch.no_grad():
@@ -174,8 +193,7 @@ def test_never_worse(tmp_path: Path, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path, preset="default")
     done = distill(base, finetune, delta, out, data, method=method, **{**FAST, "steps": 2, "rate": 1e4})
     assert done.kl_after <= done.kl_before
-    for name, site in Delta.open(delta).sites.items():  # nothing was learned
-        again = Delta.open(out).sites[name]
+    for site, again in zip(coded(Delta.open(delta)), coded(Delta.open(out)), strict=True):  # nothing was learned
         for one, other in zip(site.parts, again.parts, strict=True):
             assert torch.equal(other.scales, one.scales)
         if site.column_scales is not None:
@@ -189,7 +207,7 @@ def test_the_rate_suits_what_is_missed(tmp_path: Path, method: Any) -> None:
         folder = tmp_path / str(strength)
         base = save_random(folder / "base", config_of("llama"))
         finetune = save_finetune(folder / "finetune", base, seed=1, strength=strength)
-        compress(base, finetune, folder / "delta", preset="small")
+        compress(base, finetune, folder / "delta", "small")
         done = distill(
             base, finetune, folder / "delta", folder / "out", text(folder), method=method, **{**FAST, "rate": None}
         )
@@ -249,7 +267,8 @@ def test_text_itself_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         wanted, found = job._answers(windows.train[some], rounded=False)
     monkeypatch.setattr(
-        "meswitch.distill.windows.TEXT", 0.5 / float((wanted.exp() * (wanted - found)).sum(-1).mean().sqrt())
+        "meswitch.compression.distillation.windows.TEXT",
+        0.5 / float((wanted.exp() * (wanted - found)).sum(-1).mean().sqrt()),
     )
     job._descend(some)
     moved = [move for learner in job.learners.values() for move in learner.moved.values()]
@@ -273,7 +292,7 @@ def test_the_same_seed_gives_the_same_scales_in_place_too(tmp_path: Path, method
     base, finetune, delta, out, data = case(tmp_path)
     few, stages = {**FAST, "steps": 4, "method": method}, 1 if method == "whole" else 4
     told: list[tuple[int, int]] = []
-    one = distill(base, finetune, delta, out, data, **few, progress=lambda *at: told.append(at))
+    one = distill(base, finetune, delta, out, data, **few, progress=lambda at: told.append((at.done, at.total)))
     assert told == [(128 * step, 512 * stages) for step in range(1, 4 * stages + 1)]
     other = distill(base, finetune, delta, tmp_path / "other", data, **few, seed=1)
     assert other.kl_after != one.kl_after
@@ -290,7 +309,7 @@ def test_a_head_that_only_one_side_ties(tmp_path: Path, tied: str, method: Any) 
     finetune = tmp_path / "finetune"
     config = config_of("llama", tie_word_embeddings=tied == "finetune")
     save_random(finetune, config, seed=3)
-    compress(base, finetune, tmp_path / "delta", preset="small")
+    compress(base, finetune, tmp_path / "delta", "small")
     done = distill(base, finetune, tmp_path / "delta", tmp_path / "out", text(tmp_path), method=method, **FAST)
     assert done.kl_after < done.kl_before
     before, after = Delta.open(tmp_path / "delta").sites, Delta.open(tmp_path / "out").sites
@@ -350,10 +369,10 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, family: str) ->
     base, finetune, delta, out, data = case(tmp_path, family, num_hidden_layers=3)
     given: dict[str, Any] = {**FAST, "method": "blocks", "steps": 4}
     steps: list[int] = []
-    whole = distill(base, finetune, delta, tmp_path / "whole", data, **given, progress=lambda at, _: steps.append(at))
+    whole = distill(base, finetune, delta, tmp_path / "whole", data, **given, progress=lambda at: steps.append(at.done))
 
-    def stop(done: int, total: int) -> None:
-        if done > 2.5 * 4 * 8 * 16:  # amid the third stage
+    def stop(at: Progress) -> None:
+        if at.done > 2.5 * 4 * 8 * 16:  # amid the third stage
             raise Interrupt
 
     with pytest.raises(Interrupt):
@@ -363,7 +382,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, family: str) ->
     assert folder.name == ".distilled.distilling"
     left = {path.name for path in folder.iterdir()}
     again: list[int] = []
-    rest = distill(base, finetune, delta, out, data, **given, progress=lambda at, _: again.append(at))
+    rest = distill(base, finetune, delta, out, data, **given, progress=lambda at: again.append(at.done))
     assert again == [steps[3], steps[7], *steps[8:]]  # two stages at once, the others step by step
     assert {**rest.to_json(), "seconds": 0} == {**whole.to_json(), "seconds": 0}
     assert (out / "delta.safetensors").read_bytes() == (tmp_path / "whole" / "delta.safetensors").read_bytes()
@@ -374,14 +393,14 @@ def test_what_another_run_left_is_not_taken(tmp_path: Path) -> None:
     base, finetune, delta, out, data = case(tmp_path)
     given: dict[str, Any] = {**FAST, "method": "blocks", "steps": 4}
 
-    def stop(done: int, total: int) -> None:
-        if done > 2 * 4 * 8 * 16:
+    def stop(at: Progress) -> None:
+        if at.done > 2 * 4 * 8 * 16:
             raise Interrupt
 
     with pytest.raises(Interrupt):
         distill(base, finetune, delta, out, data, **given, progress=stop)
     steps: list[int] = []
-    distill(base, finetune, delta, out, data, **{**given, "seed": 1}, progress=lambda at, _: steps.append(at))
+    distill(base, finetune, delta, out, data, **{**given, "seed": 1}, progress=lambda at: steps.append(at.done))
     assert len(steps) == 4 * 4
 
 
@@ -452,7 +471,7 @@ def test_gradients_by_way_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sensitivity_is_the_fisher_information(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn many times on one window, against the exact one: J' (diag p - p p') J over the Jacobian of all logits."""
     checkpoint = Checkpoint.open(save_random(tmp_path / "model", config_of("llama")))
-    monkeypatch.setattr("meswitch.distill.sensitivity._LOGITS", 4096 * 100)  # the head in three pieces
+    monkeypatch.setattr("meswitch.compression.distillation.fisher._LOGITS", 4096 * 100)  # the head in three pieces
     decoder, ids = Decoder(checkpoint.path, checkpoint.names()), torch.arange(3, 9)[None]
     found = Sensitivity(decoder, checkpoint, ids.repeat(600, 1), batch=200, seed=0, folder=tmp_path)
     outer, head, rows = decoder.outer(checkpoint.tensor), checkpoint.tensor(decoder.head), ids.unique()
@@ -479,12 +498,10 @@ def test_sensitivity_is_the_fisher_information(tmp_path: Path, monkeypatch: pyte
 def test_some_rows_are_those_of_all(tmp_path: Path, family: str) -> None:
     base, finetune, delta, *_ = case(tmp_path, family, "default", grow=6)
     checkpoint, tuned = Checkpoint.open(base), Checkpoint.open(finetune)
-    for name, site in Delta.open(delta).sites.items():
-        if not site.parts:
-            continue
+    for site in coded(Delta.open(delta)):
         learner = Learner(site)
         whole = Weight(site, checkpoint, learner)(rounded=True)
-        torch.testing.assert_close(whole, site.restore(checkpoint.tensor(name)).float())
+        torch.testing.assert_close(whole, reference.restored(site, checkpoint.tensor(site.name)).float())
         assert relative_error(learner, checkpoint, tuned) == pytest.approx(site.relative_error, rel=1e-3)
         if not site.transposed:
             rows = torch.tensor([0, 2, 3, len(whole) - 1])
@@ -502,7 +519,7 @@ def test_a_long_stream_is_a_file_without_a_name(tmp_path: Path, monkeypatch: pyt
         return stream.end(outer, torch.tensor([4, 0, 1]))
 
     wanted = advanced()
-    monkeypatch.setattr("meswitch.distill.stream._MEMORY", 0)
+    monkeypatch.setattr("meswitch.compression.distillation.hidden._MEMORY", 0)
     assert torch.equal(advanced(), wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 
 from families import CHAT_TEMPLATE, config_of, save_finetune, save_random, tokenizer_of
 from forks import forked
-from meswitch import router as routing
-from meswitch.compress import compress, restore
-from meswitch.engine import Answer, Engine
-from meswitch.engine.request import TextTail
-from meswitch.engine.worker import context_limit
+from meswitch.compression.job import compress
+from meswitch.delta.restoration import restore
+from meswitch.engine import Answer
+from meswitch.engine.engine import Engine
+from meswitch.engine.text import TextTail
 from meswitch.errors import (
     ArchitectureError,
     BaseMismatchError,
@@ -38,6 +38,8 @@ from meswitch.errors import (
     RequestError,
     RouterError,
 )
+from meswitch.huggingface.config import context_limit
+from meswitch.router.routers import train_router
 
 PROMPT = "one prompt that is longer than a page of the prefix cache, which holds thirty-two tokens"
 
@@ -368,7 +370,7 @@ def test_a_trained_router(family: Path, tmp_path: Path) -> None:
     lines = [{"prompt": f"{n} + {n + 3} = {2 * n + 3}", "expert": "a"} for n in range(100, 140)]
     lines += [{"prompt": f"the {word} was read aloud", "expert": "b"} for word in dir(str)[:40]]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    routing.train(family / "base", tmp_path / "data.jsonl", tmp_path / "router")
+    train_router(family / "base", tmp_path / "data.jsonl", tmp_path / "router")
     with small(family, experts=family / "experts", router=tmp_path / "router") as engine:
         prompts = ["321 + 324 = 645", "the story was read aloud"]
         answers = engine.generate(prompts, expert="auto", max_new_tokens=2)

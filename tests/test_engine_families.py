@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import VOCABULARY, config_of, save_finetune, save_random
-from meswitch.compress import compress, restore
-from meswitch.engine import Engine
+from meswitch.compression.job import compress
+from meswitch.compression.options import CompressOptions
+from meswitch.delta.restoration import restore
+from meswitch.engine.engine import Engine
 from meswitch.errors import UnsupportedModelError
 
 SERVED = (
@@ -60,7 +62,7 @@ def serve(folder: Path, base: Path, tuned: dict[str, Path], preset: str = "defau
     """The experts' folder, and every model that a request may name, whole."""
     models = {"base": AutoModelForCausalLM.from_pretrained(base)}
     for name, path in tuned.items():
-        compress(base, path, folder / "experts" / name, preset=preset)
+        compress(base, path, folder / "experts" / name, CompressOptions(preset=preset))
         restore(base, folder / "experts" / name, folder / "restored" / name)
         models[name] = AutoModelForCausalLM.from_pretrained(folder / "restored" / name)
     return folder / "experts", models

@@ -14,9 +14,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from families import config_of, save_finetune, save_random, tokenizer_of
-from meswitch.checkpoint import Checkpoint
-from meswitch.compress import compress, restore
-from meswitch.delta import Delta
+from meswitch import reference
+from meswitch.compression.evaluation import Evaluation, Score, evaluate
+from meswitch.compression.job import compress
+from meswitch.compression.low_rank import equal_bytes, equal_rank
+from meswitch.compression.options import CompressOptions
+from meswitch.delta.directory import Delta
+from meswitch.delta.restoration import restore
 from meswitch.errors import (
     ArchitectureError,
     BaseMismatchError,
@@ -25,8 +29,8 @@ from meswitch.errors import (
     FormatError,
     NonFiniteError,
 )
-from meswitch.evaluate import Evaluation, Score, evaluate
-from meswitch.low_rank import equal_bytes, equal_rank
+from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.site import QuantizedSite
 
 TEXT = "Of man's first disobedience, and the fruit of that forbidden tree. " * 6
 
@@ -43,7 +47,7 @@ def made(folder: Path, architecture: str, *, grow: int = 0, **changes: Any) -> d
         tokenizer = tokenizer_of()
         tokenizer.add_tokens(["<new>"])
         tokenizer.save_pretrained(finetune)
-    compress(base, finetune, folder / "delta", bits=2)
+    compress(base, finetune, folder / "delta", CompressOptions(bits=2))
     (folder / "data.txt").write_text(TEXT)
     return {name: folder / name for name in ("base", "finetune", "delta")} | {"data": folder / "data.txt"}
 
@@ -99,7 +103,7 @@ def test_what_is_scored_is_not_rounded_to_the_fine_tunes_dtype(tmp_path: Path) -
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(delta.sites[name].served(parameter))
+            parameter.copy_(reference.served(delta.sites[name], parameter))
     model.save_pretrained(tmp_path / "served")
     restore(base, delta.path, tmp_path / "restored")
     assert found.expert.nll == pytest.approx(nll(tmp_path / "served", TEXT, 100), rel=1e-6)
@@ -127,7 +131,7 @@ def test_json_is_the_documented_one(trio: dict[str, Path]) -> None:
     steps: list[tuple[int, int]] = []
     found = evaluate(
         trio["base"], trio["delta"], trio["finetune"], trio["data"], max_tokens=90, window=32,
-        progress=lambda *step: steps.append(step),
+        progress=lambda at: steps.append((at.done, at.total)),
     )  # fmt: skip
     value = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert list(value) == ["tokens", "base", "finetune", "expert", "recovered_share"]
@@ -140,7 +144,7 @@ def test_json_is_the_documented_one(trio: dict[str, Path]) -> None:
 def test_the_svds_json_is_the_documented_one(trio: dict[str, Path]) -> None:
     steps: list[tuple[int, int]] = []
     given = [trio[name] for name in ("base", "delta", "finetune", "data")]
-    found = evaluate(*given, max_tokens=90, svd=True, progress=lambda *step: steps.append(step))
+    found = evaluate(*given, max_tokens=90, svd=True, progress=lambda at: steps.append((at.done, at.total)))
     value = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert list(value) == ["tokens", "base", "finetune", "expert", "recovered_share", "svd"]
     assert list(value["svd"]) == ["nll", "perplexity", "kl", "top1_agreement", "recovered_share", "rank", "bytes"]
@@ -164,7 +168,7 @@ def test_a_difference_of_low_rank_is_the_svds(architecture: str, changes: dict[s
             if weight.dim() == 2:
                 weight += 0.03 * torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1])
     model.save_pretrained(paths["finetune"])
-    compress(paths["base"], paths["finetune"], paths["delta"], bits=1)
+    compress(paths["base"], paths["finetune"], paths["delta"], CompressOptions(bits=1))
     found = evaluate(*(paths[name] for name in ("base", "delta", "finetune", "data")), window=100, svd=True)
     assert found.svd is not None
     assert found.kl > 1e-3 and found.svd.kl < 1e-5 and found.svd.top1_agreement > 0.99
@@ -175,17 +179,17 @@ def test_an_svd_weighs_no_more_than_its_site(family: str, tmp_path: Path) -> Non
     paths = made(tmp_path, family, grow=3)
     base, finetune = Checkpoint.open(paths["base"]), Checkpoint.open(paths["finetune"])
     for site in Delta.open(paths["delta"]).sites.values():
-        if site.kind != "quantized":
+        if not isinstance(site, QuantizedSite):
             continue
         rival = equal_bytes(site, base, finetune)
         assert site.nbytes - 2 * (site.out_features + site.in_features) < rival.nbytes <= site.nbytes
         wanted = finetune.tensor(site.name)[: len(base.tensor(site.name))] - base.tensor(site.name)
         wanted = wanted.T if site.transposed else wanted
         rank = equal_rank(site)
-        missed = float((rival.dense() - wanted).norm() / wanted.norm())
+        missed = float((reference.dense(rival) - wanted).norm() / wanted.norm())
         spectrum = torch.linalg.svdvals(wanted)
         assert missed == pytest.approx(float(spectrum[rank:].norm() / spectrum.norm()), rel=5e-3)
-        restored, known = rival.restore(base.tensor(site.name)), len(base.tensor(site.name))
+        restored, known = reference.restored(rival, base.tensor(site.name)), len(base.tensor(site.name))
         assert torch.equal(restored[known:], finetune.tensor(site.name)[known:])
 
 
@@ -196,7 +200,7 @@ def test_an_svd_against_another_shape_is_refused(trio: dict[str, Path], tmp_path
 
 
 def test_of_a_real_fine_tune_an_svd_of_equal_bytes_keeps_less(family: Any, tmp_path: Path) -> None:
-    compress(family.base, family.experts["maths"], tmp_path / "delta", bits=2)
+    compress(family.base, family.experts["maths"], tmp_path / "delta", CompressOptions(bits=2))
     given = (family.base, tmp_path / "delta", family.experts["maths"], family.heldout["maths"])
     found = evaluate(*given, max_tokens=600, svd=True)
     assert found.svd is not None and found.svd.rank is not None and found.svd.rank > 4
@@ -279,7 +283,7 @@ def test_two_bits_keep_most_of_a_real_fine_tune(family: Any, tmp_path: Path) -> 
     finetune = family.experts["maths"]
     shares, divergences = [], []
     for bits in (1, 2, 4):
-        compress(family.base, finetune, tmp_path / str(bits), bits=bits)
+        compress(family.base, finetune, tmp_path / str(bits), CompressOptions(bits=bits))
         found = evaluate(family.base, tmp_path / str(bits), finetune, family.heldout["maths"], max_tokens=600)
         assert found.base is not None and found.recovered_share is not None
         assert found.finetune.nll < found.base.nll - 0.05

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from families import HandDelta, config_of
-from meswitch.delta import Site
 from meswitch.errors import (
     ArchitectureError,
     BudgetError,
@@ -21,7 +20,10 @@ from meswitch.errors import (
     FormatError,
     RequestError,
 )
-from meswitch.experts import Expert, ExpertPool, check_folder, check_name, parse_bytes
+from meswitch.experts.catalogue import Expert, check_folder, check_name
+from meswitch.experts.pool import ExpertPool
+from meswitch.site import Site
+from meswitch.sizes import parse_bytes
 
 
 class Layers:

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from meswitch.demo import family as families
 from meswitch.demo import tour
 from meswitch.demo.corpus import DOMAINS
-from meswitch.demo.family import Family
 from meswitch.demo.family import family as make
+from meswitch.demo.paths import Family
 from meswitch.demo.tiny import Settings
 from meswitch.demo.training import Training
+from meswitch.progress import Progress
 
 LEAST_GAIN = {"code": 0.15, "maths": 0.3, "prose": 0.15}  # nats a token
 TOKENS = 8192
@@ -118,7 +119,7 @@ def minute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_the_same_seed_trains_the_same_family(minute: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make("minute")
     monkeypatch.setenv("MESWITCH_CACHE", str(minute / "again"))
-    second = make("minute", progress=lambda what, done, total: None)
+    second = make("minute", progress=lambda at: None)
     files = sorted(path.relative_to(first.root) for path in first.root.rglob("*") if path.is_file())
     assert len(files) > 20
     for file in files:
@@ -127,8 +128,8 @@ def test_the_same_seed_trains_the_same_family(minute: Path, monkeypatch: pytest.
 
 
 def test_an_interrupted_training_leaves_nothing(minute: Path) -> None:
-    def interrupt(what: str, done: int, total: int) -> None:
-        if what == "training fine-tune maths":
+    def interrupt(at: Progress) -> None:
+        if at.task == "training fine-tune maths":
             raise KeyboardInterrupt
 
     (minute / "tiny-other.partial-1").mkdir()
@@ -142,10 +143,10 @@ def test_a_killed_training_is_swept_away_and_a_whole_one_found(minute: Path) -> 
     killed = made.root.with_name(made.root.name + ".partial-x")
     made.root.rename(killed)
     stages: list[str] = []
-    assert make("minute", progress=lambda what, done, total: stages.append(what)) == made
+    assert make("minute", progress=lambda at: stages.append(at.task)) == made
     assert stages and made.base.is_dir() and not killed.exists()
     stages.clear()
-    assert make("minute", progress=lambda what, done, total: stages.append(what)) == made
+    assert make("minute", progress=lambda at: stages.append(at.task)) == made
     assert not stages
 
 
@@ -160,14 +161,14 @@ def test_the_tour_of_own_models(minute: Path, tmp_path: Path, capsys: pytest.Cap
     data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     given: dict[str, Any] = {"model": made.base, "experts": made.experts, "data": data, "out": tmp_path / "out"}
     stages: list[str] = []
-    found = tour.run(**given, json=True, progress=lambda what, done, total: stages.append(what))
+    found = tour.run(**given, json=True, progress=lambda at: stages.append(at.task))
     assert json.loads(capsys.readouterr().out) == found
     assert set(found["deltas"]) == set(tour.PRESETS) and found["router"]["confusion"]
     assert all(set(measured) == set(DOMAINS) for measured in found["evaluations"].values())
     assert len(found["serving"]["answers"]) == 6
 
     stages.clear()
-    again = tour.run(**given, progress=lambda what, done, total: stages.append(what))
+    again = tour.run(**given, progress=lambda at: stages.append(at.task))
     assert set(stages) == {"answering a mixed batch"}, "what was made once is found again"
     assert again["deltas"] == found["deltas"]
     printed = capsys.readouterr().out

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from meswitch.checkpoint import Checkpoint
-from meswitch.delta import Delta
+from meswitch import reference
+from meswitch.delta.directory import Delta
+from meswitch.huggingface.checkpoint import Checkpoint
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/*/meswitch.json"))
 
@@ -27,4 +28,4 @@ def test_golden(folder: Path) -> None:
     expected = load_file(folder.parent / f"{folder.name}.safetensors")
     assert set(delta.sites) == set(expected)
     for name, site in delta.sites.items():
-        assert torch.equal(site.restore(base.tensor(name)), expected[name]), name
+        assert torch.equal(reference.restored(site, base.tensor(name)), expected[name]), name

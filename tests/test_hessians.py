@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from families import config_of, save_random, tokenizer_of
-from meswitch.calibration import Calibration, calibrate
-from meswitch.checkpoint import Checkpoint
-from meswitch.compress import PRESETS, Preset, compress
-from meswitch.delta import Delta
+from meswitch.compression.calibration import Calibration, calibrate
+from meswitch.compression.hessians import Hessians, factor
+from meswitch.compression.job import compress
+from meswitch.compression.options import CompressOptions
+from meswitch.compression.presets import PRESETS, Preset
+from meswitch.delta.directory import Delta
+from meswitch.delta.restoration import rebuild
 from meswitch.errors import UnsupportedModelError
-from meswitch.hessians import Hessians, factor
+from meswitch.huggingface.checkpoint import Checkpoint
 
 TEXT = "the quick brown fox jumps over the lazy dog, and naps. " * 200
 
@@ -99,7 +102,7 @@ def output_errors(base: Path, finetune: Path, delta: Path, seen: Calibration) ->
     for name, x in inputs(finetune, seen).items():
         site = Delta.open(delta).sites[name]
         wanted = (theirs.tensor(name) - ours.tensor(name)).float()
-        made = site.rebuild(ours).float() - ours.tensor(name).float()
+        made = rebuild(site, ours).float() - ours.tensor(name).float()
         left, right = (x @ (value if site.transposed else value.T) for value in (wanted, made))
         error = float((left - right).square().sum() / left.square().sum())
         found[name] = error, float((left * right).sum() / left.square().sum())
@@ -114,7 +117,9 @@ def test_errors_make_up_for_one_another(tmp_path: Path, preset: str) -> None:
     for compensate in (False, True):
         out = tmp_path / f"delta-{compensate}"
         assert (
-            compress(base, finetune, out, preset=rules, calibration=seen, compensate=compensate).compensated
+            compress(
+                base, finetune, out, CompressOptions(preset=rules, compensate=compensate), calibration=seen
+            ).compensated
             is compensate
         )
         errors.append(output_errors(base, finetune, out, seen))
@@ -132,7 +137,7 @@ def test_errors_make_up_for_one_another(tmp_path: Path, preset: str) -> None:
 def test_compensation_goes_where_it_can(tmp_path: Path) -> None:
     base, finetune, seen = pair(tmp_path, "llama")
     assert not compress(base, finetune, tmp_path / "delta").compensated  # nothing was seen
-    assert not compress(base, finetune, tmp_path / "delta", preset="bitdelta", calibration=seen).compensated
+    assert not compress(base, finetune, tmp_path / "delta", "bitdelta", calibration=seen).compensated
     fused = save_random(tmp_path / "moe", config_of("mixtral"))
     checkpoint = Checkpoint.open(fused)
     with pytest.raises(UnsupportedModelError):

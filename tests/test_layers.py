@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +12,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from families import quantize, sparse
-from meswitch import ops
-from meswitch.delta import Site
+from meswitch import reference
 from meswitch.errors import ArchitectureError, UnsupportedModelError
-from meswitch.layers import ExpertLayers
+from meswitch.kernels import cpu
+from meswitch.kernels.cpu import CpuKernels
+from meswitch.layers.install import ExpertLayers
+from meswitch.site import ReplacedSite, Site
 
 
 class Toy(nn.Module):
@@ -52,7 +53,7 @@ def _no_gradients() -> Any:
 
 @pytest.fixture(autouse=True)
 def _plain_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meswitch.layers.get_model_conversion_mapping", lambda model: [])
+    monkeypatch.setattr("meswitch.huggingface.names.get_model_conversion_mapping", lambda model: [])
 
 
 def moved(tensor: Tensor, seed: int) -> Tensor:
@@ -66,7 +67,7 @@ def sites_of(module: nn.Module, seed: int, prefix: str = "model.part.", kind: st
     for name, parameter in module.named_parameters():
         tuned = moved(parameter, seed)
         if kind == "replaced":
-            sites.append(Site(prefix + name, "replaced", tuple(tuned.shape), tuned.dtype, whole=tuned))
+            sites.append(ReplacedSite(name=prefix + name, shape=tuple(tuned.shape), dtype=tuned.dtype, value=tuned))
         elif kind == "sparse" and parameter.dim() > 1:
             sites.append(sparse(prefix + name, parameter.detach(), tuned, transposed=isinstance(module, Conv1D)))
         else:
@@ -78,13 +79,15 @@ def tuned_output(module: nn.Module, sites: list[Site], x: Tensor) -> Tensor:
     """What a whole copy of the fine-tune's module gives."""
     parameters = dict(module.named_parameters())
     state = {site.name.rpartition(".")[2]: site for site in sites}
-    return torch.func.functional_call(module, {n: state[n].restore(p.detach()) for n, p in parameters.items()}, (x,))
+    return torch.func.functional_call(
+        module, {n: reference.restored(state[n], p.detach()) for n, p in parameters.items()}, (x,)
+    )
 
 
 def assert_rows_are_their_own(module: nn.Module, x: Tensor, axis: int = 1, kind: str | None = None) -> None:
     """Rows 0.. of slots [1, −1, 0, 1, −1]: each equals what its own whole module gives."""
     slots = [1, -1, 0, 1, -1]
-    layers = ExpertLayers(Toy(module), exact=True)
+    layers = ExpertLayers(Toy(module), CpuKernels(exact=True))
     experts = {slot: sites_of(module, slot, kind=kind) for slot in (0, 1)}
     expected = {slot: tuned_output(module, sites, x) for slot, sites in experts.items()}
     expected[-1] = module(x).clone()
@@ -115,7 +118,7 @@ def test_linear(make: Any, kind: str | None) -> None:
 @pytest.mark.parametrize("tokens", [5, 17])  # on either side of what the kernel for weights of 16 bits takes
 def test_a_linear_of_16_bits(tokens: int) -> None:
     module, slots = nn.Linear(96, 40, bias=False).bfloat16(), [1, -1, 0, 1, -1, *[0] * (tokens - 5)]
-    layers = ExpertLayers(Toy(module))
+    layers = ExpertLayers(Toy(module), CpuKernels())
     experts = {slot: sites_of(module, slot) for slot in (0, 1)}
     x = torch.randn(1, tokens, 96).bfloat16()
     for slot, sites in experts.items():
@@ -123,24 +126,26 @@ def test_a_linear_of_16_bits(tokens: int) -> None:
     layers.step.begin(slots, [])
     y = module(x)
     for row, slot in enumerate(slots):
-        whole = module.weight.float() if slot < 0 else experts[slot][0].restore(module.weight.float())
+        whole = module.weight.float() if slot < 0 else reference.restored(experts[slot][0], module.weight.float())
         expected = x[0, row].float() @ whole.T
         assert (y[0, row].float() - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
-@pytest.mark.skipif(ops.MOST_TOKENS == 0, reason="no kernel for this processor")
+@pytest.mark.skipif(cpu.FUSED_TOKENS == 0, reason="no kernel for this processor")
 def test_modules_that_take_the_same_input_are_asked_together(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
+    product = cpu.fused_linear
+
     def counted(x: Tensor, sites: Any) -> list[Tensor]:
         asked.append(len(sites))
-        return ops.linear(x, sites)
+        return product(x, sites)
 
     module = nn.ModuleDict({name: nn.Linear(96, 40, bias=False).bfloat16() for name in "qkv"})
-    layers, slots = ExpertLayers(Toy(module)), [0, -1, 0]
+    layers, slots = ExpertLayers(Toy(module), CpuKernels()), [0, -1, 0]
     layers.install(0, [site for site in sites_of(module, 0) if ".v." not in site.name], tied=False)
     layers.install(1, sites_of(module, 1), tied=False)
-    monkeypatch.setattr("meswitch.layers.ops", SimpleNamespace(**{**vars(ops), "linear": counted}))
+    monkeypatch.setattr("meswitch.kernels.cpu.fused_linear", counted)
 
     def step(modules: str, *, apart: bool = False) -> tuple[list[Tensor], list[int]]:
         asked.clear()
@@ -169,10 +174,10 @@ def test_modules_that_take_the_same_input_are_asked_together(monkeypatch: pytest
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("slots", [[1, -1, 0, 1, -1], [1, 1, 1, 1, 1], [1, 0, 0, 1, -1]])
-def test_a_crowd_of_one_expert(monkeypatch: pytest.MonkeyPatch, slots: list[int], bias: bool) -> None:
-    monkeypatch.setattr("meswitch.ops.CROWD", 2)
+def test_a_prefill_of_one_expert_is_merged(monkeypatch: pytest.MonkeyPatch, slots: list[int], bias: bool) -> None:
+    monkeypatch.setattr("meswitch.kernels.cpu.MERGE_TOKENS", 2)
     module = nn.Linear(96, 40, bias=bias)
-    layers = ExpertLayers(Toy(module))
+    layers = ExpertLayers(Toy(module), CpuKernels())
     x, experts = torch.randn(1, 5, 96), {slot: sites_of(module, slot) for slot in (0, 1)}
     expected = {slot: tuned_output(module, sites, x) for slot, sites in experts.items()} | {-1: module(x).clone()}
     for slot, sites in experts.items():
@@ -232,27 +237,31 @@ class MoeExperts(nn.Module):
 def test_what_cannot_be_served_is_refused_by_name_and_type(module: nn.Module) -> None:
     sites = sites_of(module, 1, kind="replaced")
     with pytest.raises(UnsupportedModelError, match=rf"model\.part\.\w+.*{type(module).__name__}"):
-        ExpertLayers(Toy(module), exact=True).check(sites, tied=False)
+        ExpertLayers(Toy(module), CpuKernels(exact=True)).check(sites, tied=False)
 
 
 def test_unknown_and_misshapen_parameters_are_refused() -> None:
-    layers = ExpertLayers(Toy(nn.Linear(8, 6)))
+    layers = ExpertLayers(Toy(nn.Linear(8, 6)), CpuKernels())
     with pytest.raises(UnsupportedModelError, match=r"model\.other\.weight"):
-        layers.check([Site("model.other.weight", "replaced", (1,), torch.float32, whole=torch.ones(1))], tied=False)
+        layers.check(
+            [ReplacedSite(name="model.other.weight", shape=(1,), dtype=torch.float32, value=torch.ones(1))], tied=False
+        )
     with pytest.raises(ArchitectureError, match=r"part\.weight.*\(6, 8\).*\(6, 7\)"):
-        layers.check([Site("part.weight", "replaced", (6, 7), torch.float32, whole=torch.ones(6, 7))], tied=False)
+        layers.check(
+            [ReplacedSite(name="part.weight", shape=(6, 7), dtype=torch.float32, value=torch.ones(6, 7))], tied=False
+        )
 
 
 def test_names_with_and_without_prefix_are_one() -> None:
     module = nn.Linear(8, 6)
-    layers = ExpertLayers(Toy(module), exact=True)
+    layers = ExpertLayers(Toy(module), CpuKernels(exact=True))
     assert layers._find("part.weight") == layers._find("model.part.weight") == (module, "weight")
 
 
 def test_modules_are_given_back() -> None:
     linear, embedding = nn.Linear(8, 6), Scaled(10, 8)
     for module in (linear, embedding):
-        layers = ExpertLayers(Toy(module), exact=True)
+        layers = ExpertLayers(Toy(module), CpuKernels(exact=True))
         for slot in (0, 1):
             layers.install(slot, sites_of(module, slot), tied=False)
         layers.remove(0)
@@ -265,15 +274,15 @@ def test_modules_are_given_back() -> None:
 
 def test_a_step_of_the_base_calls_no_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Linear(8, 6)
-    layers = ExpertLayers(Toy(module), exact=True)
+    layers = ExpertLayers(Toy(module), CpuKernels(exact=True))
     layers.install(0, sites_of(module, 1), tied=False)
-    monkeypatch.setattr("meswitch.ops.delta_linear", lambda *a, **k: pytest.fail("called"))
+    monkeypatch.setattr("meswitch.kernels.cpu.delta_linear", lambda *a, **k: pytest.fail("called"))
     module(torch.randn(1, 3, 8))
 
 
 def test_rows_that_are_not_the_tokens_are_refused() -> None:
     module = nn.Linear(8, 6)
-    layers = ExpertLayers(Toy(module), exact=True)
+    layers = ExpertLayers(Toy(module), CpuKernels(exact=True))
     layers.install(0, sites_of(module, 1), tied=False)
     layers.step.begin([0, 0, -1], [0])
     with pytest.raises(UnsupportedModelError, match=r"model\.part.*3.*2"):
@@ -287,7 +296,7 @@ def grown(parameter: Tensor, seed: int, rows: int) -> Site:
 
 def test_head_widens_to_the_largest_vocabulary_in_play() -> None:
     model = Toy(nn.Linear(8, 6))
-    layers = ExpertLayers(model, exact=True)
+    layers = ExpertLayers(model, CpuKernels(exact=True))
     sites = {0: grown(model.lm_head.weight, 1, 2), 1: grown(model.lm_head.weight, 2, 3)}
     for slot, site in sites.items():
         layers.check([site], tied=False)
@@ -299,7 +308,7 @@ def test_head_widens_to_the_largest_vocabulary_in_play() -> None:
     assert y.shape == (3, 13)
     assert torch.isneginf(y[0, 10:]).all() and torch.isneginf(y[1, 12:]).all()
     for row, slot in ((1, 0), (2, 1)):
-        expected = x[0, row] @ sites[slot].restore(model.lm_head.weight.detach()).T
+        expected = x[0, row] @ reference.restored(sites[slot], model.lm_head.weight.detach()).T
         torch.testing.assert_close(y[row, : len(expected)], expected)
     layers.step.begin([0] * 7, [-1, -1, -1])
     assert model.lm_head(x).shape == (1, 3, 10)
@@ -308,11 +317,11 @@ def test_head_widens_to_the_largest_vocabulary_in_play() -> None:
 @pytest.mark.parametrize("base_tied", [True, False])
 def test_one_site_serves_a_tied_fine_tune(base_tied: bool) -> None:
     model = Toy(nn.Linear(8, 6), tied=base_tied)
-    layers = ExpertLayers(model, exact=True)
+    layers = ExpertLayers(model, CpuKernels(exact=True))
     [site] = sites_of(model.model.embed, 3, "model.embed.")
     layers.install(0, [site], tied=True)
     layers.step.begin([0, -1], [0, -1])
-    x, whole = torch.randn(1, 2, 8), site.restore(model.model.embed.weight.detach())
+    x, whole = torch.randn(1, 2, 8), reference.restored(site, model.model.embed.weight.detach())
     y = model.lm_head(x)[0]
     torch.testing.assert_close(y[0], x[0, 0] @ whole.T)
     torch.testing.assert_close(y[1], x[0, 1] @ model.lm_head.weight.T)
@@ -323,7 +332,7 @@ def test_a_whole_model_outside_a_step_is_the_base() -> None:
     from families import config_of
 
     model = AutoModelForCausalLM.from_config(config_of("llama")).eval()
-    layers = ExpertLayers(model, exact=True)
+    layers = ExpertLayers(model, CpuKernels(exact=True))
     ids = torch.tensor([[1, 2, 3]])
     before = model(ids).logits
     site = sites_of(model.model.layers[0].mlp.up_proj, 1, "model.layers.0.mlp.up_proj.")

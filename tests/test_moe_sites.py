@@ -12,11 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import config_of, save_finetune, save_random
-from meswitch.calibration import calibrate
-from meswitch.checkpoint import Checkpoint
-from meswitch.compress import PRESETS, compress, restore
-from meswitch.delta import Delta
-from meswitch.evaluate import evaluate
+from meswitch import reference
+from meswitch.compression.calibration import calibrate
+from meswitch.compression.evaluation import evaluate
+from meswitch.compression.job import compress
+from meswitch.compression.options import CompressOptions
+from meswitch.compression.presets import PRESETS
+from meswitch.delta.directory import Delta
+from meswitch.delta.restoration import restore
+from meswitch.huggingface.checkpoint import Checkpoint
 
 MOE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 11, "num_experts_per_tok": 2},
@@ -83,13 +87,13 @@ def test_restore_is_each_site_restored(made: tuple[str, Path], tmp_path: Path) -
     base, delta = Checkpoint.open(folder / "base"), Delta.open(folder / "delta")
     assert found.keys() == delta.sites.keys()
     for name, site in delta.sites.items():
-        assert torch.equal(found[name], site.restore(base.tensor(name))), name
+        assert torch.equal(found[name], reference.restored(site, base.tensor(name))), name
     AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
 
 
 def test_evaluate_compares_with_the_fine_tune(made: tuple[str, Path], tmp_path: Path) -> None:
     _, folder = made
-    compress(folder / "base", folder / "finetune", tmp_path / "fine", bits=8)
+    compress(folder / "base", folder / "finetune", tmp_path / "fine", CompressOptions(bits=8))
     rough, fine = (
         evaluate(folder / "base", delta, folder / "finetune", folder / "text.txt", max_tokens=128)
         for delta in (folder / "delta", tmp_path / "fine")
@@ -122,6 +126,6 @@ def test_moe_experts_left_alone_cost_nothing(made: tuple[str, Path], tmp_path: P
     }
     shutil.copytree(folder / "finetune", tmp_path / "mixed")
     save_file(mixed, tmp_path / "mixed" / "model.safetensors", metadata={"format": "pt"})
-    compress(folder / "base", tmp_path / "mixed", tmp_path / "delta", preset=preset)
+    compress(folder / "base", tmp_path / "mixed", tmp_path / "delta", CompressOptions(preset=preset))
     for name, site in Delta.open(tmp_path / "delta").sites.items():
         assert (site.nbytes > 0) == (mixed[name] is theirs[name]), name

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from forks import forked
-from meswitch import ops, reference
-from meswitch.delta import Part, Site, Sparse
+from meswitch import reference
 from meswitch.errors import FormatError
+from meswitch.kernels import cpu as ops
+from meswitch.kernels.rows import Rows
+from meswitch.site import LowRank, Part, QuantizedSite, Salient, Sparse
 
 
 @st.composite
-def sites(draw: st.DrawFn) -> Site:
+def sites(draw: st.DrawFn) -> QuantizedSite:
     """A quantized site of any shape, with any of the codec's parts."""
     out = draw(st.integers(1, 70) | st.integers(200, 600))  # a block of packed rows has 256, a line 64
     columns = draw(st.integers(1, 700))
@@ -37,23 +39,20 @@ def sites(draw: st.DrawFn) -> Site:
         parts.append(Part(bits, zero, reference.pack(codes, bits), halves(len(rows), groups), size, own))
     salient, rank = draw(st.integers(0, min(4, columns))), draw(st.integers(0, 3))
     chosen = torch.randperm(columns, generator=generator)[:salient].sort().values.int()
-    return Site(
+    return QuantizedSite(
         name="drawn",
-        kind="quantized",
         shape=(out, columns),
         dtype=torch.float32,
         parts=tuple(parts),
         column_scales=halves(columns) if draw(st.booleans()) else None,
-        salient_index=chosen if salient else None,
-        salient=halves(out, salient) if salient else None,
-        u=halves(out, rank) if rank else None,
-        v=halves(rank, columns) if rank else None,
+        salient=Salient(chosen, halves(out, salient)) if salient else None,
+        low_rank=LowRank(halves(out, rank), halves(rank, columns)) if rank else None,
         exponent=draw(st.integers(-8, 3)),
     )
 
 
 @st.composite
-def sparse_sites(draw: st.DrawFn) -> Site:
+def sparse_sites(draw: st.DrawFn) -> QuantizedSite:
     """A sparse site of any shape: empty rows, one row, no entries, gaps to bridge, several entries of a column."""
     out, columns = draw(st.integers(1, 40)), draw(st.integers(1, 900))
     density = draw(st.sampled_from([0.0, 0.003, 0.05, 0.5]))
@@ -71,7 +70,7 @@ def sparse_sites(draw: st.DrawFn) -> Site:
     tensors = torch.tensor(ends).int(), torch.tensor(gaps, dtype=torch.uint8), values.to(torch.float8_e5m2)
     exponent = draw(st.integers(-20, 3))
     shape, sparse = (out, columns), Sparse(*tensors)
-    return Site("drawn", "quantized", shape, torch.float32, sparse=sparse, exponent=exponent)
+    return QuantizedSite(name="drawn", shape=shape, dtype=torch.float32, sparse=sparse, exponent=exponent)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
@@ -82,28 +81,28 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
 
 @settings(max_examples=60, deadline=None)
 @given(site=sites() | sparse_sites())
-def test_unpacked_rows_are_the_reference(site: Site) -> None:
+def test_unpacked_rows_are_the_reference(site: QuantizedSite) -> None:
     tile = torch.full((site.out_features, site.in_features), 7.0)
-    ops.matrix(site).dense(0, site.out_features, tile.data_ptr())
-    assert close(tile, site.dense())
+    ops.native_matrix(site).dense(0, site.out_features, tile.data_ptr())
+    assert close(tile, reference.dense(site))
 
 
 @settings(max_examples=60, deadline=None)
 @given(site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 2), max_size=40), seed=st.integers(0, 99))
-def test_linear_is_the_reference(site: Site, slots: list[int], seed: int) -> None:
-    table = ops.SiteTable(site.out_features, site.in_features)
+def test_linear_is_the_reference(site: QuantizedSite, slots: list[int], seed: int) -> None:
+    table = ops.DeltaTable(site.out_features, site.in_features)
     table.set(1, site)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(slots), site.in_features, generator=generator)
     y = torch.randn(len(slots), site.out_features, generator=generator)
     expected, rounded = y.clone(), y.clone()
     reference.delta_linear(expected, x, slots, {1: site})
-    ops.delta_linear(y, x, ops.Rows(slots), table, exact=True)
+    ops.delta_linear(y, x, Rows(slots), table, exact=True)
     assert close(y, expected)
-    ops.delta_linear(rounded, x, ops.Rows(slots), table)
+    ops.delta_linear(rounded, x, Rows(slots), table)
     # No activation is further than half a step from its own, and no step larger than a 127th of the largest.
     scaled = x if site.column_scales is None else x * site.column_scales.float()
-    levels = replace(site, column_scales=None, salient=None, salient_index=None, u=None, v=None).dense()
+    levels = reference.dense(replace(site, column_scales=None, salient=None, low_rank=None))
     largest = scaled.abs().amax(dim=1, keepdim=True) / 254
     assert bool(((rounded - y).abs() <= 1.01 * largest * levels.abs().sum(dim=1) + 1e-5 * (1 + y.abs())).all())
 
@@ -117,15 +116,15 @@ def test_linear_is_the_reference(site: Site, slots: list[int], seed: int) -> Non
     seed=st.integers(0, 99),
 )
 def test_base_and_delta_together_are_the_reference(
-    site: Site, tokens: int, dtype: torch.dtype, bias: bool, seed: int
+    site: QuantizedSite, tokens: int, dtype: torch.dtype, bias: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, site.in_features, generator=generator).to(dtype)
     weight = torch.randn(site.out_features, site.in_features, generator=generator).to(dtype)
     own = torch.randn(site.out_features, generator=generator).to(dtype) if bias else None
-    restored = (weight.float() + site.dense()).to(dtype).float()
+    restored = (weight.float() + reference.dense(site)).to(dtype).float()
     expected = x.float() @ restored.T + (0 if own is None else own.float())
-    found = ops.merged(x, weight, ops.matrix(site), own)
+    found = ops.merged_linear(x, weight, ops.native_matrix(site), own)
     assert found.dtype == dtype
     assert close(found.float(), expected, 1e-5 if dtype == torch.float32 else 1e-2)
 
@@ -138,8 +137,8 @@ def test_rounding_costs_less_than_a_hundredth(bits: int, group_size: int | None,
     codes = torch.randint(0, 2**bits, (256, columns), generator=generator).to(torch.uint8)
     scales = torch.rand(256, -(-columns // (group_size or columns)), generator=generator).half()
     part = Part(bits, (2**bits - 1) / 2, reference.pack(codes, bits), scales, group_size)
-    site = Site("plain", "quantized", (256, columns), torch.float32, parts=(part,))
-    table = ops.SiteTable(256, columns)
+    site = QuantizedSite(name="plain", shape=(256, columns), dtype=torch.float32, parts=(part,))
+    table = ops.DeltaTable(256, columns)
     table.set(0, site)
     x = torch.randn(6, columns, generator=generator)
     x[1, 7] *= 50  # one channel
@@ -147,70 +146,70 @@ def test_rounding_costs_less_than_a_hundredth(bits: int, group_size: int | None,
     x[3] *= torch.randn(columns, generator=generator)  # heavy tails
     x[4, 5:9] *= 1000
     y = torch.zeros(6, 256)
-    ops.delta_linear(y, x, ops.Rows([0] * 6), table)
-    expected = x @ site.dense().T
+    ops.delta_linear(y, x, Rows([0] * 6), table)
+    expected = x @ reference.dense(site).T
     assert bool(((y - expected).norm(dim=1) < 0.01 * expected.norm(dim=1)).all())
 
 
 @settings(max_examples=40, deadline=None)
 @given(site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 1), min_size=1, max_size=9), data=st.data())
-def test_embedding_is_the_reference(site: Site, slots: list[int], data: st.DataObject) -> None:
+def test_embedding_is_the_reference(site: QuantizedSite, slots: list[int], data: st.DataObject) -> None:
     id_ = st.integers(0, 80) | st.integers(0, 620)
     ids = torch.tensor(data.draw(st.lists(id_, min_size=len(slots), max_size=len(slots))))
-    table = ops.SiteTable(site.out_features, site.in_features)
+    table = ops.DeltaTable(site.out_features, site.in_features)
     table.set(0, site)
     y = torch.zeros(len(slots), site.in_features)
     expected = y.clone()
     reference.delta_embedding(expected, ids, slots, {0: site}, scale=2.5)
-    ops.delta_embedding(y, ids, ops.Rows(slots), table, scale=2.5)
+    ops.delta_embedding(y, ids, Rows(slots), table, scale=2.5)
     assert close(y, expected)
 
 
-def plain_site(out: int = 8, columns: int = 40, bits: int = 2) -> Site:
+def plain_site(out: int = 8, columns: int = 40, bits: int = 2) -> QuantizedSite:
     codes = torch.randint(0, 2**bits, (out, columns), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     part = Part(bits, (2**bits - 1) / 2, reference.pack(codes, bits), torch.ones(out, 1).half())
-    return Site("plain", "quantized", (out, columns), torch.float32, parts=(part,))
+    return QuantizedSite(name="plain", shape=(out, columns), dtype=torch.float32, parts=(part,))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_activations(dtype: torch.dtype) -> None:
     site = plain_site()
-    table = ops.SiteTable(8, 40)
+    table = ops.DeltaTable(8, 40)
     table.set(0, site)
     x, y = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(dtype), torch.zeros(3, 8, dtype=dtype)
-    ops.delta_linear(y, x, ops.Rows([0, -1, 0]), table)
-    expected = (x.float() @ site.dense().T).to(dtype)
+    ops.delta_linear(y, x, Rows([0, -1, 0]), table)
+    expected = (x.float() @ reference.dense(site).T).to(dtype)
     assert torch.allclose(y[0], expected[0], atol=0.05, rtol=0.02)
     assert not y[1].any()
 
 
 def test_a_wider_output_keeps_its_other_columns() -> None:
-    table = ops.SiteTable(8, 40)
+    table = ops.DeltaTable(8, 40)
     table.set(0, plain_site())
     y = torch.full((2, 11), 5.0)
-    ops.delta_linear(y, torch.randn(2, 40), ops.Rows([0, 0]), table)
+    ops.delta_linear(y, torch.randn(2, 40), Rows([0, 0]), table)
     assert bool((y[:, 8:] == 5).all())
 
 
-def linear(x: Tensor, weight: Tensor, table: ops.SiteTable, rows: ops.Rows | None = None) -> Tensor:
-    return ops.linear(x, [(weight, table, rows)])[0]
+def linear(x: Tensor, weight: Tensor, table: ops.DeltaTable, rows: Rows | None = None) -> Tensor:
+    return ops.fused_linear(x, [(weight, table, rows)])[0]
 
 
-@pytest.mark.skipif(ops.MOST_TOKENS == 0, reason="no kernel for this processor")
+@pytest.mark.skipif(ops.FUSED_TOKENS == 0, reason="no kernel for this processor")
 @settings(deadline=None)
 @given(
     site=sites() | sparse_sites(),
-    slots=st.lists(st.integers(-1, 2), min_size=1, max_size=ops.MOST_TOKENS),
+    slots=st.lists(st.integers(-1, 2), min_size=1, max_size=ops.FUSED_TOKENS),
     seed=st.integers(0, 2**31),
 )
-def test_a_base_of_16_bits_and_the_deltas_on_it(site: Site, slots: list[int], seed: int) -> None:
+def test_a_base_of_16_bits_and_the_deltas_on_it(site: QuantizedSite, slots: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    table, rows = ops.SiteTable(site.out_features, site.in_features), ops.Rows(slots)
+    table, rows = ops.DeltaTable(site.out_features, site.in_features), Rows(slots)
     table.set(1, site)
     # Not at the start of its memory.
     weight = torch.randn(site.out_features + 1, site.in_features, generator=generator).bfloat16()[1:]
     x = torch.randn(len(slots), site.in_features, generator=generator).bfloat16()
-    assert ops.reads(weight) and not ops.reads(weight.float())
+    assert ops.has_fused_kernel(weight) and not ops.has_fused_kernel(weight.float())
     base = (x.double() @ weight.T.double()).float()
     added = torch.zeros_like(base)
     ops.delta_linear(added, x, rows, table)
@@ -222,81 +221,87 @@ def test_a_base_of_16_bits_and_the_deltas_on_it(site: Site, slots: list[int], se
     for token, slot in enumerate(slots):  # the same bits alone and among others
         one = x[token : token + 1]
         assert torch.equal(linear(one, weight, table), alone[token : token + 1])
-        assert torch.equal(linear(one, weight, table, ops.Rows([slot])), together[token : token + 1])
+        assert torch.equal(linear(one, weight, table, Rows([slot])), together[token : token + 1])
 
 
-@pytest.mark.skipif(ops.MOST_TOKENS == 0, reason="no kernel for this processor")
+@pytest.mark.skipif(ops.FUSED_TOKENS == 0, reason="no kernel for this processor")
 @settings(deadline=None)
 @given(
     site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 2), min_size=1, max_size=6), seed=st.integers(0, 99)
 )
-def test_weights_with_the_same_input_give_the_same_bits_together(site: Site, slots: list[int], seed: int) -> None:
+def test_weights_with_the_same_input_give_the_same_bits_together(
+    site: QuantizedSite, slots: list[int], seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(slots), site.in_features, generator=generator).bfloat16()
     other = replace(site, column_scales=None if site.column_scales is None else site.column_scales * 1.5)
-    asked: list[tuple[Tensor, ops.SiteTable, ops.Rows | None]] = []
+    asked: list[tuple[Tensor, ops.DeltaTable, Rows | None]] = []
     for own in (site, site, other, None):
-        table = ops.SiteTable(site.out_features, site.in_features)
+        table = ops.DeltaTable(site.out_features, site.in_features)
         table.set(1, own)
         table.set(2, None if own is site else own)
         weight = torch.randn(site.out_features, site.in_features, generator=generator).bfloat16()
-        asked.append((weight, table, None if own is None else ops.Rows(slots)))
-    for found, alone in zip(ops.linear(x, asked), asked, strict=True):
+        asked.append((weight, table, None if own is None else Rows(slots)))
+    for found, alone in zip(ops.fused_linear(x, asked), asked, strict=True):
         assert torch.equal(found, linear(x, *alone))
-    assert ops.linear(x, []) == []
+    assert ops.fused_linear(x, []) == []
 
 
-@pytest.mark.skipif(ops.MOST_TOKENS == 0, reason="no kernel for this processor")
+@pytest.mark.skipif(ops.FUSED_TOKENS == 0, reason="no kernel for this processor")
 @pytest.mark.parametrize("columns", [2048, 2600])
 def test_a_token_gives_the_same_bits_in_long_rows(columns: int) -> None:
     generator = torch.Generator().manual_seed(columns)
-    weight, x = (torch.randn(rows, columns, generator=generator).bfloat16() for rows in (301, ops.MOST_TOKENS))
-    table = ops.SiteTable(301, columns)
-    for tokens in range(1, ops.MOST_TOKENS + 1):
+    weight, x = (torch.randn(rows, columns, generator=generator).bfloat16() for rows in (301, ops.FUSED_TOKENS))
+    table = ops.DeltaTable(301, columns)
+    for tokens in range(1, ops.FUSED_TOKENS + 1):
         found = linear(x[:tokens], weight, table)
         assert torch.equal(found[-1:], linear(x[tokens - 1 : tokens], weight, table))
 
 
 def test_rows_beyond_a_delta_are_not_merged() -> None:
-    site = Site("drawn", "quantized", (3, 8), torch.float32, sparse=Sparse(*map(torch.tensor, ([0] * 4, [], []))))
+    site = QuantizedSite(
+        name="drawn", shape=(3, 8), dtype=torch.float32, sparse=Sparse(*map(torch.tensor, ([0] * 4, [], [])))
+    )
     with pytest.raises((ValueError, FormatError)):
-        ops.merged(torch.zeros(1, 8), torch.zeros(4, 8), ops.matrix(site))
+        ops.merged_linear(torch.zeros(1, 8), torch.zeros(4, 8), ops.native_matrix(site))
 
 
 def test_a_base_product_refuses_too_many_tokens_and_other_shapes() -> None:
-    weight, table = torch.zeros(4, 8, dtype=torch.bfloat16), ops.SiteTable(4, 8)
+    weight, table = torch.zeros(4, 8, dtype=torch.bfloat16), ops.DeltaTable(4, 8)
     x = torch.zeros(1, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"17 tokens, at most \d+, found"):
         linear(x.repeat(17, 1), weight, table)
     with pytest.raises(ValueError, match=r"32 weights .* found \(8, 24, 1\)"):
         linear(x, weight[:3], table)
     with pytest.raises(ValueError, match=r"1 tokens, .* found \(8, 32, 2\)"):
-        linear(x, weight, table, ops.Rows([0, 0]))
+        linear(x, weight, table, Rows([0, 0]))
     with pytest.raises(ValueError, match="8 columns"):
-        ops.linear(x, [(weight, table, None), (torch.zeros(4, 9, dtype=torch.bfloat16), ops.SiteTable(4, 9), None)])
+        ops.fused_linear(
+            x, [(weight, table, None), (torch.zeros(4, 9, dtype=torch.bfloat16), ops.DeltaTable(4, 9), None)]
+        )
     with pytest.raises(ValueError, match="rows of at least 8 elements, found 7"):
         linear(x[:, :7], weight, table)
 
 
 def test_wrong_shapes_are_refused() -> None:
-    table = ops.SiteTable(8, 40)
+    table = ops.DeltaTable(8, 40)
     table.set(0, plain_site())
     with pytest.raises(ValueError, match="expected rows of 40 elements"):
-        ops.delta_linear(torch.zeros(2, 8), torch.zeros(2, 39), ops.Rows([0, 0]), table)
+        ops.delta_linear(torch.zeros(2, 8), torch.zeros(2, 39), Rows([0, 0]), table)
     with pytest.raises(ValueError, match="expected 3 rows, found 2"):
-        ops.delta_linear(torch.zeros(2, 8), torch.zeros(2, 40), ops.Rows([0, 0, 0]), table)
+        ops.delta_linear(torch.zeros(2, 8), torch.zeros(2, 40), Rows([0, 0, 0]), table)
     with pytest.raises(ValueError, match="neighbouring"):
-        ops.delta_linear(torch.zeros(8, 2).T, torch.zeros(2, 40), ops.Rows([0, 0]), table)
+        ops.delta_linear(torch.zeros(8, 2).T, torch.zeros(2, 40), Rows([0, 0]), table)
     with pytest.raises(ValueError, match="float32"):
-        ops.delta_linear(torch.zeros(1, 8, dtype=torch.float64), torch.zeros(1, 40), ops.Rows([0]), table)
+        ops.delta_linear(torch.zeros(1, 8, dtype=torch.float64), torch.zeros(1, 40), Rows([0]), table)
 
 
 def test_a_forked_process_works_alone() -> None:
-    table = ops.SiteTable(1024, 1024)
+    table = ops.DeltaTable(1024, 1024)
     codes = torch.randint(0, 4, (1024, 1024)).to(torch.uint8)
     part = Part(2, 1.5, reference.pack(codes, 2), torch.ones(1024, 1).half())
-    table.set(0, Site("big", "quantized", (1024, 1024), torch.float32, (part,)))
-    x, rows = torch.randn(1, 1024), ops.Rows([0])
+    table.set(0, QuantizedSite(name="big", shape=(1024, 1024), dtype=torch.float32, parts=(part,)))
+    x, rows = torch.randn(1, 1024), Rows([0])
     y, again = torch.zeros(1, 1024), torch.zeros(1, 1024)
     ops.delta_linear(y, x, rows, table)
 
@@ -316,7 +321,7 @@ def test_a_site_whose_tensors_do_not_fit_is_refused() -> None:
     for starts in ([0, 1, 2], [0, 2, 1, 3], [0, 1, 1, 4]):
         sparse = Sparse(torch.tensor(starts).int(), gaps, values)
         with pytest.raises(FormatError, match="rows of sparse entries"):
-            ops.matrix(Site("broken", "quantized", (3, 40), torch.float32, sparse=sparse))
+            ops.native_matrix(QuantizedSite(name="broken", shape=(3, 40), dtype=torch.float32, sparse=sparse))
     some = Part(2, 1.5, site.parts[0].codes, site.parts[0].scales, rows=torch.arange(8).int())
     for parts, what in (
         ((short,), "bytes of codes"),
@@ -324,4 +329,4 @@ def test_a_site_whose_tensors_do_not_fit_is_refused() -> None:
         ((site.parts[0], some), "row 0 in two"),
     ):
         with pytest.raises(FormatError, match=what):
-            ops.matrix(Site("broken", "quantized", (8, 40), torch.float32, parts=parts))
+            ops.native_matrix(QuantizedSite(name="broken", shape=(8, 40), dtype=torch.float32, parts=parts))

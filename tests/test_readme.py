@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meswitch.demo.family import Family
+from meswitch.demo.paths import Family
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

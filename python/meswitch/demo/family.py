@@ -23,58 +23,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from meswitch.demo import smol, tiny
-from meswitch.demo.corpus import DOMAINS
-from meswitch.demo.display import Progress, display, quiet_transformers
+from meswitch.demo.paths import Family
+from meswitch.progress import ProgressCallback
+from meswitch.terminal.progress import show_progress
 
 RECIPE = 1  # counts up whenever the same settings would train something else
 FAMILIES: dict[str, tiny.Settings | smol.Settings] = {"tiny": tiny.Settings(), "smol": smol.Settings()}
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family lies."""
-
-    root: Path
-
-    @property
-    def base(self) -> Path:
-        return self.root / "base"
-
-    @property
-    def experts(self) -> dict[str, Path]:
-        """The full fine-tunes, by name."""
-        return {name: self.root / "finetunes" / name for name in DOMAINS}
-
-    @property
-    def heldout(self) -> dict[str, Path]:
-        """Text of each domain that no model of the family saw."""
-        return {name: self.root / "heldout" / f"{name}.jsonl" for name in DOMAINS}
-
-    @property
-    def calibration(self) -> dict[str, Path]:
-        """Text of each domain that the fine-tune was trained on."""
-        return {name: self.root / "calibration" / f"{name}.jsonl" for name in DOMAINS}
-
-    @property
-    def chat(self) -> bool:
-        """Whether its models are asked in conversations."""
-        told: dict[str, Any] = json.loads((self.root / "family.json").read_text(encoding="utf-8"))
-        return bool(told.get("chat", False))
-
-    @property
-    def prompts(self) -> Path:
-        return self.root / "prompts.jsonl"
-
-    @property
-    def heldout_prompts(self) -> Path:
-        return self.root / "heldout_prompts.jsonl"
 
 
 def cache_folder() -> Path:
@@ -84,10 +44,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meswitch"
 
 
-def family(name: str = "tiny", *, seed: int = 0, progress: Progress | None = None) -> Family:
+def family(name: str = "tiny", *, seed: int = 0, progress: ProgressCallback | None = None) -> Family:
     """The family of this name, trained now unless the cache has it.
 
-    `progress` is called with (what, done, total); without one, training shows itself on stderr.
+    Without `progress`, training shows itself on stderr.
     Raises `ValueError` for a name that is none, `DataError` where Python came without its source files.
     """
     if name not in FAMILIES:
@@ -99,7 +59,7 @@ def family(name: str = "tiny", *, seed: int = 0, progress: Progress | None = Non
         root.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{root}.lock"):
             if not root.exists():
-                with _whole_or_nothing(root) as partial, quiet_transformers(), display(progress) as shown:
+                with _whole_or_nothing(root) as partial, show_progress(progress, keep=True) as shown:
                     started = time.monotonic()
                     settings.train(Family(partial), seed, shown)
                     _report(partial, settings, seed, time.monotonic() - started)

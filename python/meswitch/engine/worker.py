@@ -14,115 +14,33 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    LogitsProcessorList,
-)
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessorList,
-)
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from meswitch import attention, scheduling
+from meswitch.batching import attention
+from meswitch.batching.bridge import _Silent, check_supported
+from meswitch.batching.cache import CachePlan, cache_geometry, plan_cache
+from meswitch.batching.sampler import RequestSampler
+from meswitch.batching.scheduler import BASE, Seat
+from meswitch.batching.scheduler import NAME as SCHEDULER
 from meswitch.engine.request import Request
-from meswitch.errors import (
-    BudgetError,
-    CheckpointError,
-    MeswitchError,
-    RequestError,
-    UnsupportedModelError,
-)
-from meswitch.experts import ExpertPool
-from meswitch.layers import ExpertLayers
+from meswitch.errors import BudgetError, MeswitchError, RequestError
+from meswitch.experts.pool import ExpertPool
+from meswitch.huggingface.config import context_limit
+from meswitch.huggingface.models import load_model
+from meswitch.kernels.select import select_kernels
+from meswitch.layers.install import ExpertLayers
 
 _log = logging.getLogger(__name__)
-
 T = TypeVar("T")
-
 _DEFAULT_KV_BYTES = 2**30
-
-
-def context_limit(config: Any) -> tuple[int, str]:
-    """The most tokens (prompt and answer) one request may have under this text config, and why."""
-    limit, why = getattr(config, "max_position_embeddings", None) or 2**31 - 1, "the model's context"
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]:
-        kind = str(parameters.get("rope_type", "default"))
-        if kind == "longrope":
-            original = parameters.get("original_max_position_embeddings") or limit
-            if original < limit:
-                limit, why = original, f"beyond it rope type {kind!r} would change the batch's other requests"
-    return int(limit), why
-
-
-def check_supported(config: Any, model: Any) -> None:
-    """Raises `UnsupportedModelError` for what continuous batching would answer wrongly.
-
-    `model`: the model, its class, or none.
-    """
-    name = config.model_type if model is None else getattr(model, "__name__", type(model).__name__)
-    text = config.get_text_config(decoder=True)
-    reason = None
-    if config.is_encoder_decoder:
-        reason = "it is an encoder-decoder model"
-    elif getattr(model, "_is_stateful", False):
-        reason = "its state is more than a cache of keys and values"
-    elif not getattr(model, "_supports_attention_backend", False):
-        reason = "its attention ignores the paged cache (no attention backend)"
-    elif getattr(text, "num_kv_shared_layers", 0):
-        reason = "its layers share keys and values"
-    elif getattr(text, "kv_lora_rank", None) is not None:
-        reason = "its keys and values are latent (kv_lora_rank)"
-    if reason is not None:
-        raise UnsupportedModelError(f"{name} cannot run under continuous batching: {reason}")
-    scheduling.cache_geometry(text, torch.float32)
-
-
-def load_base(folder: Path, dtype: Any) -> Any:
-    """The base as transformers loads it. Raises `CheckpointError` or `UnsupportedModelError`."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: expected a checkpoint with config.json, found none")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(f"{folder}: transformers does not know this model: {error}") from error
-    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if config.is_encoder_decoder or kind is not None:
-        check_supported(config, kind)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        if kind is None:
-            raise UnsupportedModelError(f"{config.model_type}: not a causal language model: {error}") from error
-        raise CheckpointError(f"{folder}: expected a whole checkpoint: {error}") from error
-    model, loading = loaded
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{folder}: expected every parameter, found none for {missing[0]} ({len(missing)} missing)"
-        )
-    check_supported(model.config, model)
-    return model
 
 
 def generation_config(**settings: Any) -> GenerationConfig:
     return GenerationConfig(**settings)
-
-
-class _Silent:
-    """Stands in for transformers' output router: the engine takes tokens from the step itself."""
-
-    def deliver(self, output: Any) -> None: ...
-
-    def deliver_batch(self, outputs: Any) -> None: ...
-
-    def fail_and_deliver(self, state: Any, error: Exception) -> None: ...
 
 
 @dataclass
@@ -130,6 +48,8 @@ class Settings:
     base: Path
     dtype: Any
     exact: bool
+    kernels: str
+    device: str
     host_budget: int | None
     kv_budget: int | None
     max_batch_tokens: int
@@ -219,10 +139,11 @@ class Worker(threading.Thread):
 
     def _load(self) -> None:
         settings = self.settings
-        model = load_base(settings.base, settings.dtype)
+        model = load_model(settings.base, settings.dtype or "auto", check=check_supported)
         self.model = model.eval().requires_grad_(False)
         self.text_config = model.config.get_text_config(decoder=True)
-        self.layers = ExpertLayers(model, exact=settings.exact)
+        kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
+        self.layers = ExpertLayers(model, kernels)
         self.pool = ExpertPool(self.layers, settings.base, self.text_config, budget=settings.host_budget)
         self._start_batching()
 
@@ -232,7 +153,7 @@ class Worker(threading.Thread):
         manager: ContinuousBatchingManager = self.model.init_continuous_batching(
             generation_config=generation_config(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
-                scheduler_type=scheduling.NAME,
+                scheduler_type=SCHEDULER,
                 page_size=plan.page_size,
                 num_blocks=plan.blocks,
                 max_batch_tokens=plan.max_batch_tokens,
@@ -244,7 +165,7 @@ class Worker(threading.Thread):
                 seed=0,
             ),
         )
-        self.sampler = scheduling.RequestSampler()
+        self.sampler = RequestSampler()
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self.sampler]))
         processors.tensors_required = 1  # it counts only those it converted itself
         manager.logit_processor = processors
@@ -267,14 +188,14 @@ class Worker(threading.Thread):
         self.kv_tokens = infer_max_single_request_tokens(self.processor.cache)
         self.plan = plan
 
-    def _plan_cache(self) -> scheduling.CachePlan:
+    def _plan_cache(self) -> CachePlan:
         steps = self.settings.max_batch_tokens
-        geometry = scheduling.cache_geometry(self.text_config, self.model.dtype)
+        geometry = cache_geometry(self.text_config, self.model.dtype)
         budget = self.settings.kv_budget
         if budget is None:
             tokens = max(4 * context_limit(self.text_config)[0], 8192)
             budget = min(geometry.need(tokens, steps), max(_DEFAULT_KV_BYTES, geometry.need(512, steps)))
-        return scheduling.plan_cache(self.text_config, self.model.dtype, budget, max_batch_tokens=steps)
+        return plan_cache(self.text_config, self.model.dtype, budget, max_batch_tokens=steps)
 
     def plainly(self, function: Callable[[], T]) -> T:
         """Runs `function` on the base as it is outside continuous batching, between steps."""
@@ -330,7 +251,7 @@ class Worker(threading.Thread):
 
     def _start(self, request: Request) -> None:
         expert = request.expert
-        seat = scheduling.Seat() if expert is None else scheduling.Seat(expert.slot or 0, expert.salt)
+        seat = Seat() if expert is None else Seat(expert.slot or 0, expert.salt)
         self.live[request.id] = request
         self.scheduler.seats[request.id] = seat
         self.sampler.draws[request.id] = request.draw
@@ -366,7 +287,7 @@ class Worker(threading.Thread):
         kept = self.scheduler.kept_slots()
         tokens = self.scheduler.token_slots()
         self.step_tokens += len(tokens)
-        if any(slot != scheduling.BASE for slot in tokens):
+        if any(slot != BASE for slot in tokens):
             self.layers.step.begin(tokens, kept)
 
     def _token(self, state: RequestState) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meswitch.calibration import json_lines, string_field
 from meswitch.errors import DataError
+from meswitch.huggingface.text import json_lines, string_field
 
 BASE = "base"
 """The label of prompts that no expert should get."""

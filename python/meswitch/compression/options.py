@@ -1,0 +1,74 @@
+"""What may be asked of a compress: one object for the library, the command line and the journal."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from meswitch.compression.presets import PRESETS, Preset, override_bits
+from meswitch.reference import BITS
+
+METHODS = ("preset", "auto")
+Method: TypeAlias = Literal["preset", "auto"]
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """How a fine-tune is compressed.
+
+    `preset`: a name in `PRESETS`, or one of your own. `bits` (1, 2, 3, 4 or 8) overrides it for every site,
+    `embedding_bits` for embeddings and head. Method `auto` chooses bits, rank, groups and salient channels site by
+    site instead, so that manifest and tensors weigh at most `target_bytes`, or `bpw` bits a weight (either means
+    `auto`), or what the preset would. `compensate`: let codes make up for one another's errors (GPTQ, arXiv
+    2210.17323) where the preset's rules say so and there is calibration.
+
+    Raises `ValueError` for an unknown preset, method or number of bits, or options that exclude each other.
+
+    >>> CompressOptions(bpw=1.5).chooses_per_site
+    True
+    """
+
+    preset: str | Preset = "default"
+    bits: int | None = None
+    embedding_bits: int | None = None
+    method: Method = "preset"
+    bpw: float | None = None
+    target_bytes: int | None = None
+    compensate: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.preset, str) and self.preset not in PRESETS:
+            raise ValueError(f"expected a preset of {', '.join(PRESETS)}, found {self.preset!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"expected a method of {', '.join(METHODS)}, found {self.method!r}")
+        for bits in (self.bits, self.embedding_bits):
+            if bits is not None and bits not in BITS:
+                raise ValueError(f"expected 1, 2, 3, 4 or 8 bits, found {bits}")
+        if self.bpw is not None and self.target_bytes is not None:
+            raise ValueError(f"expected bits a weight or bytes, found both: {self.bpw}, {self.target_bytes}")
+        bpw_in_range = self.bpw is None or 0 < self.bpw < math.inf
+        if not bpw_in_range or (self.target_bytes is not None and self.target_bytes < 1):
+            found = self.bpw if self.target_bytes is None else self.target_bytes
+            raise ValueError(f"expected a target above 0, found {found}")
+        if self.chooses_per_site and (self.bits is not None or self.embedding_bits is not None):
+            raise ValueError(
+                "expected a target or numbers of bits, found both: "
+                f"bits {self.bits}, embedding_bits {self.embedding_bits}"
+            )
+
+    @property
+    def chooses_per_site(self) -> bool:
+        """Whether every site gets a form of its own, within a target of bytes."""
+        return self.method == "auto" or self.bpw is not None or self.target_bytes is not None
+
+    @property
+    def label(self) -> str:
+        """The preset's name, `custom` for one of your own."""
+        return self.preset if isinstance(self.preset, str) else "custom"
+
+    @property
+    def rules(self) -> Preset:
+        """The preset with `bits` and `embedding_bits` applied."""
+        preset = PRESETS[self.preset] if isinstance(self.preset, str) else self.preset
+        return override_bits(preset, self.bits, self.embedding_bits)

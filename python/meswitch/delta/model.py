@@ -1,0 +1,44 @@
+"""An expert as a model of its own, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from meswitch.delta.directory import Delta
+from meswitch.delta.restoration import rebuild
+from meswitch.errors import FormatError
+from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.huggingface.models import built, skeleton
+from meswitch.site import Site
+
+
+class _LazyWeight:
+    """A site's weight, rebuilt when transformers asks for it (`[...]`, as it asks a safetensors slice)."""
+
+    def __init__(self, base: Checkpoint, site: Site) -> None:
+        self._base, self._site = base, site
+
+    def __getitem__(self, _: object) -> Tensor:
+        # A copy: the model must outlive the mapped files.
+        return rebuild(self._site, self._base, rounded=False).to(torch.float32, copy=True)
+
+
+def expert_model(base: Checkpoint, delta: Delta, sites: Mapping[str, Site] | None = None) -> Any:
+    """The expert in float32, as exact arithmetic serves it, built one weight at a time.
+
+    `sites`: others than the delta's own. Raises `FormatError` where weights are missing.
+    """
+    sites = delta.sites if sites is None else sites
+    state = {name: _LazyWeight(base, site) for name, site in sites.items()}
+    config = AutoConfig.from_pretrained(delta.path)
+    model, missing = built(type(skeleton(delta.path)), None, torch.float32, config=config, state_dict=state)
+    if missing:
+        raise FormatError(
+            f"expected every weight of the model, found {len(missing)} missing: {missing[0]}: {delta.path}"
+        )
+    return model

@@ -1,0 +1,94 @@
+"""From a delta back to ordinary parameters, and to an ordinary checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from meswitch import reference
+from meswitch.delta.directory import TENSORS, Delta
+from meswitch.errors import FormatError
+from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.progress import ProgressCallback, ProgressMeter
+from meswitch.site import ReplacedSite, Site
+
+
+def rebuild(site: Site, base: Checkpoint, *, rounded: bool = True) -> Tensor:
+    """The parameter of a site on the base's own, rounded to the fine-tune's dtype or, unless `rounded`, in float32.
+
+    A replaced site does not read the base. May be a view of a mapped file.
+    """
+    if isinstance(site, ReplacedSite):
+        return site.value
+    own = base.tensor(site.name)
+    return reference.restored(site, own) if rounded else reference.served(site, own)
+
+
+def restore(
+    base: str | Path,
+    delta: str | Path,
+    out: str | Path,
+    *,
+    shard_bytes: int = 4 << 30,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Writes an ordinary checkpoint: base plus delta, in the fine-tune's shapes and dtypes, with its tokenizer.
+
+    Memory holds one file at a time, of about `shard_bytes` at the most. `progress` counts weights.
+
+    Raises `BaseMismatchError` for another base, `FormatError` where `out` stands already.
+    """
+    opened, checkpoint, target = Delta.open(delta), Checkpoint.open(base), Path(out)
+    opened.check_base(checkpoint)
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise FormatError(f"expected a new folder to write to, found {target}", hint="choose another folder")
+    partial = target.with_name(f".{target.name}.incomplete")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for file in opened.manifest["files"]:
+            if file != TENSORS:
+                shutil.copyfile(opened.path / file, partial / file)
+        _write_shards(partial, opened, checkpoint, shard_bytes, ProgressMeter(progress, "restoring", opened.parameters))
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_shards(folder: Path, delta: Delta, base: Checkpoint, shard_bytes: int, meter: ProgressMeter) -> None:
+    shards = _shards(delta, shard_bytes)
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        single = len(shards) == 1
+        file = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            meter.advance(0, name)
+            # A copy: safetensors refuses tensors that share memory, as views of one mapped file do.
+            tensors[name] = rebuild(delta.sites[name], base).clone(memory_format=torch.contiguous_format)
+            meter.advance(delta.sites[name].parameters)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(site.parameters * site.dtype.itemsize for site in delta.sites.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+        (folder / "model.safetensors.index.json").write_text(text)
+
+
+def _shards(delta: Delta, shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, site in delta.sites.items():
+        size += site.parameters * site.dtype.itemsize
+        if size > shard_bytes and shards[-1]:
+            shards.append([])
+            size = site.parameters * site.dtype.itemsize
+        shards[-1].append(name)
+    return shards

@@ -1,0 +1,74 @@
+"""One expert, and which names and folders are safe for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from meswitch.errors import ExpertNameError
+from meswitch.site import Site
+
+RESERVED = ("base", "auto")
+
+
+def check_name(name: object) -> str:
+    """The name, if it is a safe one for an expert. Raises `ExpertNameError`.
+
+    >>> check_name("maths-v2")
+    'maths-v2'
+    """
+    if not isinstance(name, str) or not name:
+        raise ExpertNameError(f"an expert's name is text that is not empty, found {name!r}")
+    reason = None
+    if name in RESERVED:
+        reason = f"{name!r} is reserved"
+    elif "/" in name or "\\" in name or ".." in name:
+        reason = "'/', '\\' and '..' are not allowed"
+    elif name.startswith("."):
+        reason = "a leading '.' is not allowed"
+    elif any(not character.isprintable() for character in name):
+        reason = "control characters are not allowed"
+    if reason is not None:
+        raise ExpertNameError(f"{reason} in an expert's name, found {name!r}", hint="rename the expert")
+    return name
+
+
+def check_folder(folder: Path) -> Path:
+    """`folder`, if it does not lead out of its parent by a symbolic link. Raises `ExpertNameError`."""
+    if folder.is_symlink() and folder.resolve().parent != folder.parent.resolve():
+        raise ExpertNameError(
+            f"a symbolic link that leads out of {folder.parent}: {folder.name}",
+            hint="pass the expert as {name: path} if that is meant",
+        )
+    return folder
+
+
+@dataclass(eq=False)
+class Expert:
+    """One fine-tune that requests can name."""
+
+    name: str
+    path: Path | None = None
+    delta: Any = None
+    config: Any = None
+    error: Exception | None = None
+    tied: bool = True
+    vocabulary: int = 0  # token ids it reads
+    outputs: int = 0  # token ids it can answer with
+    salt: int = 0
+    slot: int | None = None
+    uses: int = 0
+    pins: int = 0
+    served: int = 0
+    retired: bool = False
+    extras: dict[str, Any] = field(default_factory=dict)  # what the engine keeps beside it: tokenizer and the like
+
+    @property
+    def sites(self) -> Iterable[Site]:
+        return () if self.delta is None else self.delta.sites.values()
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.delta is None else int(self.delta.nbytes)

@@ -1,0 +1,77 @@
+"""Which fields of a config change what a model computes.
+
+Two checkpoints share the base's modules only where none does. Whatever is not known to be harmless counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Read by tokenizers, generation, training or tools, or settled by the weights' own names and shapes.
+HARMLESS = frozenset(
+    """
+    _attn_implementation_autoset _name_or_path architectures attention_dropout attn_pdrop auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping embd_pdrop embedding_dropout
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob id2label init_std
+    initializer_range label2id layerdrop length_penalty max_length max_position_embeddings min_length name_or_path
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
+    quantization_config remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate
+    router_aux_loss_coef router_jitter_noise sep_token_id summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache vocab_size
+    """.split()
+)
+# What a config resolves into `layer_types` when it is loaded.
+_RESOLVED = ("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern")
+
+
+def text_config(folder: str | Path) -> Any:
+    """The config of a checkpoint's decoder, defaults and old spellings resolved by transformers.
+
+    Raises `OSError` or `ValueError` where there is none that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
+
+
+def config_changes(base: Mapping[str, Any], expert: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields of two loaded configs that differ and may matter to a forward pass: base's value, expert's value.
+
+    >>> config_changes({"rms_norm_eps": 1e-6, "use_cache": True}, {"rms_norm_eps": 1e-5, "use_cache": False})
+    {'rms_norm_eps': (1e-06, 1e-05)}
+    """
+    missing = object()
+    names = (base.keys() | expert.keys()) - HARMLESS
+    if "layer_types" in base and "layer_types" in expert:
+        names -= set(_RESOLVED)
+    if not all(re.fullmatch("default|linear|llama3|none", kind) for kind in _rope_types(base)):
+        names.add("max_position_embeddings")  # these derive frequencies from it
+    differing = sorted(name for name in names if base.get(name, missing) != expert.get(name, missing))
+    return {name: (base.get(name), expert.get(name)) for name in differing}
+
+
+def _rope_types(config: Mapping[str, Any]) -> set[str]:
+    rope = config.get("rope_parameters") or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return {str(one.get("rope_type", "default")) for one in nested or [rope]}
+
+
+def context_limit(config: Any) -> tuple[int, str]:
+    """The most tokens (prompt and answer) that one request may have under this text config, and why."""
+    limit, why = getattr(config, "max_position_embeddings", None) or 2**31 - 1, "the model's context"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]:
+        kind = str(parameters.get("rope_type", "default"))
+        if kind == "longrope":
+            original = parameters.get("original_max_position_embeddings") or limit
+            if original < limit:
+                limit, why = original, f"beyond it rope type {kind!r} would change the batch's other requests"
+    return int(limit), why

@@ -1,0 +1,158 @@
+"""The wrapped modules of one model: where each site of an expert goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from meswitch.errors import UnsupportedModelError
+from meswitch.huggingface.names import ParameterNames
+from meswitch.kernels.protocol import Kernels
+from meswitch.layers.embedding import EmbeddingWrapper
+from meswitch.layers.head import HeadWrapper
+from meswitch.layers.linear import LinearWrapper
+from meswitch.layers.step import Step
+from meswitch.layers.vector import VectorWrapper
+from meswitch.layers.wrapper import Wrapper
+from meswitch.site import SharedSite, Site
+
+
+class ExpertLayers:
+    """The wrapped modules of one model, and the step they share.
+
+    `check` raises `UnsupportedModelError` or `ArchitectureError` naming the site. After it `install` raises only
+    `FormatError`, for tensors of a site that do not fit each other.
+    """
+
+    def __init__(self, model: Any, kernels: Kernels) -> None:
+        self.model, self.kernels = model, kernels
+        self.step = Step(model.get_input_embeddings().weight.device)
+        self.embedding: nn.Module = model.get_input_embeddings()
+        self.head: nn.Module | None = model.get_output_embeddings()
+        self.kept = bool(model._supports_logits_to_keep())
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._names = {id(module): name for name, module in reversed(self._modules.items())}
+        self._parameter_names = ParameterNames(model)
+        self._wrappers: dict[str, Wrapper] = {}
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the base's embedding table."""
+        return int(self.embedding.num_embeddings)  # type: ignore[arg-type]
+
+    @property
+    def tied(self) -> bool:
+        return self.head is not None and self.head.weight is self.embedding.weight
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the base's lm_head."""
+        return int(self.head.out_features) if self.head is not None else self.vocabulary  # type: ignore[arg-type]
+
+    def vocabulary_of(self, sites: Iterable[Site], *, tied: bool) -> tuple[int, int]:
+        """Token ids that the fine-tune behind `sites` reads, and those it can answer with."""
+        sites = list(sites)
+        reads, answers = self.vocabulary, self.outputs
+        for site in sites:
+            module, leaf = self._find(site.name)
+            if module is self.embedding:
+                reads = site.shape[0]
+            elif module is self.head and leaf == "weight":
+                answers = site.shape[0]
+        return reads, answers if self._has_own_head(sites, tied) else reads
+
+    def check(self, sites: Iterable[Site], *, tied: bool) -> None:
+        """Raises where one of `sites` cannot be served; `tied` says whether the fine-tune ties lm_head."""
+        for wrapper, leaf, site in self._targets(sites, tied):
+            wrapper.check(leaf, site)
+
+    def install(self, slot: int, sites: Iterable[Site], *, tied: bool) -> None:
+        sites = list(sites)
+        for wrapper, leaf, site in self._targets(sites, tied):
+            self._attach(wrapper)
+            wrapper.set(slot, leaf, site)
+        if not self.tied and self.head is not None and not self._has_own_head(sites, tied):
+            head = self._wrapper(self._names[id(self.head)])
+            assert isinstance(head, HeadWrapper)
+            self._attach(head)
+            head.tie(slot)
+
+    def remove(self, slot: int) -> None:
+        for name, wrapper in list(self._wrappers.items()):
+            if slot in wrapper.slots:
+                wrapper.clear(slot)
+            if not wrapper.slots:
+                wrapper.detach()
+                del self._wrappers[name]
+
+    def _attach(self, wrapper: Wrapper) -> None:
+        if wrapper.name not in self._wrappers:
+            wrapper.attach()
+            self._wrappers[wrapper.name] = wrapper
+
+    def _find(self, name: str) -> tuple[nn.Module | None, str]:
+        """The one module that owns parameter `name`, with or without the model's prefix."""
+        leaf = name.rpartition(".")[2]
+        owners: dict[int, nn.Module] = {}
+        for spelling in self._parameter_names.spellings(name):
+            path, _, leaf = spelling.rpartition(".")
+            module = self._modules.get(path)
+            if module is not None and (leaf in module._parameters or (leaf == "weight" and hasattr(module, leaf))):
+                owners[id(module)] = module
+        if len(owners) > 1:
+            raise UnsupportedModelError(f"{name}: expected one parameter of that name, found {len(owners)}")
+        return (next(iter(owners.values())) if owners else None), leaf
+
+    def _nearest(self, name: str) -> str:
+        """The type of the innermost module on the way to parameter `name`."""
+        paths = self._parameter_names.spellings(name)
+        while not (found := [path for path in paths if path in self._modules]):
+            paths = tuple(path.rpartition(".")[0] for path in paths)
+        return type(self._modules[found[0]]).__name__
+
+    def _targets(self, sites: Iterable[Site], tied: bool) -> list[tuple[Wrapper, str, Site]]:
+        """Every (wrapper, parameter, site); a tied fine-tune's embedding site serves lm_head as well."""
+        sites = list(sites)
+        own_head = self._has_own_head(sites, tied)
+        fresh: dict[str, Wrapper] = {}
+        targets: list[tuple[Wrapper, str, Site]] = []
+
+        def add_target(module: nn.Module, leaf: str, site: Site) -> None:
+            name = self._names[id(module)]
+            if name not in fresh:
+                fresh[name] = self._wrapper(name)
+            targets.append((fresh[name], leaf, site))
+
+        for site in sites:
+            module, leaf = self._find(site.name)
+            if isinstance(site, SharedSite):
+                continue
+            if module is None or getattr(module, leaf, None) is None:
+                raise UnsupportedModelError(
+                    f"{site.name}: the base's {self._nearest(site.name)} has no such parameter",
+                    hint="a delta changes parameters that stand alone; MoE experts are stored together",
+                )
+            add_target(module, leaf, site)
+            if module is self.embedding and self.head is not None and not own_head:
+                add_target(self.head, leaf, site)
+        return targets
+
+    def _has_own_head(self, sites: Iterable[Site], tied: bool) -> bool:
+        """Whether lm_head has a site of its own, or is the base's; otherwise it is the fine-tune's
+        embeddings."""
+        return not tied or any(self._find(site.name) == (self.head, "weight") for site in sites)
+
+    def _wrapper(self, name: str) -> Wrapper:
+        if name in self._wrappers:
+            return self._wrappers[name]
+        module = self._modules[name]
+        if module is self.head:
+            return HeadWrapper(name, module, self.step, self.kernels, self.embedding, kept=self.kept)
+        if isinstance(module, nn.Embedding):
+            return EmbeddingWrapper(name, module, self.step, self.kernels)
+        if isinstance(module, nn.Linear | Conv1D):
+            return LinearWrapper(name, module, self.step, self.kernels)
+        return VectorWrapper(name, module, self.step, self.kernels)

@@ -1,0 +1,123 @@
+"""Norms, and whatever else computes with small parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meswitch.errors import UnsupportedModelError
+from meswitch.kernels.protocol import Kernels
+from meswitch.layers.bank import Bank
+from meswitch.layers.step import Step
+from meswitch.layers.wrapper import Wrapper
+from meswitch.reference import restored
+from meswitch.site import Site
+
+
+class VectorWrapper(Wrapper):
+    """A module whose parameters are vectors, or small matrices, that it applies to each token alike.
+
+    It runs with one value of them per token, gathered from a `Bank` by slot. `check` tries that on random tokens and
+    refuses a module that computes something else then.
+    """
+
+    def __init__(self, name: str, module: nn.Module, step: Step, kernels: Kernels) -> None:
+        super().__init__(name, module, step, kernels)
+        self.banks: dict[str, Bank] = {}
+
+    def check(self, leaf: str, site: Site) -> None:
+        parameter: Tensor = getattr(self.module, leaf)
+        if tuple(parameter.shape) != tuple(site.shape):
+            raise self.shape_mismatch(site, tuple(parameter.shape), tuple(site.shape))
+        if parameter.dim() > 2 or not self._probe(leaf, parameter):
+            raise UnsupportedModelError(
+                f"{site.name}: no way to give each request its own {leaf} {tuple(parameter.shape)} "
+                f"in a module of type {type(self.module).__name__}"
+            )
+
+    def set(self, slot: int, leaf: str, site: Site) -> None:
+        self.slots.add(slot)
+        base: Tensor = getattr(self.module, leaf)
+        if leaf not in self.banks:
+            self.banks[leaf] = Bank(base)
+        self.banks[leaf].set(slot, restored(site, base.detach().cpu()))
+
+    def clear(self, slot: int) -> None:
+        super().clear(slot)
+        for bank in self.banks.values():
+            bank.clear(slot)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = self.step.tokens
+        if not self.active(rows):
+            return self.base_forward(x, *args, **kwargs)
+        if rows.only_slot is not None:  # all tokens belong to one expert, so the number of rows does not matter
+            only = {leaf: bank.value(rows.only_slot) for leaf, bank in self.banks.items()}
+            return self._with(only, x, *args, **kwargs)
+        values = {leaf: bank.gather(rows, self.step.last_slot) for leaf, bank in self.banks.items()}
+        return self._run(values, x, *args, **kwargs)
+
+    def _run(self, values: Mapping[str, Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module on `x`, each token with its own row of `values [T, ...]`."""
+        shaped = {leaf: self._per_token(value, x) for leaf, value in values.items()}
+        if type(self.module) in (nn.LayerNorm, nn.RMSNorm):
+            return self._normalized(shaped, x)
+        return self._with(shaped, x, *args, **kwargs)
+
+    def _with(self, values: Mapping[str, Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module on `x`, with these parameters."""
+        parameters = self.module._parameters
+        own = {leaf: parameters[leaf] for leaf in values}
+        parameters.update(values)  # type: ignore[arg-type]
+        try:
+            return self.base_forward(x, *args, **kwargs)
+        finally:
+            parameters.update(own)
+
+    def _normalized(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """torch's own norms check the shape of their parameters, so these are applied outside, in float32."""
+        module = self.module
+        if isinstance(module, nn.LayerNorm):
+            y = F.layer_norm(x.float(), module.normalized_shape, None, None, module.eps)
+        else:
+            assert isinstance(module, nn.RMSNorm)
+            eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+            y = F.rms_norm(x.float(), list(module.normalized_shape), None, eps)
+        weight, bias = values.get("weight", module.weight), values.get("bias", getattr(module, "bias", None))
+        y = y if weight is None else y * weight.float()
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    def _per_token(self, value: Tensor, x: Tensor) -> Tensor:
+        """`value [T, *own]` shaped to broadcast over `x`, whose axes before `own` hold the tokens once."""
+        own = value.dim() - 1
+        lead = x.shape[: x.dim() - own]
+        axes = [axis for axis, size in enumerate(lead) if size == value.shape[0]]
+        if not axes or tuple(x.shape[x.dim() - own :]) != tuple(value.shape[1:]):
+            self.expect_rows(x[..., 0].numel() if x.dim() else 0, self.step.tokens)
+            axes = axes or [0]
+        axis = max(axes, key=lambda a: x.stride(a))  # tokens lie outermost in memory, heads within them
+        shape = [1] * len(lead)
+        shape[axis] = value.shape[0]
+        return value.view(*shape, *value.shape[1:])
+
+    def _probe(self, leaf: str, parameter: Tensor) -> bool:
+        """Whether the module, given one value per token, computes what it would with each value in turn."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 5, *parameter.shape, generator=generator).to(parameter)
+        values = torch.randn(5, *parameter.shape, generator=generator).to(parameter)
+        own = self.module._parameters[leaf]
+        try:
+            together = self._run({leaf: values}, x)
+            apart = []
+            for token in range(5):
+                self.module._parameters[leaf] = values[token]  # type: ignore[assignment]
+                apart.append(self.base_forward(x[:, token : token + 1]))
+            return bool(torch.allclose(together.float(), torch.cat(apart, dim=1).float(), rtol=1e-2, atol=1e-2))
+        except Exception:  # whatever this module does with its parameter, it is not per token
+            return False
+        finally:
+            self.module._parameters[leaf] = own

@@ -1,0 +1,36 @@
+"""Numbers of bytes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from meswitch.errors import RequestError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_bytes(size: int | str | None, what: str) -> int | None:
+    """A number of bytes from an integer or text with a unit; `None` stays `None`. Raises `RequestError`.
+
+    >>> parse_bytes("1GiB", "kv_budget"), parse_bytes("1.5 MB", "kv_budget"), parse_bytes(4096, "kv_budget")
+    (1073741824, 1500000, 4096)
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
+    if isinstance(size, bool) or match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise RequestError(
+            f"{what}: expected a positive number of bytes, found {size!r}",
+            hint='write bytes or text such as "1GiB"',
+        )
+    return int(float(match[1]) * _UNITS[match[2]])

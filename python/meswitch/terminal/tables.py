@@ -1,0 +1,70 @@
+"""Tables, numbers and text as a person reads them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def write_text(text: str) -> None:
+    """To stdout at once, with what its encoding cannot say replaced."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def stdout_console() -> Console:
+    """A console on stdout that does not cut names to a width where nobody looks."""
+    return Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True)
+
+
+def make_table(*titles: str) -> Table:
+    """A plain table; a title that ends with ` >` makes its column right-aligned."""
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        right = title.endswith(" >")
+        table.add_column(title.removesuffix(" >"), justify="right" if right else "left", no_wrap=True)
+    return table
+
+
+def format_number(value: float | None, form: str) -> str:
+    """A number, `-` for none.
+
+    >>> format_number(0.5, "{:.1%}"), format_number(None, "{:.1%}")
+    ('50.0%', '-')
+    """
+    return "-" if value is None else form.format(value)
+
+
+def format_size(count: float) -> str:
+    """Bytes in units of 1000.
+
+    >>> format_size(999), format_size(1_500_000)
+    ('999 bytes', '1.5 MB')
+    """
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def shorten(text: str, width: int = 80, *, keep_end: bool = False) -> str:
+    """Text on one line of at most `width` characters.
+
+    >>> shorten("one two three", 8), shorten("one two three", 8, keep_end=True)
+    ('one two…', '…o three')
+    """
+    line = " ".join(text.split())
+    if len(line) <= width:
+        return line
+    return "…" + line[1 - width :] if keep_end else line[: width - 1] + "…"
