@@ -117,9 +117,9 @@ def test_stop_strings(shared: Engine) -> None:
 
 def test_special_tokens_as_stop_strings_and_end_of_sequence(shared: Engine) -> None:
     ids = shared.generate(PROMPT, expert="a", max_new_tokens=12, repetition_penalty=1.1).token_ids
-    request = shared._requests([PROMPT], "a", {"stop": "<a>"})[0]
+    request = shared._preparation.requests([PROMPT], "a", {"stop": "<a>"})[0]
     assert 261 in request.eos and 257 in request.eos and not request.tail.stops
-    shared._give_back([request])
+    shared._preparation.release([request])
     assert len(ids) == 12
 
 

@@ -140,19 +140,19 @@ def test_an_expert_beyond_the_budget_is_refused_with_the_sizes() -> None:
 def test_what_is_in_use_stays_open_when_removed_or_replaced() -> None:
     pool = pool_of()
     pool.discover({"a": "old"})
-    old = pool.hold("a")
+    old = pool.acquire("a")
     pool.admit(old)
     delta = old.delta
     new = pool.add("a", Path("new"))
     assert pool.get("a") is new and new.salt != old.salt
     assert not delta.closed and old.slot is not None
     pool.unpin(old)
-    pool.let_go(old)
+    pool.release(old)
     assert delta.closed and old.slot is None
-    held = pool.hold("a")
+    held = pool.acquire("a")
     pool.remove("a")
     assert not held.delta.closed
-    pool.let_go(held)
+    pool.release(held)
     assert held.delta is None
 
 

@@ -78,7 +78,7 @@ class RouterError(MeswitchError):
 
 
 class BackendError(MeswitchError, ValueError):
-    """`MESWITCH_BACKEND` names an instruction set that is unknown or that this processor lacks."""
+    """Kernels, an instruction set (`MESWITCH_BACKEND`) or a device that is unknown, or that this machine lacks."""
 
 
 class CudaUnavailableError(MeswitchError):

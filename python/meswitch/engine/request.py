@@ -17,9 +17,9 @@ from meswitch.experts.catalogue import Expert
 class Answer:
     """What a request came to.
 
-    `expert` is `"base"` where the base answered; `route` is the router's `Route` for `expert="auto"`.
-    `token_ids` are all generated ones, an end-of-sequence token included. `finish_reason`: `"stop"` (end of
-    sequence, or a stop string, which `text` leaves out) or `"length"`.
+    `expert` is `"base"` where the base answered; `route` is the router's `Route` for `expert="auto"`, `None` otherwise.
+    `token_ids` are all generated ones, an end-of-sequence token included. `finish_reason`: `"stop"` (end of sequence,
+    or a stop string, which `text` leaves out) or `"length"`.
     """
 
     text: str
@@ -31,16 +31,27 @@ class Answer:
 
 
 class Request:
-    """One prompt on its way through the engine. `pieces` ends with none; then there is `answer` or
-    `error`."""
+    """One prompt on its way through the engine.
+
+    Made on a caller's thread; from `Worker.submit` on it belongs to the engine's thread, which calls `accept` for each
+    token and then `finish` or `fail`, once. The caller reads `pieces`, which end with `None`, or waits for `result`.
+    """
 
     _ids = itertools.count()
 
-    def __init__(self, ids: list[int], expert: Expert | None, draw: Draw, limit: int, eos: set[int]) -> None:
+    def __init__(
+        self,
+        ids: list[int],
+        expert: Expert | None,
+        draw: Draw,
+        limit: int,
+        eos: set[int],
+        tail: TextTail,
+        route: Any = None,
+    ) -> None:
         self.id = f"request-{next(self._ids)}"
         self.ids, self.expert, self.draw, self.limit, self.eos = ids, expert, draw, limit, eos
-        self.route: Any = None
-        self.tail = TextTail(None, ())
+        self.tail, self.route = tail, route
         self.tokens: list[int] = []
         self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.done = threading.Event()
@@ -50,16 +61,13 @@ class Request:
         self._text: list[str] = []
 
     def accept(self, token: int) -> None:
+        """Adds a generated token, and hands out the text that it makes certain."""
         self.tokens.append(token)
         if token not in self.eos:
             self._emit(self.tail.push(token))
 
-    def _emit(self, piece: str) -> None:
-        if piece:
-            self._text.append(piece)
-            self.pieces.put(piece)
-
     def finish(self, reason: str) -> None:
+        """Ends the request with an answer."""
         self._emit(self.tail.finish())
         reason = "stop" if self.tail.stopped else reason
         name = "base" if self.expert is None else self.expert.name
@@ -67,16 +75,23 @@ class Request:
         self._end()
 
     def fail(self, error: BaseException) -> None:
+        """Ends the request with an error."""
         self.error = error
         self._end()
 
-    def _end(self) -> None:
-        self.pieces.put(None)
-        self.done.set()
-
     def result(self) -> Answer:
+        """Waits for the answer, or raises the request's error."""
         self.done.wait()
         if self.error is not None:
             raise self.error
         assert self.answer is not None
         return self.answer
+
+    def _emit(self, piece: str) -> None:
+        if piece:
+            self._text.append(piece)
+            self.pieces.put(piece)
+
+    def _end(self) -> None:
+        self.pieces.put(None)
+        self.done.set()

@@ -49,7 +49,7 @@ class Settings:
     dtype: Any
     exact: bool
     kernels: str
-    device: str
+    device: torch.device
     host_budget: int | None
     kv_budget: int | None
     max_batch_tokens: int
@@ -139,7 +139,7 @@ class Worker(threading.Thread):
 
     def _load(self) -> None:
         settings = self.settings
-        model = load_model(settings.base, settings.dtype or "auto", check=check_supported)
+        model = load_model(settings.base, settings.dtype or "auto", check=check_supported).to(settings.device)
         self.model = model.eval().requires_grad_(False)
         self.text_config = model.config.get_text_config(decoder=True)
         kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
@@ -330,7 +330,7 @@ class Worker(threading.Thread):
 
     def _let_go(self, request: Request) -> None:
         if request.expert is not None:
-            self.pool.let_go(request.expert)
+            self.pool.release(request.expert)
 
     def _fail(self, request: Request, error: BaseException) -> None:
         self.failed += 1

@@ -138,8 +138,8 @@ class ExpertPool:
                 raise expert.error.with_traceback(None)
             return expert
 
-    def hold(self, name: str) -> Expert:
-        """`get`, and the expert stays open until `let_go`."""
+    def acquire(self, name: str) -> Expert:
+        """`get`, and the expert stays open until it is released."""
         with self._lock:
             expert = self.get(name)
             expert.uses += 1
@@ -215,7 +215,8 @@ class ExpertPool:
     def unpin(self, expert: Expert) -> None:
         expert.pins -= 1
 
-    def let_go(self, expert: Expert) -> None:
+    def release(self, expert: Expert) -> None:
+        """Ends one use of an expert; a removed one that nobody uses is closed. On the engine's thread."""
         with self._lock:
             expert.uses -= 1
         self._close_if_done(expert)

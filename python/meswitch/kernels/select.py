@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import torch
 
-from meswitch.errors import BackendError
+from meswitch.errors import BackendError, CudaUnavailableError
 from meswitch.kernels.cpu import CpuKernels
 from meswitch.kernels.protocol import Kernels
 from meswitch.kernels.torch import TorchKernels
 
 BACKENDS = ("auto", "cpu", "torch")
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name. Raises `CudaUnavailableError` or `BackendError` where torch cannot use it.
+
+    >>> usable_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # torch raises what it likes for a device that it was not built for
+        hint = "`meswitch doctor` says what torch sees"
+        if str(name).startswith("cuda"):
+            raise CudaUnavailableError(
+                f"expected a device that torch can use, found {name!r}: {error}", hint=hint
+            ) from error
+        raise BackendError(f"expected a device that torch can use, found {name!r}: {error}", hint=hint) from error
+    return device
 
 
 def select_kernels(name: str, device: torch.device | str, *, exact: bool = False) -> Kernels:

@@ -1,4 +1,4 @@
-"""Every fast path equals `reference.py`, on drawn shapes."""
+"""The native CPU kernels equal `reference.py`, on drawn shapes."""
 
 from __future__ import annotations
 
@@ -13,64 +13,10 @@ from torch import Tensor
 from forks import forked
 from meswitch import reference
 from meswitch.errors import FormatError
-from meswitch.kernels import cpu as ops
+from meswitch.kernels import cpu
 from meswitch.kernels.rows import Rows
-from meswitch.site import LowRank, Part, QuantizedSite, Salient, Sparse
-
-
-@st.composite
-def sites(draw: st.DrawFn) -> QuantizedSite:
-    """A quantized site of any shape, with any of the codec's parts."""
-    out = draw(st.integers(1, 70) | st.integers(200, 600))  # a block of packed rows has 256, a line 64
-    columns = draw(st.integers(1, 700))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    halves = lambda *shape: torch.randn(*shape, generator=generator).half()  # noqa: E731
-    widths = draw(st.lists(st.sampled_from(reference.BITS), min_size=0, max_size=3, unique=True))
-    size = draw(st.one_of(st.none(), st.integers(1, columns)))
-    whole = len(widths) == 1 and draw(st.booleans())
-    owner = torch.randint(0, len(widths) + 1, (out,), generator=generator)
-    parts = []
-    for at, bits in enumerate(widths):
-        rows = torch.arange(out) if whole else (owner == at).nonzero().squeeze(1)
-        codes = torch.randint(0, 2**bits, (len(rows), columns), generator=generator).to(torch.uint8)
-        zero = draw(st.sampled_from([(2**bits - 1) / 2, float(2 ** (bits - 1))]))
-        groups = 1 if size is None else -(-columns // size)
-        own = None if whole else rows.int()
-        parts.append(Part(bits, zero, reference.pack(codes, bits), halves(len(rows), groups), size, own))
-    salient, rank = draw(st.integers(0, min(4, columns))), draw(st.integers(0, 3))
-    chosen = torch.randperm(columns, generator=generator)[:salient].sort().values.int()
-    return QuantizedSite(
-        name="drawn",
-        shape=(out, columns),
-        dtype=torch.float32,
-        parts=tuple(parts),
-        column_scales=halves(columns) if draw(st.booleans()) else None,
-        salient=Salient(chosen, halves(out, salient)) if salient else None,
-        low_rank=LowRank(halves(out, rank), halves(rank, columns)) if rank else None,
-        exponent=draw(st.integers(-8, 3)),
-    )
-
-
-@st.composite
-def sparse_sites(draw: st.DrawFn) -> QuantizedSite:
-    """A sparse site of any shape: empty rows, one row, no entries, gaps to bridge, several entries of a column."""
-    out, columns = draw(st.integers(1, 40)), draw(st.integers(1, 900))
-    density = draw(st.sampled_from([0.0, 0.003, 0.05, 0.5]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    ends, gaps = [0], []
-    for row in range(out):
-        chosen = (torch.rand(columns, generator=generator) < density).nonzero().squeeze(1)
-        if row % 3 == 1:  # every column of it twice
-            chosen = chosen.repeat_interleave(2)
-        steps = torch.diff(chosen, prepend=torch.zeros(1, dtype=torch.int64)).tolist()
-        for step in steps:
-            gaps += [255] * (step // 255) + [step % 255]
-        ends.append(len(gaps))
-    values = torch.randn(len(gaps), generator=generator)
-    tensors = torch.tensor(ends).int(), torch.tensor(gaps, dtype=torch.uint8), values.to(torch.float8_e5m2)
-    exponent = draw(st.integers(-20, 3))
-    shape, sparse = (out, columns), Sparse(*tensors)
-    return QuantizedSite(name="drawn", shape=shape, dtype=torch.float32, sparse=sparse, exponent=exponent)
+from meswitch.site import Part, QuantizedSite, Sparse
+from strategies import sites, sparse_sites
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
@@ -83,23 +29,23 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
 @given(site=sites() | sparse_sites())
 def test_unpacked_rows_are_the_reference(site: QuantizedSite) -> None:
     tile = torch.full((site.out_features, site.in_features), 7.0)
-    ops.native_matrix(site).dense(0, site.out_features, tile.data_ptr())
+    cpu.native_matrix(site).dense(0, site.out_features, tile.data_ptr())
     assert close(tile, reference.dense(site))
 
 
 @settings(max_examples=60, deadline=None)
 @given(site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 2), max_size=40), seed=st.integers(0, 99))
 def test_linear_is_the_reference(site: QuantizedSite, slots: list[int], seed: int) -> None:
-    table = ops.DeltaTable(site.out_features, site.in_features)
+    table = cpu.DeltaTable(site.out_features, site.in_features)
     table.set(1, site)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(slots), site.in_features, generator=generator)
     y = torch.randn(len(slots), site.out_features, generator=generator)
     expected, rounded = y.clone(), y.clone()
     reference.delta_linear(expected, x, slots, {1: site})
-    ops.delta_linear(y, x, Rows(slots), table, exact=True)
+    cpu.delta_linear(y, x, Rows(slots), table, exact=True)
     assert close(y, expected)
-    ops.delta_linear(rounded, x, Rows(slots), table)
+    cpu.delta_linear(rounded, x, Rows(slots), table)
     # No activation is further than half a step from its own, and no step larger than a 127th of the largest.
     scaled = x if site.column_scales is None else x * site.column_scales.float()
     levels = reference.dense(replace(site, column_scales=None, salient=None, low_rank=None))
@@ -124,7 +70,7 @@ def test_base_and_delta_together_are_the_reference(
     own = torch.randn(site.out_features, generator=generator).to(dtype) if bias else None
     restored = (weight.float() + reference.dense(site)).to(dtype).float()
     expected = x.float() @ restored.T + (0 if own is None else own.float())
-    found = ops.merged_linear(x, weight, ops.native_matrix(site), own)
+    found = cpu.merged_linear(x, weight, cpu.native_matrix(site), own)
     assert found.dtype == dtype
     assert close(found.float(), expected, 1e-5 if dtype == torch.float32 else 1e-2)
 
@@ -138,7 +84,7 @@ def test_rounding_costs_less_than_a_hundredth(bits: int, group_size: int | None,
     scales = torch.rand(256, -(-columns // (group_size or columns)), generator=generator).half()
     part = Part(bits, (2**bits - 1) / 2, reference.pack(codes, bits), scales, group_size)
     site = QuantizedSite(name="plain", shape=(256, columns), dtype=torch.float32, parts=(part,))
-    table = ops.DeltaTable(256, columns)
+    table = cpu.DeltaTable(256, columns)
     table.set(0, site)
     x = torch.randn(6, columns, generator=generator)
     x[1, 7] *= 50  # one channel
@@ -146,7 +92,7 @@ def test_rounding_costs_less_than_a_hundredth(bits: int, group_size: int | None,
     x[3] *= torch.randn(columns, generator=generator)  # heavy tails
     x[4, 5:9] *= 1000
     y = torch.zeros(6, 256)
-    ops.delta_linear(y, x, Rows([0] * 6), table)
+    cpu.delta_linear(y, x, Rows([0] * 6), table)
     expected = x @ reference.dense(site).T
     assert bool(((y - expected).norm(dim=1) < 0.01 * expected.norm(dim=1)).all())
 
@@ -156,12 +102,12 @@ def test_rounding_costs_less_than_a_hundredth(bits: int, group_size: int | None,
 def test_embedding_is_the_reference(site: QuantizedSite, slots: list[int], data: st.DataObject) -> None:
     id_ = st.integers(0, 80) | st.integers(0, 620)
     ids = torch.tensor(data.draw(st.lists(id_, min_size=len(slots), max_size=len(slots))))
-    table = ops.DeltaTable(site.out_features, site.in_features)
+    table = cpu.DeltaTable(site.out_features, site.in_features)
     table.set(0, site)
     y = torch.zeros(len(slots), site.in_features)
     expected = y.clone()
     reference.delta_embedding(expected, ids, slots, {0: site}, scale=2.5)
-    ops.delta_embedding(y, ids, Rows(slots), table, scale=2.5)
+    cpu.delta_embedding(y, ids, Rows(slots), table, scale=2.5)
     assert close(y, expected)
 
 
@@ -174,45 +120,45 @@ def plain_site(out: int = 8, columns: int = 40, bits: int = 2) -> QuantizedSite:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_activations(dtype: torch.dtype) -> None:
     site = plain_site()
-    table = ops.DeltaTable(8, 40)
+    table = cpu.DeltaTable(8, 40)
     table.set(0, site)
     x, y = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(dtype), torch.zeros(3, 8, dtype=dtype)
-    ops.delta_linear(y, x, Rows([0, -1, 0]), table)
+    cpu.delta_linear(y, x, Rows([0, -1, 0]), table)
     expected = (x.float() @ reference.dense(site).T).to(dtype)
     assert torch.allclose(y[0], expected[0], atol=0.05, rtol=0.02)
     assert not y[1].any()
 
 
 def test_a_wider_output_keeps_its_other_columns() -> None:
-    table = ops.DeltaTable(8, 40)
+    table = cpu.DeltaTable(8, 40)
     table.set(0, plain_site())
     y = torch.full((2, 11), 5.0)
-    ops.delta_linear(y, torch.randn(2, 40), Rows([0, 0]), table)
+    cpu.delta_linear(y, torch.randn(2, 40), Rows([0, 0]), table)
     assert bool((y[:, 8:] == 5).all())
 
 
-def linear(x: Tensor, weight: Tensor, table: ops.DeltaTable, rows: Rows | None = None) -> Tensor:
-    return ops.fused_linear(x, [(weight, table, rows)])[0]
+def linear(x: Tensor, weight: Tensor, table: cpu.DeltaTable, rows: Rows | None = None) -> Tensor:
+    return cpu.fused_linear(x, [(weight, table, rows)])[0]
 
 
-@pytest.mark.skipif(ops.FUSED_TOKENS == 0, reason="no kernel for this processor")
+@pytest.mark.skipif(cpu.FUSED_TOKENS == 0, reason="no kernel for this processor")
 @settings(deadline=None)
 @given(
     site=sites() | sparse_sites(),
-    slots=st.lists(st.integers(-1, 2), min_size=1, max_size=ops.FUSED_TOKENS),
+    slots=st.lists(st.integers(-1, 2), min_size=1, max_size=cpu.FUSED_TOKENS),
     seed=st.integers(0, 2**31),
 )
 def test_a_base_of_16_bits_and_the_deltas_on_it(site: QuantizedSite, slots: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    table, rows = ops.DeltaTable(site.out_features, site.in_features), Rows(slots)
+    table, rows = cpu.DeltaTable(site.out_features, site.in_features), Rows(slots)
     table.set(1, site)
     # Not at the start of its memory.
     weight = torch.randn(site.out_features + 1, site.in_features, generator=generator).bfloat16()[1:]
     x = torch.randn(len(slots), site.in_features, generator=generator).bfloat16()
-    assert ops.has_fused_kernel(weight) and not ops.has_fused_kernel(weight.float())
+    assert cpu.has_fused_kernel(weight) and not cpu.has_fused_kernel(weight.float())
     base = (x.double() @ weight.T.double()).float()
     added = torch.zeros_like(base)
-    ops.delta_linear(added, x, rows, table)
+    cpu.delta_linear(added, x, rows, table)
     room = (x.double().abs() @ weight.T.double().abs()).float() * 1e-6 + added.abs() * 1e-5
     alone = linear(x, weight, table)
     assert bool(((alone.float() - base).abs() <= room + base.abs() * 2**-8).all())
@@ -224,7 +170,7 @@ def test_a_base_of_16_bits_and_the_deltas_on_it(site: QuantizedSite, slots: list
         assert torch.equal(linear(one, weight, table, Rows([slot])), together[token : token + 1])
 
 
-@pytest.mark.skipif(ops.FUSED_TOKENS == 0, reason="no kernel for this processor")
+@pytest.mark.skipif(cpu.FUSED_TOKENS == 0, reason="no kernel for this processor")
 @settings(deadline=None)
 @given(
     site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 2), min_size=1, max_size=6), seed=st.integers(0, 99)
@@ -235,25 +181,25 @@ def test_weights_with_the_same_input_give_the_same_bits_together(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(slots), site.in_features, generator=generator).bfloat16()
     other = replace(site, column_scales=None if site.column_scales is None else site.column_scales * 1.5)
-    asked: list[tuple[Tensor, ops.DeltaTable, Rows | None]] = []
+    asked: list[tuple[Tensor, cpu.DeltaTable, Rows | None]] = []
     for own in (site, site, other, None):
-        table = ops.DeltaTable(site.out_features, site.in_features)
+        table = cpu.DeltaTable(site.out_features, site.in_features)
         table.set(1, own)
         table.set(2, None if own is site else own)
         weight = torch.randn(site.out_features, site.in_features, generator=generator).bfloat16()
         asked.append((weight, table, None if own is None else Rows(slots)))
-    for found, alone in zip(ops.fused_linear(x, asked), asked, strict=True):
+    for found, alone in zip(cpu.fused_linear(x, asked), asked, strict=True):
         assert torch.equal(found, linear(x, *alone))
-    assert ops.fused_linear(x, []) == []
+    assert cpu.fused_linear(x, []) == []
 
 
-@pytest.mark.skipif(ops.FUSED_TOKENS == 0, reason="no kernel for this processor")
+@pytest.mark.skipif(cpu.FUSED_TOKENS == 0, reason="no kernel for this processor")
 @pytest.mark.parametrize("columns", [2048, 2600])
 def test_a_token_gives_the_same_bits_in_long_rows(columns: int) -> None:
     generator = torch.Generator().manual_seed(columns)
-    weight, x = (torch.randn(rows, columns, generator=generator).bfloat16() for rows in (301, ops.FUSED_TOKENS))
-    table = ops.DeltaTable(301, columns)
-    for tokens in range(1, ops.FUSED_TOKENS + 1):
+    weight, x = (torch.randn(rows, columns, generator=generator).bfloat16() for rows in (301, cpu.FUSED_TOKENS))
+    table = cpu.DeltaTable(301, columns)
+    for tokens in range(1, cpu.FUSED_TOKENS + 1):
         found = linear(x[:tokens], weight, table)
         assert torch.equal(found[-1:], linear(x[tokens - 1 : tokens], weight, table))
 
@@ -263,11 +209,11 @@ def test_rows_beyond_a_delta_are_not_merged() -> None:
         name="drawn", shape=(3, 8), dtype=torch.float32, sparse=Sparse(*map(torch.tensor, ([0] * 4, [], [])))
     )
     with pytest.raises((ValueError, FormatError)):
-        ops.merged_linear(torch.zeros(1, 8), torch.zeros(4, 8), ops.native_matrix(site))
+        cpu.merged_linear(torch.zeros(1, 8), torch.zeros(4, 8), cpu.native_matrix(site))
 
 
 def test_a_base_product_refuses_too_many_tokens_and_other_shapes() -> None:
-    weight, table = torch.zeros(4, 8, dtype=torch.bfloat16), ops.DeltaTable(4, 8)
+    weight, table = torch.zeros(4, 8, dtype=torch.bfloat16), cpu.DeltaTable(4, 8)
     x = torch.zeros(1, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"17 tokens, at most \d+, found"):
         linear(x.repeat(17, 1), weight, table)
@@ -276,37 +222,37 @@ def test_a_base_product_refuses_too_many_tokens_and_other_shapes() -> None:
     with pytest.raises(ValueError, match=r"1 tokens, .* found \(8, 32, 2\)"):
         linear(x, weight, table, Rows([0, 0]))
     with pytest.raises(ValueError, match="8 columns"):
-        ops.fused_linear(
-            x, [(weight, table, None), (torch.zeros(4, 9, dtype=torch.bfloat16), ops.DeltaTable(4, 9), None)]
+        cpu.fused_linear(
+            x, [(weight, table, None), (torch.zeros(4, 9, dtype=torch.bfloat16), cpu.DeltaTable(4, 9), None)]
         )
     with pytest.raises(ValueError, match="rows of at least 8 elements, found 7"):
         linear(x[:, :7], weight, table)
 
 
 def test_wrong_shapes_are_refused() -> None:
-    table = ops.DeltaTable(8, 40)
+    table = cpu.DeltaTable(8, 40)
     table.set(0, plain_site())
     with pytest.raises(ValueError, match="expected rows of 40 elements"):
-        ops.delta_linear(torch.zeros(2, 8), torch.zeros(2, 39), Rows([0, 0]), table)
+        cpu.delta_linear(torch.zeros(2, 8), torch.zeros(2, 39), Rows([0, 0]), table)
     with pytest.raises(ValueError, match="expected 3 rows, found 2"):
-        ops.delta_linear(torch.zeros(2, 8), torch.zeros(2, 40), Rows([0, 0, 0]), table)
+        cpu.delta_linear(torch.zeros(2, 8), torch.zeros(2, 40), Rows([0, 0, 0]), table)
     with pytest.raises(ValueError, match="neighbouring"):
-        ops.delta_linear(torch.zeros(8, 2).T, torch.zeros(2, 40), Rows([0, 0]), table)
+        cpu.delta_linear(torch.zeros(8, 2).T, torch.zeros(2, 40), Rows([0, 0]), table)
     with pytest.raises(ValueError, match="float32"):
-        ops.delta_linear(torch.zeros(1, 8, dtype=torch.float64), torch.zeros(1, 40), Rows([0]), table)
+        cpu.delta_linear(torch.zeros(1, 8, dtype=torch.float64), torch.zeros(1, 40), Rows([0]), table)
 
 
 def test_a_forked_process_works_alone() -> None:
-    table = ops.DeltaTable(1024, 1024)
+    table = cpu.DeltaTable(1024, 1024)
     codes = torch.randint(0, 4, (1024, 1024)).to(torch.uint8)
     part = Part(2, 1.5, reference.pack(codes, 2), torch.ones(1024, 1).half())
     table.set(0, QuantizedSite(name="big", shape=(1024, 1024), dtype=torch.float32, parts=(part,)))
     x, rows = torch.randn(1, 1024), Rows([0])
     y, again = torch.zeros(1, 1024), torch.zeros(1, 1024)
-    ops.delta_linear(y, x, rows, table)
+    cpu.delta_linear(y, x, rows, table)
 
     def work() -> None:
-        ops.delta_linear(again, x, rows, table)
+        cpu.delta_linear(again, x, rows, table)
         assert again.numpy().tobytes() == y.numpy().tobytes()
 
     assert forked(work) == 0
@@ -321,7 +267,7 @@ def test_a_site_whose_tensors_do_not_fit_is_refused() -> None:
     for starts in ([0, 1, 2], [0, 2, 1, 3], [0, 1, 1, 4]):
         sparse = Sparse(torch.tensor(starts).int(), gaps, values)
         with pytest.raises(FormatError, match="rows of sparse entries"):
-            ops.native_matrix(QuantizedSite(name="broken", shape=(3, 40), dtype=torch.float32, sparse=sparse))
+            cpu.native_matrix(QuantizedSite(name="broken", shape=(3, 40), dtype=torch.float32, sparse=sparse))
     some = Part(2, 1.5, site.parts[0].codes, site.parts[0].scales, rows=torch.arange(8).int())
     for parts, what in (
         ((short,), "bytes of codes"),
@@ -329,4 +275,4 @@ def test_a_site_whose_tensors_do_not_fit_is_refused() -> None:
         ((site.parts[0], some), "row 0 in two"),
     ):
         with pytest.raises(FormatError, match=what):
-            ops.native_matrix(QuantizedSite(name="broken", shape=(8, 40), dtype=torch.float32, parts=parts))
+            cpu.native_matrix(QuantizedSite(name="broken", shape=(8, 40), dtype=torch.float32, parts=parts))

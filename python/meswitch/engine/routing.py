@@ -1,0 +1,73 @@
+"""Who answers a prompt that names nobody."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from meswitch.engine.worker import Worker
+from meswitch.errors import RequestError, RouterError
+from meswitch.experts.settings import ExpertSettings
+
+
+def expert_of_each(expert: str | Sequence[str] | None, count: int, *, routed: bool) -> list[str]:
+    """A name for each of `count` prompts; where none is given, `"auto"` with a router and `"base"` without."""
+    if expert is None:
+        expert = "auto" if routed else "base"
+    names = [expert] * count if isinstance(expert, str) else list(expert)
+    if len(names) != count:
+        raise RequestError(f"expert: expected one, or one for each of {count} prompts, found {len(names)}")
+    return names
+
+
+class Routing:
+    """Sends the prompts that ask for `"auto"` through the engine's router, together.
+
+    `embed` computes the base's embeddings of prompts; it may be called from any thread.
+    """
+
+    def __init__(self, router: Any, embed: Callable[[list[str]], Tensor]) -> None:
+        self._router, self._embed = router, embed
+
+    @property
+    def available(self) -> bool:
+        return self._router is not None
+
+    def resolve(self, names: list[str], text_of: Callable[[int], str]) -> list[tuple[str, Any]]:
+        """(expert's name, route) of every prompt; the route is `None` where no router was asked.
+
+        `text_of(i)` is what the router reads of prompt `i`. Raises `RouterError` without a router.
+        """
+        resolved: list[tuple[str, Any]] = [(name, None) for name in names]
+        automatic = [i for i, name in enumerate(names) if name == "auto"]
+        if not automatic:
+            return resolved
+        if self._router is None:
+            raise RouterError('expert="auto" needs a router', hint="pass router=... to Engine, or name an expert")
+        routes = self._router.route([text_of(i) for i in automatic], self._embed)
+        for i, route in zip(automatic, routes, strict=True):
+            resolved[i] = ("base" if route.abstained else route.expert, route)
+        return resolved
+
+
+def open_router(router: Any, base: Path) -> Any:
+    """The router in a folder, which must have been made for `base`; any other object as it is."""
+    if not isinstance(router, str | os.PathLike):
+        return router
+    from meswitch.router.routers import load_router
+
+    return load_router(Path(router), base)
+
+
+def base_embeddings(worker: Worker, settings: ExpertSettings) -> Callable[[list[str]], Tensor]:
+    """What a router calls for the base's embeddings of prompts: they are computed between two steps, by no expert."""
+    from meswitch.router.embedding.pooling import embed
+
+    def embeddings(prompts: list[str]) -> Tensor:
+        return worker.plainly(lambda: embed(worker.model, settings.required_tokenizer(None), prompts))
+
+    return embeddings
