@@ -38,19 +38,7 @@ fn delta(root: &Path) -> Delta {
         Checkpoint::open(&root.join("base")).expect("base"),
         Checkpoint::open(&root.join("finetune")).expect("fine-tune"),
     );
-    let settings = Settings {
-        bits: 2,
-        group_size: None,
-        zero: Zero::Symmetric,
-        one_scale: false,
-        column_scales: false,
-        unbiased: false,
-        salient: 0,
-        rank: 0,
-        classes: Vec::new(),
-        skip_unchanged_rows: false,
-        sparse: true,
-    };
+    let settings = Settings { zero: Zero::Symmetric, ..Settings::default() };
     let plans: Vec<Plan> = finetune
         .names()
         .iter()
@@ -82,7 +70,7 @@ fn read(delta: &Delta) -> u64 {
         .manifest()
         .sites
         .iter()
-        .flat_map(|site| site.tensors.keys().filter_map(|role| delta.tensor(&site.name, role)));
+        .flat_map(|site| site.checksums.keys().filter_map(|role| delta.tensor(&site.name, role)));
     sites
         .map(|bytes| {
             bytes

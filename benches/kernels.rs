@@ -15,8 +15,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use half::f16;
-use meswitch_core::kernels::matrix::{Matrix, Part};
-use meswitch_core::kernels::{available, backend, linear, team};
+use meswitch_core::kernels::{Matrix, Part, Terms, available, backend, delta_linear, threads};
 use meswitch_core::layout::part_bytes;
 
 const BYTES: usize = 1 << 29;
@@ -50,7 +49,7 @@ const CASES: [(u32, usize, usize); 13] = [
 
 /// Sums a buffer's words on the team: the quickest that memory can be read.
 fn stream(buffer: &[u8]) {
-    team::parallel(&|index, threads| {
+    threads::run_on_all(&|index, threads| {
         let share = buffer.len() / threads / 256 * 256;
         black_box(sum(&buffer[index * share..(index + 1) * share]));
     });
@@ -119,9 +118,9 @@ struct Found {
     passes: usize,
 }
 
-fn measure(
-    buffer: &[u8],
-    scales: &[f16],
+fn measure<'a>(
+    buffer: &'a [u8],
+    scales: &'a [f16],
     (rows, columns): (usize, usize),
     (bits, tokens, group): (u32, usize, usize),
     best: &mut f64,
@@ -129,15 +128,10 @@ fn measure(
     let x: Vec<f32> = (0..tokens * columns).map(|i| (i % 17) as f32 - 8.0).collect();
     let group = if group == 0 { columns } else { group };
     let size = part_bytes(bits, rows, columns);
-    let matrix = |codes| Matrix {
-        rows,
-        columns,
-        unit: 1.0,
-        parts: vec![Part { bits, zero: 1.5, group, rows: None, codes, scales: &scales[..rows * columns / group] }],
-        column_scales: None,
-        salient: None,
-        low_rank: None,
-        sparse: None,
+    let scales = &scales[..rows * columns / group];
+    let matrix = |codes: &'a [u8]| {
+        let parts = vec![Part { bits, zero: 1.5, group, rows: None, codes: codes.into(), scales }];
+        Matrix::new(rows, columns, 0, Terms { parts, ..Terms::default() }).expect("lengths that fit")
     };
     let all: Vec<Matrix<'_>> = buffer.chunks_exact(size).map(matrix).collect();
     let count = PASS.div_ceil(size);
@@ -154,7 +148,7 @@ fn measure(
         let (taken, from) = (preemptions(), ahead());
         let spent = seconds(|| {
             for matrix in &all[from..from + count] {
-                linear::delta_linear(matrix, &x, false, &|_, _, values| {
+                delta_linear(matrix, &x, false, &|_, _, values| {
                     black_box(values);
                 });
             }
@@ -181,7 +175,7 @@ fn measure(
 fn table() {
     let buffer: Vec<u8> = (0..BYTES).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     let scales = vec![f16::ONE; 14336 * 4096 / 128];
-    println!("\nbackend {}, threads {}, libgomp {}", backend(), team::threads(), team::is_shared());
+    println!("\nbackend {}, threads {}, libgomp {}", backend(), threads::thread_count(), threads::uses_libgomp());
     println!(
         "{:>12} {:>5} {:>6} {:>7} {:>12} {:>11} {:>6} {:>10} {:>9} {:>6}",
         "shape", "bits", "group", "tokens", "stream GB/s", "codes GB/s", "ratio", "one by one", "x 1 token", "passes"
