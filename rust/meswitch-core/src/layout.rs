@@ -1,10 +1,10 @@
 //! Where a part's codes lie in its bytes (format version 3).
 //!
-//! A packed row of `b`-bit codes (b = 1, 2, 4, 8) holds load_at columns in `b` bytes, lowest bits first. A 3-bit row is two
+//! A packed row of `b`-bit codes (b = 1, 2, 4, 8) holds eight columns in `b` bytes, lowest bits first. A 3-bit row is two
 //! *planes*: the 2-bit row of the low two bits, then the 1-bit row of the high bits.
 //!
 //! Rows are stored in *blocks* of 256, whose bytes are transposed: byte 0 of all rows of the block, then byte 1 of all rows,
-//! and so on. So one cache line holds the same columns of 64 rows; such 64 rows are a *line*. The last block is padded_rows with
+//! and so on. So one cache line holds the same columns of 64 rows; such 64 rows are a *line*. The last block is padded with
 //! rows of zeros to a multiple of 8.
 
 pub mod legacy;
@@ -275,6 +275,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 256 }))]
+
         #[test]
         fn unpacking_undoes_packing(
             (bits, codes) in prop::sample::select(&BITS[..]).prop_flat_map(|bits| {
@@ -290,15 +292,15 @@ mod tests {
 
         #[test]
         fn a_byte_lies_where_the_layout_says(rows in 0usize..700, stride in 0usize..40, seed: u8) {
-            let byte = |row: usize, at: usize| (row * 31 + at * 7 + usize::from(seed)) as u8;
-            let packed: Vec<u8> = (0..rows * stride).map(|at| byte(at / stride, at % stride)).collect();
+            let byte = |row: usize, offset: usize| (row * 31 + offset * 7 + usize::from(seed)) as u8;
+            let packed: Vec<u8> = (0..rows * stride).map(|offset| byte(offset / stride, offset % stride)).collect();
             let codes = tile_rows(&packed, stride);
             prop_assert_eq!(codes.len(), if stride > 0 { padded_rows(rows) * stride } else { 0 });
             let mut back = vec![0xff; LINE_ROWS * stride];
             for row in 0..if stride > 0 { rows } else { 0 } {
                 let width = (padded_rows(rows) - row / BLOCK_ROWS * BLOCK_ROWS).min(BLOCK_ROWS);
                 let found: Vec<u8> =
-                    (0..stride).map(|at| codes[row / BLOCK_ROWS * BLOCK_ROWS * stride + at * width + row % BLOCK_ROWS]).collect();
+                    (0..stride).map(|offset| codes[row / BLOCK_ROWS * BLOCK_ROWS * stride + offset * width + row % BLOCK_ROWS]).collect();
                 prop_assert_eq!(&found, &packed[row * stride..(row + 1) * stride]);
                 if row % LINE_ROWS == 0 {
                     untile_line(&codes, rows, stride, row, &mut back);

@@ -2,7 +2,7 @@
 //! arXiv 2210.17323, applied to a delta).
 //!
 //! With H = E\[x xᵀ\], H⁻¹ = UᵀU and R = Δ − Δ̂, the recursion finds R = E·U, so that R·H·Rᵀ = E·Eᵀ: the errors E are errors
-//! of the output, each in a unit of its row_of_factor. The same recursion without codes gives Y = Δ·U⁻¹, hence Δ·H·Δ̂ᵀ = Y·(Y − E)ᵀ.
+//! of the output, each in a unit of its own. The same recursion without codes gives Y = Δ·U⁻¹, hence Δ·H·Δ̂ᵀ = Y·(Y − E)ᵀ.
 
 use super::{fit, sweep};
 use crate::error::{Error, Result};
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 /// Columns that are coded before their errors are added to the columns after them.
 const COMPENSATION_COLUMNS: usize = 64;
 
-/// Columns that those errors are added to at a time: that part of the factor stays in a core's cache for energy rows of a tile.
+/// Columns that those errors are added to at a time: that part of the factor stays in a core's cache for all rows of a tile.
 const SPREAD_COLUMNS: usize = 512;
 
 /// The upper triangular U `[columns, columns]`, row by row, with H⁻¹ = UᵀU and H = E\[x xᵀ\] of the input channels.
@@ -38,12 +38,13 @@ impl<'a> Factor<'a> {
         )))
     }
 
+    /// Columns `from .. to` of row `i`.
     fn row(&self, i: usize, from: usize, to: usize) -> &[f32] {
         &self.values[i * self.columns + from..i * self.columns + to]
     }
 }
 
-/// How a tile is coded.
+/// How the rows of a tile are coded.
 pub(super) struct TileCoding<'a> {
     pub(super) bits: u32,
     pub(super) zero: f32,
@@ -52,7 +53,8 @@ pub(super) struct TileCoding<'a> {
     pub(super) columns: &'a [f32],
     /// Channels whose errors are stored beside the codes, rising.
     pub(super) exact: &'a [u32],
-    /// Whether each row's scales are then enlarged so that the projection of its outputs onto the original ones is originals.
+    /// Whether each row's scales are then enlarged so that the projection of its outputs onto the original
+    /// ones is kept.
     pub(super) unbiased: bool,
 }
 
@@ -67,17 +69,19 @@ pub(super) fn recode(
 ) {
     let width = factor.columns;
     let (groups, rows) = (width.div_ceil(coding.group_size), tile.len() / width.max(1));
+    // The differences in exact channels, before errors are added to them.
     let originals: Vec<f32> =
         tile.chunks(width).flat_map(|row| coding.exact.iter().map(|i| row[*i as usize])).collect();
     let mut uncoded = if coding.unbiased { tile.to_vec() } else { Vec::new() };
+    // For each row, Y·Yᵀ and Y·(Y − E)ᵀ.
     let mut sums = vec![(0f64, 0f64); rows];
-    let (mut missed, mut uncoded_errors) =
+    let (mut errors, mut uncoded_errors) =
         (vec![0f32; rows * COMPENSATION_COLUMNS], vec![0f32; rows * COMPENSATION_COLUMNS]);
     for start in (0..width).step_by(COMPENSATION_COLUMNS) {
         let end = (start + COMPENSATION_COLUMNS).min(width);
-        for (at, (row, codes)) in tile.chunks_mut(width).zip(codes.chunks_mut(width)).enumerate() {
-            let scales = &scales[at * groups..(at + 1) * groups];
-            let originals = &originals[at * coding.exact.len()..(at + 1) * coding.exact.len()];
+        for (index, (row, codes)) in tile.chunks_mut(width).zip(codes.chunks_mut(width)).enumerate() {
+            let scales = &scales[index * groups..(index + 1) * groups];
+            let originals = &originals[index * coding.exact.len()..(index + 1) * coding.exact.len()];
             for i in start..end {
                 let scale = scales[i / coding.group_size] * coding.columns[i];
                 fit::encode(&row[i..=i], scale, coding.bits, coding.zero, &mut codes[i..=i]);
@@ -85,18 +89,18 @@ pub(super) fn recode(
                     Ok(exact) => originals[exact],
                     Err(_) => scale * (f32::from(codes[i]) - coding.zero),
                 };
-                missed[at * COMPENSATION_COLUMNS + i - start] = apply_error(row, i, end, value, factor);
+                errors[index * COMPENSATION_COLUMNS + i - start] = apply_error(row, i, end, value, factor);
             }
         }
-        spread_errors(tile, &missed, start, end, factor);
+        spread_errors(tile, &errors, start, end, factor);
         if coding.unbiased {
-            for (at, row) in uncoded.chunks_mut(width).enumerate() {
+            for (index, row) in uncoded.chunks_mut(width).enumerate() {
                 for i in start..end {
                     let (uncoded_error, error) =
-                        (apply_error(row, i, end, 0.0, factor), missed[at * COMPENSATION_COLUMNS + i - start]);
-                    uncoded_errors[at * COMPENSATION_COLUMNS + i - start] = uncoded_error;
-                    sums[at].0 += f64::from(uncoded_error) * f64::from(uncoded_error);
-                    sums[at].1 += f64::from(uncoded_error) * f64::from(uncoded_error - error);
+                        (apply_error(row, i, end, 0.0, factor), errors[index * COMPENSATION_COLUMNS + i - start]);
+                    uncoded_errors[index * COMPENSATION_COLUMNS + i - start] = uncoded_error;
+                    sums[index].0 += f64::from(uncoded_error) * f64::from(uncoded_error);
+                    sums[index].1 += f64::from(uncoded_error) * f64::from(uncoded_error - error);
                 }
             }
             spread_errors(&mut uncoded, &uncoded_errors, start, end, factor);
@@ -104,17 +108,17 @@ pub(super) fn recode(
     }
     for ((energy, projection), scales) in sums.into_iter().zip(scales.chunks_mut(groups)) {
         if projection > 0.0 {
-            let grow = (energy / projection).min(f64::from(fit::MAX_SCALE_GROWTH)) as f32;
-            scales.iter_mut().for_each(|scale| *scale *= grow);
+            let growth = (energy / projection).min(f64::from(fit::MAX_SCALE_GROWTH)) as f32;
+            scales.iter_mut().for_each(|scale| *scale *= growth);
         }
     }
 }
 
 /// Codes channel `i` as `value`: returns its error, in the channel's unit, and adds it to the channels up to `end`.
 fn apply_error(row: &mut [f32], i: usize, end: usize, value: f32, factor: Factor<'_>) -> f32 {
-    let row_of_factor = factor.row(i, i, end);
-    let error = (row[i] - value) / row_of_factor[0];
-    sweep::add_scaled(&mut row[i + 1..end], -error, &row_of_factor[1..]);
+    let factors = factor.row(i, i, end);
+    let error = (row[i] - value) / factors[0];
+    sweep::add_scaled(&mut row[i + 1..end], -error, &factors[1..]);
     error
 }
 

@@ -8,7 +8,7 @@ use super::low_rank::LowRank;
 use super::statistics::Statistics;
 use super::{Pair, Settings, Zero, fit, sweep};
 use crate::error::Result;
-use crate::layout::row_bytes;
+use crate::layout::{pack_row, row_bytes, unpack_row};
 
 /// A part that is being fitted.
 pub(super) struct PartDraft {
@@ -89,12 +89,13 @@ impl Fitter<'_> {
         for draft in &mut drafts {
             draft.zero = self.choose_zero(draft, &columns, settings)?;
         }
-        let one = settings.one_scale.then(|| (2.0 * statistics.magnitude / (rows * self.pair.columns) as f64) as f32);
+        let shared =
+            settings.one_scale.then(|| (2.0 * statistics.magnitude / (rows * self.pair.columns) as f64) as f32);
         let rounds = if settings.column_scales { 2 } else { 1 };
         let mut sums = ColumnSums::new(self.pair.columns);
         for round in 1..=rounds {
             sums = ColumnSums::new(self.pair.columns);
-            let scales = match one {
+            let scales = match shared {
                 Some(scale) => Scales::Shared(scale),
                 None if settings.unbiased && round == rounds => Scales::Unbiased,
                 None => Scales::Best,
@@ -111,7 +112,7 @@ impl Fitter<'_> {
         Ok(Fitted { drafts, columns, sums })
     }
 
-    /// `Σ d²` of the given rows.
+    /// `Σ d²` of the given rows, less the low-rank part.
     pub(super) fn energy(&self, rows: &[usize]) -> Result<f64> {
         let (mut scratch, mut tile, mut sum) = (Vec::new(), Vec::new(), 0.0);
         for rows in rows.chunks(self.pair.tile_rows()) {
@@ -176,7 +177,7 @@ impl Fitter<'_> {
                         *scale = scales.fit(delta, weight, bits, zero, *scale, codes);
                     }
                     sums.add_row(row, codes, row_scales, size, zero);
-                    crate::layout::pack_row(codes, bits, packed);
+                    pack_row(codes, bits, packed);
                 }
             }
             Ok(())
@@ -199,7 +200,7 @@ impl Fitter<'_> {
             let (bits, zero, stride) = (draft.bits, draft.zero, row_bytes(draft.bits, width));
             let coding =
                 TileCoding { bits, zero, group_size: size, columns: &scale_of, exact, unbiased: settings.unbiased };
-            let left =
+            let part_sums =
                 self.in_bands(draft, columns, settings, |(scratch, tile, codes), band, packed, scales, sums| {
                     let mut packed = packed.chunks_mut(stride);
                     let tiles = band.chunks(self.pair.tile_rows());
@@ -212,12 +213,12 @@ impl Fitter<'_> {
                         for ((row, (codes, scales)), packed) in tile.chunks_mut(width).zip(coded).zip(&mut packed) {
                             columns.divide(row);
                             sums.add_row(row, codes, scales, size, zero);
-                            crate::layout::pack_row(codes, bits, packed);
+                            pack_row(codes, bits, packed);
                         }
                     }
                     Ok(())
                 })?;
-            sums.add(&left);
+            sums.add(&part_sums);
         }
         fitted.sums = sums;
         Ok(())
@@ -263,8 +264,8 @@ impl Fitter<'_> {
         for draft in &fitted.drafts {
             let pick = |missed: &[f32]| chosen.iter().map(|column| missed[*column as usize]).collect();
             let rows: Vec<Vec<f32>> = self.map_residuals(draft, &fitted.columns, settings, pick)?;
-            for (row, left) in draft.rows.iter().zip(rows) {
-                residual[row * chosen.len()..(row + 1) * chosen.len()].copy_from_slice(&left);
+            for (row, errors) in draft.rows.iter().zip(rows) {
+                residual[row * chosen.len()..(row + 1) * chosen.len()].copy_from_slice(&errors);
             }
         }
         Ok(residual)
@@ -286,12 +287,12 @@ impl Fitter<'_> {
             .rows
             .par_iter()
             .enumerate()
-            .map_init(<(Vec<f32>, Vec<f32>, Vec<u8>)>::default, |(scratch, tile, codes), (at, row)| {
+            .map_init(<(Vec<f32>, Vec<f32>, Vec<u8>)>::default, |(scratch, tile, codes), (position, row)| {
                 self.read(&[*row], scratch, tile)?;
                 codes.resize(width, 0);
-                crate::layout::unpack_row(&draft.codes[at * stride..(at + 1) * stride], draft.bits, codes);
+                unpack_row(&draft.codes[position * stride..(position + 1) * stride], draft.bits, codes);
                 for (column, (missed, code)) in tile.iter_mut().zip(codes).enumerate() {
-                    let scale = draft.scales[at * groups + column / size] * columns.scale(column);
+                    let scale = draft.scales[position * groups + column / size] * columns.scale(column);
                     *missed -= scale * (f32::from(*code) - draft.zero);
                 }
                 Ok(f(tile))

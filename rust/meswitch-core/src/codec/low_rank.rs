@@ -62,18 +62,18 @@ impl LowRank {
             basis = project(pair, seen, &root, &basis)?.1;
             orthonormalise(&mut basis, pair.columns);
         }
-        let found = project(pair, rows, &root, &basis)?.0;
+        let projected = project(pair, rows, &root, &basis)?.0;
         let mut gram = vec![0f64; rank * rank];
-        for row in found.chunks(rank) {
+        for row in projected.chunks(rank) {
             for (a, left) in row.iter().enumerate() {
                 row.iter().enumerate().for_each(|(b, right)| gram[a * rank + b] += f64::from(*left * *right));
             }
         }
         let rotation = eigenvectors(&mut gram, rank);
         let mut u = vec![0f32; pair.rows * rank];
-        for (row, found) in rows.iter().zip(found.chunks(rank)) {
+        for (row, projected) in rows.iter().zip(projected.chunks(rank)) {
             for (to, direction) in u[row * rank..].iter_mut().zip(rotation.chunks(rank)) {
-                *to = dot(found, direction);
+                *to = dot(projected, direction);
             }
         }
         let mut rotated = vec![0f32; basis.len()];
@@ -178,8 +178,8 @@ fn project(pair: &Pair<'_>, rows: &[usize], root: &[f32], basis: &[f32]) -> Resu
 /// Orthonormalises the rows by the Gram-Schmidt method, twice for accuracy.
 fn orthonormalise(basis: &mut [f32], columns: usize) {
     for _ in 0..2 {
-        for at in 0..basis.len() / columns {
-            let (done, rest) = basis.split_at_mut(at * columns);
+        for index in 0..basis.len() / columns {
+            let (done, rest) = basis.split_at_mut(index * columns);
             let row = &mut rest[..columns];
             for other in done.chunks(columns) {
                 let along = dot(row, other);

@@ -100,8 +100,8 @@ impl<'a> Pair<'a> {
         for column in 0..self.columns {
             self.finetune.read(column * self.rows + first, finetune);
             self.base.read(column * self.rows + first, base);
-            for (at, row) in rows.iter().enumerate() {
-                out[at * self.columns + column] = finetune[row - first] - base[row - first];
+            for (index, row) in rows.iter().enumerate() {
+                out[index * self.columns + column] = finetune[row - first] - base[row - first];
             }
         }
     }
@@ -114,10 +114,10 @@ impl<'a> Pair<'a> {
             while start < view.len() {
                 let count = values.len().min(view.len() - start);
                 view.read(start, &mut values[..count]);
-                if let Some(at) = values[..count].iter().position(|value| !value.is_finite()) {
-                    let (index, value) = (start + at, values[at]);
+                if let Some(index) = values[..count].iter().position(|value| !value.is_finite()) {
+                    let (element, value) = (start + index, values[index]);
                     return Error::NonFinite(format!(
-                        "expected finite weights, found {value} in the {whose}'s {} at element {index}",
+                        "expected finite weights, found {value} in the {whose}'s {} at element {element}",
                         self.name
                     ));
                 }

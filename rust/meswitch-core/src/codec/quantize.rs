@@ -40,7 +40,7 @@ pub struct Quantized {
     pub salient: Vec<f16>,
     /// The low-rank part: `u [rows, rank]` and `v [rank, columns]`.
     pub low_rank: Option<(Vec<f16>, Vec<f16>)>,
-    /// SparseDelta entries, in place of all other terms.
+    /// Sparse entries, in place of all other terms.
     pub sparse: Option<SparseDelta>,
     /// Scales, salient values, `u` and sparse values are in units of `2^exponent`.
     pub exponent: i32,

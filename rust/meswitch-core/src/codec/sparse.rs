@@ -48,7 +48,7 @@ impl SparseDelta {
         Ok(None)
     }
 
-    /// Encodes total rows, with at most `depth` entries per change. Returns the squared error too.
+    /// Encodes all rows, with at most `depth` entries per change. Returns the squared error too.
     fn encode(pair: &Pair<'_>, exponent: i32, depth: usize) -> Result<(Self, f64)> {
         let rows: Vec<usize> = (0..pair.rows).collect();
         let inverse = (-exponent as f32).exp2();
@@ -80,9 +80,11 @@ impl SparseDelta {
 /// The entries of a band of rows.
 #[derive(Default)]
 struct Band {
+    /// The number of entries up to the end of each row.
     ends: Vec<usize>,
     gaps: Vec<u8>,
     values: Vec<u8>,
+    /// The squared error.
     missed: f64,
 }
 
@@ -138,6 +140,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 256 }))]
+
         #[test]
         fn changes_of_nine_bits_are_exact(
             row in prop::collection::vec((0usize..700, -511i32..512), 0..40)

@@ -19,7 +19,7 @@ pub(super) struct Statistics {
     pub(super) largest: f32,
 }
 
-/// E\[x²\] in units of its mean, plus 0.01 so that channels without activations still count; total 1 without moments.
+/// E\[x²\] in units of its mean, plus 0.01 so that channels without activations still count; all 1 without moments.
 pub(super) fn importance(moments: Option<&[f32]>, columns: usize) -> Vec<f32> {
     let Some(moments) = moments else { return vec![1.0; columns] };
     let mean = moments.iter().map(|m| f64::from(*m)).sum::<f64>() / columns.max(1) as f64;

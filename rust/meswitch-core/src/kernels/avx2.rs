@@ -13,9 +13,9 @@ use crate::layout::{BLOCK_ROWS, LINE_ROWS};
 /// # Safety
 /// The processor must have AVX2; lengths must be as `lookup::add` checks them.
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, room: usize, out: &mut [f32]) {
+pub(super) unsafe fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, stride: usize, out: &mut [f32]) {
     for (token, table) in tokens.iter().enumerate() {
-        let out = out.as_mut_ptr().wrapping_add(token * room);
+        let out = out.as_mut_ptr().wrapping_add(token * stride);
         // SAFETY: the caller guarantees the instructions and lengths.
         unsafe { if token == 0 { segment::<true>(lines, table, out) } else { segment::<false>(lines, table, out) } }
     }
@@ -58,9 +58,9 @@ unsafe fn segment<const PREFETCH: bool>(lines: &CodeLines<'_>, table: Table<'_>,
         from = from.wrapping_add(lines.width);
     }
     let step = _mm256_set1_ps(table.step);
-    for (at, rows) in rows.as_flattened().iter().enumerate() {
+    for (index, rows) in rows.as_flattened().iter().enumerate() {
         // SAFETY: `out` has 32 rows for each vector of codes.
-        unsafe { flush(*rows, step, out.add(at * 32)) };
+        unsafe { flush(*rows, step, out.add(index * 32)) };
     }
 }
 
@@ -76,11 +76,11 @@ unsafe fn flush([first, last]: [__m256i; 2], step: __m256, out: *mut f32) {
         _mm256_extracti128_si256::<1>(first),
         _mm256_extracti128_si256::<1>(last),
     ];
-    for (at, eight) in eights.into_iter().enumerate() {
+    for (index, eight) in eights.into_iter().enumerate() {
         let sums = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(eight)), step);
         // SAFETY: four times eight of the 32 rows.
         unsafe {
-            let out = out.add(at * 8);
+            let out = out.add(index * 8);
             _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), sums));
         }
     }
@@ -105,9 +105,9 @@ pub(super) unsafe fn fill<const COLUMNS: usize, const TERMS: usize>(
             let mut eights = [_mm256_setzero_ps(); 2];
             for term in 0..TERMS {
                 let x = _mm256_set1_ps(x[(half * TERMS + term) % COLUMNS]);
-                for (at, values) in eights.iter_mut().enumerate() {
+                for (index, values) in eights.iter_mut().enumerate() {
                     // SAFETY: eight of the sixteen levels.
-                    let levels = unsafe { _mm256_loadu_ps(halves[half][term].as_ptr().add(at * 8)) };
+                    let levels = unsafe { _mm256_loadu_ps(halves[half][term].as_ptr().add(index * 8)) };
                     *values = _mm256_add_ps(*values, _mm256_mul_ps(x, levels));
                 }
             }

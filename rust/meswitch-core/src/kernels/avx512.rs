@@ -15,17 +15,17 @@ use crate::layout::LINE_ROWS;
 /// # Safety
 /// The processor must have AVX-512 F, BW and VL; lengths must be as `lookup::add` checks them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, room: usize, out: &mut [f32]) {
+pub(super) unsafe fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, stride: usize, out: &mut [f32]) {
     let count = tokens.steps.len();
     for first in (0..count).step_by(2) {
-        let (a, out) = (tokens.token(first), out.as_mut_ptr().wrapping_add(first * room));
+        let (a, out) = (tokens.token(first), out.as_mut_ptr().wrapping_add(first * stride));
         // SAFETY: the caller guarantees the instructions and lengths.
         unsafe {
             match (first + 1 < count, first) {
-                (true, 0) => add_tokens::<true, 2>(lines, [a, tokens.token(1)], room, out),
-                (true, _) => add_tokens::<false, 2>(lines, [a, tokens.token(first + 1)], room, out),
-                (_, 0) => add_tokens::<true, 1>(lines, [a], room, out),
-                _ => add_tokens::<false, 1>(lines, [a], room, out),
+                (true, 0) => add_tokens::<true, 2>(lines, [a, tokens.token(1)], stride, out),
+                (true, _) => add_tokens::<false, 2>(lines, [a, tokens.token(first + 1)], stride, out),
+                (_, 0) => add_tokens::<true, 1>(lines, [a], stride, out),
+                _ => add_tokens::<false, 1>(lines, [a], stride, out),
             }
         }
     }
@@ -39,16 +39,16 @@ pub(super) unsafe fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, room: u
 unsafe fn add_tokens<const PREFETCH: bool, const N: usize>(
     lines: &CodeLines<'_>,
     tables: [Table<'_>; N],
-    room: usize,
+    stride: usize,
     out: *mut f32,
 ) {
     // SAFETY: the caller guarantees the instructions and lengths.
     unsafe {
         match lines.count {
-            1 => segment::<PREFETCH, 1, N>(lines, tables, room, out),
-            2 => segment::<PREFETCH, 2, N>(lines, tables, room, out),
-            3 => segment::<PREFETCH, 3, N>(lines, tables, room, out),
-            _ => segment::<PREFETCH, 4, N>(lines, tables, room, out),
+            1 => segment::<PREFETCH, 1, N>(lines, tables, stride, out),
+            2 => segment::<PREFETCH, 2, N>(lines, tables, stride, out),
+            3 => segment::<PREFETCH, 3, N>(lines, tables, stride, out),
+            _ => segment::<PREFETCH, 4, N>(lines, tables, stride, out),
         }
     }
 }
@@ -61,17 +61,17 @@ unsafe fn add_tokens<const PREFETCH: bool, const N: usize>(
 unsafe fn segment<const PREFETCH: bool, const L: usize, const N: usize>(
     lines: &CodeLines<'_>,
     tables: [Table<'_>; N],
-    room: usize,
+    stride: usize,
     out: *mut f32,
 ) {
     let mut rows = [[[_mm512_setzero_si512(); 2]; N]; L];
     let mut from = lines.codes.as_ptr();
-    for at in 0..tables[0].sums.len() {
+    for byte in 0..tables[0].sums.len() {
         let mut halves = [[_mm512_setzero_si512(); 2]; N];
         // SAFETY: two times sixteen sums per byte of the segment; the codes have that byte of every line.
         unsafe {
             for n in 0..N {
-                let sums = tables[n].sums.as_ptr().add(at).cast::<__m256i>();
+                let sums = tables[n].sums.as_ptr().add(byte).cast::<__m256i>();
                 halves[n] = [_mm512_broadcast_i64x4(*sums), _mm512_broadcast_i64x4(*sums.add(1))];
             }
             for line in 0..L {
@@ -92,7 +92,7 @@ unsafe fn segment<const PREFETCH: bool, const L: usize, const N: usize>(
     for line in 0..L {
         for n in 0..N {
             // SAFETY: `out` has 64 rows for each line.
-            unsafe { flush(rows[line][n], _mm512_set1_ps(tables[n].step), out.add(n * room + line * LINE_ROWS)) };
+            unsafe { flush(rows[line][n], _mm512_set1_ps(tables[n].step), out.add(n * stride + line * LINE_ROWS)) };
         }
     }
 }

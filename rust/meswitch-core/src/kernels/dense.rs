@@ -89,9 +89,9 @@ super::by_backend! {
 #[inline(always)]
 fn split_even_odd_body(x: &[f32], out: &mut [f32]) {
     for (x, out) in x.chunks_exact(DENSE_COLUMNS).zip(out.chunks_exact_mut(DENSE_COLUMNS)) {
-        for at in 0..DENSE_COLUMNS / 2 {
-            out[at] = x[2 * at];
-            out[at + DENSE_COLUMNS / 2] = x[2 * at + 1];
+        for pair in 0..DENSE_COLUMNS / 2 {
+            out[pair] = x[2 * pair];
+            out[pair + DENSE_COLUMNS / 2] = x[2 * pair + 1];
         }
     }
 }

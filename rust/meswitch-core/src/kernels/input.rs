@@ -110,5 +110,5 @@ pub(super) fn low_rank_input(matrix: &Matrix<'_>, x: &[f32]) -> Vec<f32> {
     } else if tokens > 0 {
         by_rank = products(0..rank);
     }
-    (0..tokens * rank).map(|at| by_rank[at % rank * tokens + at / rank] * matrix.unit).collect()
+    (0..tokens * rank).map(|index| by_rank[index % rank * tokens + index / rank] * matrix.unit).collect()
 }

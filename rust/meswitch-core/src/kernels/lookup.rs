@@ -96,28 +96,28 @@ impl<'a> TokenTables<'a> {
     }
 }
 
-/// Adds `step · Σ sums` of a segment to the first `lines.count · 64` elements of each token's row of `out [tokens, room]`.
-pub(super) fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, room: usize, out: &mut [f32]) {
-    add_with(backend(), lines, tokens, room, out);
+/// Adds `step · Σ sums` of a segment to the first `lines.count · 64` elements of each token's row of `out [tokens, stride]`.
+pub(super) fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, stride: usize, out: &mut [f32]) {
+    add_with(backend(), lines, tokens, stride, out);
 }
 
-fn add_with(backend: Backend, lines: &CodeLines<'_>, tokens: TokenTables<'_>, room: usize, out: &mut [f32]) {
+fn add_with(backend: Backend, lines: &CodeLines<'_>, tokens: TokenTables<'_>, stride: usize, out: &mut [f32]) {
     let Some(last) = tokens.bytes.checked_sub(1).filter(|_| lines.count > 0) else { return };
     let rows = lines.count * LINE_ROWS;
     assert!(rows <= lines.width && lines.count <= BLOCK_ROWS / LINE_ROWS);
     assert!(last * lines.width + rows <= lines.codes.len());
-    assert!(rows <= room && out.len() >= (tokens.steps.len() - 1) * room + rows);
+    assert!(rows <= stride && out.len() >= (tokens.steps.len() - 1) * stride + rows);
     match backend {
         // SAFETY: a `Backend` names only instruction sets that the processor has; lengths were checked above.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx512 => unsafe { avx512::add(lines, tokens, room, out) },
+        Backend::Avx512 => unsafe { avx512::add(lines, tokens, stride, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx2 => unsafe { avx2::add(lines, tokens, room, out) },
+        Backend::Avx2 => unsafe { avx2::add(lines, tokens, stride, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Backend::Neon => unsafe { neon::add(lines, tokens, room, out) },
-        _ => scalar::add(lines, tokens, room, out),
+        Backend::Neon => unsafe { neon::add(lines, tokens, stride, out) },
+        _ => scalar::add(lines, tokens, stride, out),
     }
 }
 
@@ -130,8 +130,8 @@ mod tests {
     use super::*;
     use crate::layout::{self, BITS, pack_row, row_bytes, tile_rows};
 
-    fn noise(at: usize, seed: usize) -> f32 {
-        let mixed = (at.wrapping_mul(2_654_435_761) ^ seed.wrapping_mul(40_503)) as u32;
+    fn noise(index: usize, seed: usize) -> f32 {
+        let mixed = (index.wrapping_mul(2_654_435_761) ^ seed.wrapping_mul(40_503)) as u32;
         (mixed.wrapping_mul(0x9e37_79b9) >> 8) as f32 / (1 << 23) as f32 - 1.0
     }
 
@@ -143,10 +143,10 @@ mod tests {
         for first in (0..rows).step_by(BLOCK_ROWS) {
             let (start, width) = layout::line_start(first, lines, stride);
             let mut sums = vec![0f32; tables.tokens * width];
-            for at in 0..tables.segments.len() {
-                let codes = &codes[start + tables.segments[at].start * width..];
+            for index in 0..tables.segments.len() {
+                let codes = &codes[start + tables.segments[index].start * width..];
                 let lines = CodeLines { codes, width, count: width / LINE_ROWS };
-                add_with(backend, &lines, tables.segment(at, x, backend), width, &mut sums);
+                add_with(backend, &lines, tables.segment(index, x, backend), width, &mut sums);
             }
             let count = width.min(rows - first);
             for (out, sums) in out.chunks_mut(rows.max(1)).zip(sums.chunks(width)) {
@@ -167,18 +167,18 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+        #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 64 }))]
         #[test]
         fn every_instruction_set_gives_the_bits_of_the_scalar_kernel(
             bits in prop::sample::select(&BITS[..]),
-            columns in 1usize..900,
-            rows in 1usize..600,
+            columns in 1usize..if cfg!(miri) { 90 } else { 900 },
+            rows in 1usize..if cfg!(miri) { 150 } else { 600 },
             tokens in 1usize..4,
             seed: u16,
         ) {
             let top = (1u16 << bits) - 1;
-            let codes: Vec<u8> = (0..rows * columns).map(|at| ((noise(at, 7) + 1.0) * 128.0) as u8 & top as u8).collect();
-            let x: Vec<f32> = (0..tokens * columns).map(|at| noise(at, usize::from(seed)).powi(5)).collect();
+            let codes: Vec<u8> = (0..rows * columns).map(|index| ((noise(index, 7) + 1.0) * 128.0) as u8 & top as u8).collect();
+            let x: Vec<f32> = (0..tokens * columns).map(|index| noise(index, usize::from(seed)).powi(5)).collect();
             let key = TableKey { bits, zero: f32::from(top) / 2.0, group: columns };
             let all = packed(&codes, bits, columns);
             let truth = products(Backend::Scalar, &all, &x, rows, columns, key);
@@ -200,6 +200,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore)] // too slow
     fn the_largest_sums_fit() {
         for bits in BITS {
             let columns = 4096;
@@ -218,18 +219,20 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore)] // too slow
     fn rounding_errors_are_below_a_four_hundredth_and_at_worst_a_two_hundred_and_fiftieth() {
         for bits in BITS {
             let (rows, columns) = (256, 1024);
             let top = ((1u16 << bits) - 1) as u8;
-            let codes: Vec<u8> = (0..rows * columns).map(|at| ((noise(at, 7) + 1.0) * 128.0) as u8 & top).collect();
+            let codes: Vec<u8> =
+                (0..rows * columns).map(|index| ((noise(index, 7) + 1.0) * 128.0) as u8 & top).collect();
             type Activation = fn(usize) -> f32;
             // Activations of one size are the worst case: none is near zero, and all sums may be half a step off.
             let kinds: [(f64, Activation); 4] = [
-                (250.0, |at| noise(at, 5).signum()),
-                (400.0, |at| noise(at, 5)),
-                (400.0, |at| noise(at, 5).powi(9)),
-                (400.0, |at| noise(at, 5) + 40.0 * f32::from(at == 77)),
+                (250.0, |index| noise(index, 5).signum()),
+                (400.0, |index| noise(index, 5)),
+                (400.0, |index| noise(index, 5).powi(9)),
+                (400.0, |index| noise(index, 5) + 40.0 * f32::from(index == 77)),
             ];
             for (part, x) in kinds {
                 let x: Vec<f32> = (0..columns).map(x).collect();

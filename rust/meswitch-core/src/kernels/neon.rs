@@ -20,11 +20,11 @@ const LINE_VECTORS: usize = LINE_ROWS / VECTOR_BYTES;
 /// # Safety
 /// The processor must have NEON; lengths must be as `lookup::add` checks them.
 #[target_feature(enable = "neon")]
-pub(super) unsafe fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, room: usize, out: &mut [f32]) {
+pub(super) unsafe fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, stride: usize, out: &mut [f32]) {
     for (token, Table { sums, step }) in tokens.iter().enumerate() {
         for line in 0..lines.count {
             // SAFETY: the caller guarantees the instructions and lengths.
-            unsafe { segment(lines, line, sums, step, out.as_mut_ptr().add(token * room + line * LINE_ROWS)) };
+            unsafe { segment(lines, line, sums, step, out.as_mut_ptr().add(token * stride + line * LINE_ROWS)) };
         }
     }
 }
@@ -61,10 +61,10 @@ unsafe fn segment(lines: &CodeLines<'_>, line: usize, sums: &[Sums], step: f32, 
         for half in 0..2 {
             let eight = rows[vector][half];
             let fours = [vmovl_s16(vget_low_s16(eight)), vmovl_s16(vget_high_s16(eight))];
-            for (at, four) in fours.into_iter().enumerate() {
+            for (index, four) in fours.into_iter().enumerate() {
                 // SAFETY: four of the 64 rows.
                 unsafe {
-                    let out = out.add(vector * VECTOR_BYTES + half * 8 + at * 4);
+                    let out = out.add(vector * VECTOR_BYTES + half * 8 + index * 4);
                     let sums = vmulq_n_f32(vcvtq_f32_s32(four), step);
                     vst1q_f32(out, vaddq_f32(vld1q_f32(out), sums));
                 }
@@ -94,9 +94,9 @@ pub(super) unsafe fn fill<const COLUMNS: usize, const TERMS: usize>(
             let mut fours = [vdupq_n_f32(0.0); HALF_VALUES / 4];
             for term in 0..TERMS {
                 let x = vdupq_n_f32(x[(half * TERMS + term) % COLUMNS]);
-                for (at, values) in fours.iter_mut().enumerate() {
+                for (index, values) in fours.iter_mut().enumerate() {
                     // SAFETY: four of the sixteen levels.
-                    let levels = unsafe { vld1q_f32(halves[half][term].as_ptr().add(at * 4)) };
+                    let levels = unsafe { vld1q_f32(halves[half][term].as_ptr().add(index * 4)) };
                     *values = vaddq_f32(*values, vmulq_f32(x, levels));
                 }
             }

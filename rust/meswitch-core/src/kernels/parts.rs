@@ -57,9 +57,9 @@ fn add_by_tables(
         let count = positions.len();
         let wanted = positions.start.max(span.start)..positions.end.min(span.end);
         scales_of(part, &wanted, groups, matrix.unit, &mut scales);
-        // Rows in whole lines; room for a token's sums, a last partial line counted whole.
-        let (whole, room) = (count / LINE_ROWS * LINE_ROWS, count.next_multiple_of(LINE_ROWS));
-        let products = &mut products[..tables.tokens * room];
+        // Rows in whole lines, and rows with a last partial line counted whole: a token's sums.
+        let (whole, stride) = (count / LINE_ROWS * LINE_ROWS, count.next_multiple_of(LINE_ROWS));
+        let products = &mut products[..tables.tokens * stride];
         for group in 0..tables.groups.len() {
             let (group, segments) = tables.groups[group].clone();
             products.fill(0.0);
@@ -69,11 +69,11 @@ fn add_by_tables(
                 let codes = &part.codes[start + segment.start * width..];
                 let lines = CodeLines { codes, width, count: whole / LINE_ROWS };
                 let tokens = tables.segment(index, x, backend());
-                lookup::add(&lines, tokens, room, products);
-                lookup::add(&partial.after(&lines, count - whole, segment), tokens, room, &mut products[whole..]);
+                lookup::add(&lines, tokens, stride, products);
+                lookup::add(&partial.after(&lines, count - whole, segment), tokens, stride, &mut products[whole..]);
             }
             let scales = &scales[group * wanted.len()..][..wanted.len()];
-            for (products, sums) in products.chunks_exact(room).zip(sums.chunks_exact_mut(rows.len())) {
+            for (products, sums) in products.chunks_exact(stride).zip(sums.chunks_exact_mut(rows.len())) {
                 let values = products[wanted.start - positions.start..].iter().zip(scales);
                 part.scatter_add(wanted.start, values.map(|(product, scale)| product * scale), sums, rows.start);
             }

@@ -7,8 +7,8 @@ use super::tables::{HALF_VALUES, HalfLevels, ROUND, Sums};
 use crate::layout::LINE_ROWS;
 
 /// See [`super::lookup::add`].
-pub(super) fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, room: usize, out: &mut [f32]) {
-    for (Table { sums, step }, out) in tokens.iter().zip(out.chunks_mut(room)) {
+pub(super) fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, stride: usize, out: &mut [f32]) {
+    for (Table { sums, step }, out) in tokens.iter().zip(out.chunks_mut(stride)) {
         add_token(lines, sums, step, out);
     }
 }
@@ -16,8 +16,8 @@ pub(super) fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, room: usize, o
 fn add_token(lines: &CodeLines<'_>, sums: &[Sums], step: f32, out: &mut [f32]) {
     for (line, out) in out.chunks_exact_mut(LINE_ROWS).take(lines.count).enumerate() {
         let mut rows = [0i16; LINE_ROWS];
-        for (at, Sums(sums)) in sums.iter().enumerate() {
-            for (row, byte) in rows.iter_mut().zip(lines.line(at, line)) {
+        for (index, Sums(sums)) in sums.iter().enumerate() {
+            for (row, byte) in rows.iter_mut().zip(lines.line(index, line)) {
                 *row += sums[usize::from(byte & 15)] + sums[HALF_VALUES + usize::from(byte >> 4)];
             }
         }
@@ -32,9 +32,9 @@ pub(super) fn fill<const COLUMNS: usize, const TERMS: usize>(
     sums: &mut [MaybeUninit<Sums>],
 ) {
     for (x, sums) in x.iter().zip(sums) {
-        sums.write(Sums(std::array::from_fn(|at| {
-            let (half, at) = (at / HALF_VALUES, at % HALF_VALUES);
-            let value = |term: usize| x[(half * TERMS + term) % COLUMNS] * halves[half][term][at];
+        sums.write(Sums(std::array::from_fn(|index| {
+            let (half, index) = (index / HALF_VALUES, index % HALF_VALUES);
+            let value = |term: usize| x[(half * TERMS + term) % COLUMNS] * halves[half][term][index];
             ((0..TERMS).map(value).sum::<f32>() + ROUND).to_bits() as i16
         })));
     }

@@ -192,14 +192,14 @@ mod x86 {
         let (mut sums, mut last) = (_mm512_setzero_ps(), _mm512_setzero_si512());
         let (limit, end) = (_mm512_set1_epi32(x.len() as i32), _mm512_set1_epi32(15));
         let count = gaps.len().min(values.len());
-        for at in (0..count).step_by(LANES) {
-            let valid = ((1u32 << (count - at).min(LANES)) - 1) as u16;
+        for first in (0..count).step_by(LANES) {
+            let valid = ((1u32 << (count - first).min(LANES)) - 1) as u16;
             // SAFETY: masked loads read only existing entries; masked gathers only columns below `x`'s length.
             unsafe {
-                let gaps = _mm_maskz_loadu_epi8(valid, gaps.as_ptr().add(at).cast());
+                let gaps = _mm_maskz_loadu_epi8(valid, gaps.as_ptr().add(first).cast());
                 let columns = _mm512_add_epi32(last, prefix_sums(_mm512_cvtepu8_epi32(gaps)));
                 last = _mm512_permutexvar_epi32(end, columns);
-                let bytes = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(valid, values.as_ptr().add(at).cast()));
+                let bytes = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(valid, values.as_ptr().add(first).cast()));
                 let values = _mm512_cvtph_ps(_mm256_slli_epi16::<8>(bytes));
                 let known = _mm512_mask_cmplt_epu32_mask(valid, columns, limit);
                 let x = _mm512_mask_i32gather_ps::<4>(_mm512_setzero_ps(), known, columns, x.as_ptr());
@@ -250,10 +250,10 @@ mod tests {
 
     #[test]
     fn every_instruction_set_gives_the_same_bits() {
-        let count = |of: usize| (0..of).map(|at| (at * 37 % 11) as u8);
+        let numbers = |count: usize| (0..count).map(|index| (index * 37 % 11) as u8);
         for entries in [0, 1, 15, 16, 17, 100] {
             let (gaps, values): (Vec<u8>, Vec<u8>) =
-                (count(entries).collect(), count(entries).map(|v| v * 11).collect());
+                (numbers(entries).collect(), numbers(entries).map(|v| v * 11).collect());
             for columns in [1, 40, 501] {
                 let x: Vec<f32> = (0..columns).map(|i| (i as f32).sin()).collect();
                 assert_eq!(

@@ -176,12 +176,12 @@ impl Levels {
         let mut levels = Self { columns: 8 / bits, halves: [[[0.0; HALF_VALUES]; 4]; 2], max_level: 0.0 };
         for (half, terms) in levels.halves.iter_mut().enumerate() {
             let mut max_level = 0f32;
-            for (at, values) in terms.iter_mut().take(4 / bits.min(4)).enumerate() {
+            for (index, values) in terms.iter_mut().take(4 / bits.min(4)).enumerate() {
                 *values = std::array::from_fn(|value| match bits {
                     // Half a code: each half's sums are centred about 0.
                     8 if half == 0 => value as f32 - 7.5,
                     8 => (16 * value) as f32 - (zero - 7.5),
-                    _ => factor * ((value >> (bits * at)) & ((1 << bits) - 1)) as f32 - zero,
+                    _ => factor * ((value >> (bits * index)) & ((1 << bits) - 1)) as f32 - zero,
                 });
                 max_level = values.iter().fold(max_level, |largest, value| largest.max(value.abs()));
             }
@@ -259,11 +259,12 @@ mod tests {
     fn the_largest_sums_fit_in_sixteen_bits() {
         for bits in [1, 2, 3, 4, 8] {
             let columns = 512;
-            let x: Vec<f32> = (0..columns).map(|at| if at % 3 == 0 { -7.0 } else { 1e-3 + at as f32 }).collect();
+            let x: Vec<f32> =
+                (0..columns).map(|index| if index % 3 == 0 { -7.0 } else { 1e-3 + index as f32 }).collect();
             let key = TableKey { bits, zero: ((1 << bits) - 1) as f32 / 2.0, group: columns };
             let mut tables = Tables::new(1, columns, key);
-            for at in 0..tables.segments.len() {
-                let sums = tables.segment(at, &x, Backend::Scalar).sums;
+            for index in 0..tables.segments.len() {
+                let sums = tables.segment(index, &x, Backend::Scalar).sums;
                 let largest = |half: &[i16]| half.iter().map(|sum| i32::from(sum.unsigned_abs())).max().unwrap();
                 let total: i32 = sums.iter().flat_map(|Sums(sums)| sums.chunks(HALF_VALUES).map(largest)).sum();
                 assert!((16_000..=32_767).contains(&total), "{bits} bits: {total}");

@@ -70,7 +70,8 @@ mod tests {
         packed[5] = 1 << 4; // column 2 * 64 + 5
         let mut codes = vec![9; 300];
         unpack_row(&packed, 2, &mut codes);
-        let found: Vec<_> = (0..300).filter(|at| codes[*at] != 0).map(|at| (at, codes[at])).collect();
+        let found: Vec<_> =
+            (0..300).filter(|column| codes[*column] != 0).map(|column| (column, codes[column])).collect();
         assert_eq!(found, [(133, 1), (270, 3)]);
         let mut row = vec![0; super::super::row_bytes(2, 300)];
         super::super::pack_row(&codes, 2, &mut row);
