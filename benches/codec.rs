@@ -5,7 +5,7 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
 use meswitch_core::checkpoint::View;
-use meswitch_core::codec::{Pair, Settings, Zero, fit, quantize};
+use meswitch_core::codec::{Pair, Settings, fit, quantize};
 use meswitch_core::layout;
 use safetensors::tensor::Dtype;
 
@@ -36,7 +36,7 @@ fn rows(c: &mut Criterion) {
     group.throughput(Throughput::BytesDecimal(2 * IN as u64));
     for bits in layout::BITS {
         group.bench_function(format!("fit at {bits} bits"), |b| {
-            b.iter(|| fit::fit_row(black_box(&delta), &ones, bits, fit::top(bits) / 2.0, 0.0, &mut codes));
+            b.iter(|| fit::fit_row(black_box(&delta), &ones, bits, fit::max_code(bits) / 2.0, 0.0, &mut codes));
         });
         let mut packed = vec![0; layout::row_bytes(bits, IN)];
         group.bench_function(format!("pack at {bits} bits"), |b| {
@@ -50,19 +50,7 @@ fn sites(c: &mut Criterion) {
     let (base, finetune) = (weights(1), weights(2));
     let mut group = c.benchmark_group("site of 1024 x 4096");
     group.sample_size(10).throughput(Throughput::BytesDecimal(2 * (OUT * IN) as u64));
-    let plain = Settings {
-        bits: 2,
-        group_size: None,
-        zero: Zero::Auto,
-        one_scale: false,
-        column_scales: false,
-        unbiased: false,
-        salient: 0,
-        rank: 0,
-        classes: Vec::new(),
-        skip_unchanged_rows: false,
-        sparse: true,
-    };
+    let plain = Settings::default();
     let kinds = [
         ("2 bits", plain.clone()),
         ("2 bits, column scales", Settings { column_scales: true, ..plain.clone() }),

@@ -15,7 +15,7 @@ use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 const SITES: usize = 16;
 const SIDE: usize = 2048;
 
-/// A checkpoint of bf16 matrices; another seed moves every weight a little.
+/// Writes a checkpoint of bf16 matrices. Another seed changes every weight a little.
 fn save(folder: &Path, seed: u32) {
     fs::create_dir_all(folder).expect("a folder");
     let data: Vec<Vec<u8>> = (0..SITES as u32)
@@ -38,19 +38,7 @@ fn delta(root: &Path) -> Delta {
         Checkpoint::open(&root.join("base")).expect("base"),
         Checkpoint::open(&root.join("finetune")).expect("fine-tune"),
     );
-    let settings = Settings {
-        bits: 2,
-        group_size: None,
-        zero: Zero::Symmetric,
-        one_scale: false,
-        column_scales: false,
-        unbiased: false,
-        salient: 0,
-        rank: 0,
-        classes: Vec::new(),
-        skip_unchanged_rows: false,
-        sparse: true,
-    };
+    let settings = Settings { zero: Zero::Symmetric, ..Settings::default() };
     let plans: Vec<Plan> = finetune
         .names()
         .iter()
@@ -68,21 +56,21 @@ fn delta(root: &Path) -> Delta {
     job.run(&mut |_| true, &mut |_| Ok(None)).expect("a delta")
 }
 
-/// Asks the kernel to forget a file's pages, so that the next read comes from the disk.
-fn forget(path: &Path) {
+/// Drops a file from the page cache, so that the next read comes from the disk.
+fn drop_from_cache(path: &Path) {
     let file = File::open(path).expect("the tensors");
     file.sync_all().expect("a sync");
-    // SAFETY: an open descriptor and plain numbers.
+    // SAFETY: an open descriptor; the call takes no pointers.
     unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
 }
 
-/// Touches every cache line of the tensors, as a kernel would.
+/// Reads every cache line of the tensors, as a kernel would.
 fn read(delta: &Delta) -> u64 {
     let sites = delta
         .manifest()
         .sites
         .iter()
-        .flat_map(|site| site.tensors.keys().filter_map(|role| delta.tensor(&site.name, role)));
+        .flat_map(|site| site.checksums.keys().filter_map(|role| delta.tensor(&site.name, role)));
     sites
         .map(|bytes| {
             bytes
@@ -106,12 +94,12 @@ fn io(c: &mut Criterion) {
     let cold = root.path().join("cold");
     fs::create_dir(&cold).expect("a folder");
     for name in ["meswitch.json", TENSORS] {
-        fs::copy(folder.join(name), cold.join(name)).expect("a copy that nobody has mapped");
+        fs::copy(folder.join(name), cold.join(name)).expect("a copy that is not mapped");
     }
     group.bench_function("read cold", |b| {
         b.iter_batched(
             || {
-                forget(&cold.join(TENSORS));
+                drop_from_cache(&cold.join(TENSORS));
                 Delta::open(&cold).expect("sound")
             },
             |delta| read(&delta),

@@ -1,34 +1,37 @@
-//! Hugging Face checkpoints, memory-mapped through candle-core, one tensor at a time.
+//! Hugging Face checkpoints, memory-mapped.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::MmapedSafetensors;
-use half::slice::HalfFloatSliceExt;
 use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::kernels::by_backend;
+use crate::fingerprint;
+use crate::kernels::{widen_bf16, widen_f16};
 
-/// The name of an unsharded checkpoint's tensors.
-pub const SINGLE: &str = "model.safetensors";
-/// The name of a sharded checkpoint's index.
-pub const INDEX: &str = "model.safetensors.index.json";
+/// The file name of an unsharded checkpoint's tensors.
+const SINGLE: &str = "model.safetensors";
+/// The file name of a sharded checkpoint's index.
+const INDEX: &str = "model.safetensors.index.json";
 
+/// The name of the output layer, which may be tied to the embedding.
 const HEAD: &str = "lm_head.weight";
 
-/// A mapped checkpoint folder.
+/// A mapped checkpoint folder. Its files must not be changed while this lives.
 pub struct Checkpoint {
     path: PathBuf,
     files: Vec<PathBuf>,
     tensors: MmapedSafetensors,
+    /// The tensors on disk, sorted.
     names: Vec<String>,
+    /// Names of tied tensors, each with the name on disk.
     aliases: HashMap<String, String>,
 }
 
-/// One tensor of a checkpoint: a view of the mapped file.
+/// One tensor, borrowed from a mapped checkpoint.
 #[derive(Clone, Debug)]
 pub struct View<'a> {
     /// Element type.
@@ -40,38 +43,44 @@ pub struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    /// Number of elements.
+    /// The number of elements.
     #[must_use]
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// Whether there are none.
+    /// Whether it has no elements.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether the elements are of a type that [`View::read`] widens.
+    /// Whether the elements are of a type that [`View::read`] can read.
     #[must_use]
     pub fn is_float(&self) -> bool {
         matches!(self.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
     }
 
-    /// Elements `start .. start + out.len()` as 32-bit floats; only of a float tensor.
+    /// Reads elements `start .. start + out.len()` as 32-bit floats. The tensor must be one of floats ([`View::is_float`]); of
+    /// others the values are meaningless.
+    ///
+    /// # Panics
+    /// Where the tensor has fewer elements.
     pub fn read(&self, start: usize, out: &mut [f32]) {
         let size = self.dtype.bitsize() / 8;
         let bytes = &self.data[start * size..(start + out.len()) * size];
         match self.dtype {
-            Dtype::BF16 => widen_bf16(bytes, out),
-            Dtype::F16 => widen_f16(bytes, out),
+            Dtype::BF16 => widen_bf16(bytes.as_chunks().0, out),
+            Dtype::F16 => widen_f16_bytes(bytes, out),
             _ => widen_f32(bytes, out),
         }
     }
 
+    /// Checks that all elements of a float tensor are finite. `name` is the tensor's in the message.
+    ///
     /// # Errors
-    /// [`Error::NonFinite`] where a float of the tensor is; `name` is what the message calls it.
-    pub fn finite(&self, name: &str) -> Result<()> {
+    /// [`Error::NonFinite`].
+    pub(crate) fn check_finite(&self, name: &str) -> Result<()> {
         if !self.is_float() {
             return Ok(());
         }
@@ -79,44 +88,32 @@ impl<'a> View<'a> {
         for start in (0..self.len()).step_by(values.len()) {
             let count = values.len().min(self.len() - start);
             self.read(start, &mut values[..count]);
-            if let Some(at) = values[..count].iter().position(|value| !value.is_finite()) {
+            if let Some(index) = values[..count].iter().position(|value| !value.is_finite()) {
                 return Err(Error::NonFinite(format!(
                     "expected finite weights, found {} in {name} at element {}",
-                    values[at],
-                    start + at
+                    values[index],
+                    start + index
                 )));
             }
         }
         Ok(())
     }
 
-    /// The bytes of rows `start .. end`, a row being the last dimension.
-    #[must_use]
-    pub fn row_slice(&self, start: usize, end: usize) -> &'a [u8] {
+    /// The bytes of rows `start .. end`; a row is the last dimension.
+    pub(crate) fn row_bytes(&self, start: usize, end: usize) -> &'a [u8] {
         let row = self.shape.last().copied().unwrap_or(1) * self.dtype.bitsize() / 8;
         &self.data[start * row..end * row]
     }
 }
 
-by_backend! {
-    /// Widens little-endian bf16 elements.
-    pub fn widen_bf16(bytes: &[u8], out: &mut [f32]) = widen_bf16_body
-}
-
-#[inline(always)]
-fn widen_bf16_body(bytes: &[u8], out: &mut [f32]) {
-    for (value, pair) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-        *value = f32::from_bits(u32::from(u16::from_le_bytes([pair[0], pair[1]])) << 16);
-    }
-}
-
-fn widen_f16(bytes: &[u8], out: &mut [f32]) {
+/// Widens little-endian half precision floats, which need not be aligned.
+fn widen_f16_bytes(bytes: &[u8], out: &mut [f32]) {
     let mut halves = [half::f16::ZERO; 256];
     for (out, bytes) in out.chunks_mut(256).zip(bytes.chunks(512)) {
         for (half, pair) in halves.iter_mut().zip(bytes.chunks_exact(2)) {
             *half = half::f16::from_le_bytes([pair[0], pair[1]]);
         }
-        halves[..out.len()].convert_to_f32_slice(out);
+        widen_f16(&halves[..out.len()], out);
     }
 }
 
@@ -127,13 +124,13 @@ fn widen_f32(bytes: &[u8], out: &mut [f32]) {
 }
 
 impl Checkpoint {
-    /// Maps the checkpoint of a folder: `model.safetensors`, or the shards that its index names.
+    /// Maps the checkpoint of a folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for what is not a whole checkpoint, [`Error::Io`] for what cannot be read.
+    /// [`Error::Checkpoint`] for an incomplete or damaged checkpoint, [`Error::Io`] where a file cannot be read.
     pub fn open(folder: &Path) -> Result<Self> {
         let (files, listed) = files_of(folder)?;
-        // SAFETY: the files are opened read-only; as with any mapped model file, nobody may write to them meanwhile.
+        // SAFETY: the mapping is read-only; as with any mapped model file, nothing may write to the files meanwhile.
         let tensors = unsafe { MmapedSafetensors::multi(&files) }.map_err(|error| {
             Error::Checkpoint(format!(
                 "expected whole safetensors files, found a broken one in {}: {error}",
@@ -155,7 +152,7 @@ impl Checkpoint {
         }
         let mut aliases = HashMap::new();
         if names.binary_search_by(|name| name.as_str().cmp(HEAD)).is_err()
-            && tied(folder)?
+            && is_tied(folder)?
             && let Some(embedding) = names.iter().find(|name| is_embedding(name))
         {
             aliases.insert(HEAD.to_owned(), embedding.clone());
@@ -175,16 +172,16 @@ impl Checkpoint {
         &self.files
     }
 
-    /// The tensors on disk, by name in order.
+    /// The names of the tensors on disk, sorted.
     #[must_use]
     pub fn names(&self) -> &[String] {
         &self.names
     }
 
-    /// The tensor of that name. A tied checkpoint answers `lm_head.weight` with its embedding.
+    /// The tensor of that name. In a tied checkpoint, `lm_head.weight` is the embedding.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] where there is none.
+    /// [`Error::Checkpoint`] where there is none of that name.
     pub fn view(&self, name: &str) -> Result<View<'_>> {
         let view = self.tensors.get(self.on_disk(name)).map_err(|_| {
             Error::Checkpoint(format!("expected a tensor {name}, found none in {}", self.path.display()))
@@ -192,20 +189,28 @@ impl Checkpoint {
         Ok(View { dtype: view.dtype(), shape: view.shape().to_vec(), data: view.data() })
     }
 
-    /// The name on disk of a tensor: its own, or that of the tensor it is tied to.
+    /// The name on disk of a tensor: that of the tensor it is tied to, else its own.
     #[must_use]
     pub fn on_disk<'a>(&'a self, name: &'a str) -> &'a str {
         self.aliases.get(name).map_or(name, String::as_str)
     }
 
-    /// Whether the checkpoint has a tensor of that name, its own or a tied one.
+    /// A quick hash of the names, dtypes, shapes and up to three kilobytes of each tensor.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] where a tensor cannot be read.
+    pub fn sample(&self) -> Result<String> {
+        fingerprint::sample(self)
+    }
+
+    /// Whether the checkpoint has a tensor of that name, on disk or tied.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {
-        self.aliases.contains_key(name) || self.names.binary_search_by(|own| own.as_str().cmp(name)).is_ok()
+        self.aliases.contains_key(name) || self.names.binary_search_by(|stored| stored.as_str().cmp(name)).is_ok()
     }
 }
 
-/// The safetensors files of a folder, and the names that its index lists.
+/// The safetensors files of a folder, and the tensors that its index lists.
 fn files_of(folder: &Path) -> Result<(Vec<PathBuf>, Vec<String>)> {
     let single = folder.join(SINGLE);
     let index = folder.join(INDEX);
@@ -241,7 +246,8 @@ fn files_of(folder: &Path) -> Result<(Vec<PathBuf>, Vec<String>)> {
     Ok((files.into_values().collect(), map.keys().cloned().collect()))
 }
 
-fn tied(folder: &Path) -> Result<bool> {
+/// Whether the configuration says that output layer and embedding are tied.
+fn is_tied(folder: &Path) -> Result<bool> {
     let path = folder.join("config.json");
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
@@ -250,11 +256,11 @@ fn tied(folder: &Path) -> Result<bool> {
     };
     let config: Value = serde_json::from_str(&text)
         .map_err(|error| Error::Checkpoint(format!("expected JSON in {}, found {error}", path.display())))?;
-    // Absent means tied: the default of every transformers configuration that leaves it out of its file.
+    // Absent means true: configurations omit the field where it has transformers' default.
     Ok(config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(true))
 }
 
-/// Whether a tensor of that name is the table of token embeddings.
+/// Whether a tensor of that name is the token embedding.
 fn is_embedding(name: &str) -> bool {
     [".embed_tokens.weight", ".wte.weight", ".embed_in.weight", ".word_embeddings.weight"]
         .iter()

@@ -1,21 +1,21 @@
-//! What can go wrong, one variant per cause.
+//! Errors, one variant per cause.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The result of everything in this crate.
+/// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A failure. Messages say what was expected, then what was found.
+/// An error. Messages say what was expected, then what was found.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A delta directory that is not one: a missing or malformed file, tensor or field.
+    /// A malformed delta directory: a file, tensor or field is missing or wrong.
     #[error("{0}")]
     Format(String),
-    /// Bytes that are not the bytes that were written.
+    /// Bytes that differ from those that were written.
     #[error("{0}")]
     Checksum(String),
-    /// A folder that is not a whole Hugging Face checkpoint.
+    /// An incomplete or damaged Hugging Face checkpoint.
     #[error("{0}")]
     Checkpoint(String),
     /// A fine-tune whose parameters do not match the base's.
@@ -27,28 +27,28 @@ pub enum Error {
     /// A NaN or an infinity in a weight.
     #[error("{0}")]
     NonFinite(String),
-    /// An instruction set that is unknown or not there.
+    /// An instruction set that is unknown or not available.
     #[error("{0}")]
     Backend(String),
     /// An argument outside its range.
     #[error("{0}")]
     Argument(String),
-    /// The caller asked to stop.
+    /// The caller's callback asked to stop.
     #[error("interrupted")]
     Interrupted,
-    /// The operating system said no.
+    /// The operating system reported an error.
     #[error("{path}: {source}")]
     Io {
-        /// The file or folder at which it happened.
+        /// The file or folder.
         path: PathBuf,
-        /// What the operating system said.
+        /// The operating system's error.
         source: io::Error,
     },
 }
 
 impl Error {
-    /// Binds the path to an I/O error.
-    pub fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
+    /// Adds a path to an I/O error; for `map_err`.
+    pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { path, source }
     }

@@ -79,8 +79,8 @@ pub fn write(
     base_name: &str,
     progress: Py<PyAny>,
 ) -> PyResult<()> {
-    let entries = sites.iter().map(|site| serde_json::from_str(site)).collect::<Result<Vec<SiteEntry>, _>>();
-    let entries = entries.map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let entries =
+        sites.iter().map(|site| SiteEntry::from_json(site)).collect::<Result<Vec<_>, _>>().map_err(to_python)?;
     let settings = read_json(settings)?;
     let base = &base.0;
     let (mut raised, mut refused) = (None, None);
@@ -123,13 +123,14 @@ pub fn weigh(
     let plans = plans.iter().map(|plan| read_plan(plan, &HashMap::new())).collect::<PyResult<Vec<_>>>()?;
     let (settings, out) = (read_json(settings)?, Path::new(""));
     let job = Job { base: &base.0, finetune: &finetune.0, plans: &plans, out, files: &files, settings, base_name };
-    job.weigh(&shared).map_err(to_python)
+    job.estimated_bytes(&shared).map_err(to_python)
 }
 
 /// Whether a parameter is bit-equal in base and fine-tune.
 #[pyfunction]
 pub fn same(py: Python<'_>, base: &Checkpoint, finetune: &Checkpoint, name: &str) -> PyResult<bool> {
-    detached(py, || Ok(meswitch_core::compress::same(&base.0.view(name)?, &finetune.0.view(name)?))).map_err(to_python)
+    detached(py, || Ok(meswitch_core::compress::bit_equal(&base.0.view(name)?, &finetune.0.view(name)?)))
+        .map_err(to_python)
 }
 
 /// `Σ importance · Δ²` of every row of a site, as little-endian float32; `moments` are its E[x²].
@@ -146,7 +147,7 @@ pub fn energies<'py>(
     let moments = moments.map(floats);
     let work = || {
         let pair = Pair::new(name, base.0.view(name)?, finetune.0.view(name)?, transposed)?;
-        codec::energies(&pair, moments.as_deref())
+        codec::row_energies(&pair, moments.as_deref())
     };
     Ok(bytes(py, &detached(py, work).map_err(to_python)?))
 }

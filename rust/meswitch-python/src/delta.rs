@@ -25,7 +25,7 @@ impl Checkpoint {
 
     /// A hash of names, dtypes, shapes and three kilobytes of each tensor.
     fn sample(&self, py: Python<'_>) -> PyResult<String> {
-        py.detach(|| meswitch_core::fingerprint::sample(&self.0)).map_err(to_python)
+        py.detach(|| self.0.sample()).map_err(to_python)
     }
 
     /// The tensors on disk, by name in order.

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 
 /// Runs work that the core shares out by rayon while other Python threads go on, in a forked process too.
 fn detached<T: Send + Ungil>(py: Python<'_>, work: impl FnOnce() -> T + Send + Ungil) -> T {
-    py.detach(|| kernels::team::with_pool(work))
+    py.detach(|| kernels::threads::with_rayon_pool(work))
 }
 
 /// The Rust half of meswitch.
@@ -29,7 +29,7 @@ mod _native {
     /// Refuses a `MESWITCH_BACKEND` that cannot run here before anything runs on another.
     #[pymodule_init]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
-        kernels::team::watch_forks();
+        kernels::threads::watch_forks();
         kernels::check().map_err(super::errors::to_python)
     }
 
@@ -48,7 +48,7 @@ mod _native {
     /// How many threads kernels run on, and whether they are torch's own.
     #[pyfunction]
     fn team() -> (usize, bool) {
-        (kernels::team::threads(), kernels::team::is_shared())
+        (kernels::threads::thread_count(), kernels::threads::uses_libgomp())
     }
 
     /// The processor features that kernels ask about, and whether each is there.

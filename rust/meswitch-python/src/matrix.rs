@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use meswitch_core::Error;
-use meswitch_core::kernels::{dense, linear, matrix, rows, sparse, unpack};
-use meswitch_core::layout;
+use meswitch_core::kernels::{self, BaseWeight, ElementType, Part, Product, SparseEntries, Terms};
+use meswitch_core::layout::{self, legacy};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -20,7 +20,7 @@ type PartMemory = (u32, f32, usize, Option<Memory>, Memory, Memory);
 /// The delta of one weight, `[rows, columns]`, over memory that `keep` owns.
 #[pyclass(frozen)]
 pub struct Matrix {
-    matrix: matrix::Matrix<'static>,
+    matrix: kernels::Matrix<'static>,
     // Never read: it keeps the borrowed memory alive.
     _keep: Py<PyAny>,
 }
@@ -71,7 +71,7 @@ impl Table {
     /// Puts a delta of that shape, or none, into a slot.
     fn set(&self, slot: usize, matrix: Option<Py<Matrix>>) -> PyResult<()> {
         if let Some(delta) = matrix.as_ref().map(Py::get) {
-            let found = (delta.matrix.rows, delta.matrix.columns);
+            let found = (delta.matrix.rows(), delta.matrix.columns());
             if found != (self.rows, self.columns) {
                 let message = format!("expected a delta of {:?}, found {found:?}", (self.rows, self.columns));
                 return Err(PyValueError::new_err(message));
@@ -92,7 +92,7 @@ impl Table {
         let mine = self.of(py, rows);
         let products = products(&mine);
         // SAFETY: the caller's tensors have `rows.total` rows of that many elements, and tokens are below that.
-        py.detach(|| unsafe { linear::add_products(&products, x, y, exact) });
+        py.detach(|| unsafe { kernels::add_products(&products, x, y, exact) });
         Ok(())
     }
 }
@@ -123,14 +123,14 @@ pub fn base_linear(py: Python<'_>, x: Tensor<'_>, sites: Vec<Site>) -> PyResult<
                 table.rows * columns,
             )));
         }
-        let base = dense::Base { weight, rows: table.rows, columns, tokens };
+        let base = BaseWeight { weight, rows: table.rows, columns, tokens };
         let y = rows_of((*address, tokens, table.rows, dtype), tokens, table.rows)?;
-        jobs.push(linear::Site { base, products: products(mine), y });
+        jobs.push(kernels::Site { base, products: products(mine), y });
     }
     if tokens > 0 {
         // SAFETY: the caller's tensors have that many rows of that many elements, tokens are below that, and there is a
         // kernel, for one token at least.
-        py.detach(|| unsafe { linear::linear(&jobs, x) });
+        py.detach(|| unsafe { kernels::linear(&jobs, x) });
     }
     Ok(())
 }
@@ -138,8 +138,8 @@ pub fn base_linear(py: Python<'_>, x: Tensor<'_>, sites: Vec<Site>) -> PyResult<
 /// Deltas and their tokens.
 type Mine<'a> = Vec<(Py<Matrix>, &'a [u32])>;
 
-fn products<'a>(mine: &'a Mine<'_>) -> Vec<linear::Product<'a>> {
-    mine.iter().map(|(delta, tokens)| linear::Product { matrix: &delta.get().matrix, tokens }).collect()
+fn products<'a>(mine: &'a Mine<'_>) -> Vec<Product<'a>> {
+    mine.iter().map(|(delta, tokens)| Product { matrix: &delta.get().matrix, tokens }).collect()
 }
 
 impl Table {
@@ -172,29 +172,27 @@ impl Matrix {
             .into_iter()
             .map(|(bits, zero, group, rows, codes, scales)| {
                 let rows = rows.map(slice::<u32>).transpose()?;
-                Ok(matrix::Part { bits, zero, group, rows, codes: slice(codes)?, scales: slice(scales)? })
+                Ok(Part { bits, zero, group, rows, codes: slice(codes)?.into(), scales: slice(scales)? })
             })
             .collect::<PyResult<_>>()?;
-        let matrix = matrix::Matrix {
-            rows,
-            columns,
-            unit: (exponent as f32).exp2(),
-            parts,
-            column_scales: column_scales.map(slice).transpose()?,
-            salient: salient.map(|(index, values)| Ok::<_, PyErr>((slice(index)?, slice(values)?))).transpose()?,
-            low_rank: low_rank.map(|(u, v)| Ok::<_, PyErr>((slice(u)?, slice(v)?))).transpose()?,
-            sparse: sparse
-                .map(|(starts, gaps, values)| {
-                    Ok::<_, PyErr>(sparse::Sparse {
-                        starts: slice(starts)?,
-                        gaps: slice(gaps)?,
-                        values: slice(values)?,
-                    })
-                })
-                .transpose()?,
+        let column_scales = column_scales.map(slice).transpose()?;
+        let salient = salient.map(|(index, values)| PyResult::Ok((slice(index)?, slice(values)?))).transpose()?;
+        let low_rank = low_rank.map(|(u, v)| PyResult::Ok((slice(u)?, slice(v)?))).transpose()?;
+        let terms = Terms { parts, column_scales, salient, low_rank };
+        let matrix = match sparse {
+            None => kernels::Matrix::new(rows, columns, exponent, terms),
+            Some(_) if !terms.parts.is_empty() || terms.salient.is_some() || terms.low_rank.is_some() => {
+                Err(Error::Format(format!(
+                    "expected 0 parts beside sparse entries in a site of {rows} x {columns}, found {}",
+                    terms.parts.len()
+                )))
+            }
+            Some((starts, gaps, values)) => {
+                let entries = SparseEntries { starts: slice(starts)?, gaps: slice(gaps)?, values: slice(values)? };
+                kernels::Matrix::from_sparse(rows, columns, exponent, entries)
+            }
         };
-        matrix.check().map_err(to_python)?;
-        Ok(Self { matrix, _keep: keep })
+        Ok(Self { matrix: matrix.map_err(to_python)?, _keep: keep })
     }
 
     /// `y[t] += scale · Δ̂[ids[t], :]` for the tokens named; ids beyond the rows add nothing.
@@ -208,14 +206,14 @@ impl Matrix {
         scale: f32,
     ) -> PyResult<()> {
         let total = y.1;
-        let y = rows_of(y, total, self.matrix.columns)?;
+        let y = rows_of(y, total, self.matrix.columns())?;
         check_tokens(&tokens, total)?;
         py.detach(|| {
-            let mut row = vec![0f32; self.matrix.columns];
+            let mut row = vec![0f32; self.matrix.columns()];
             for (token, id) in tokens.iter().zip(ids) {
-                if (0..self.matrix.rows as i64).contains(&id) {
+                if (0..self.matrix.rows() as i64).contains(&id) {
                     row.fill(0.0);
-                    unpack::add_row(&self.matrix, id as usize, scale, &mut row);
+                    kernels::add_row(&self.matrix, id as usize, scale, &mut row);
                     // SAFETY: `token < total`, and the caller's tensor has `total` rows of `columns` elements.
                     unsafe { y.add(*token, 0, &row) };
                 }
@@ -226,32 +224,32 @@ impl Matrix {
 
     /// Writes the rows of `weight [rows, columns]` and the delta together from `start` on to `out [count, columns]`.
     fn merged(&self, py: Python<'_>, weight: Tensor<'_>, start: usize, out: Tensor<'_>) -> PyResult<()> {
-        let (count, columns) = (out.1, self.matrix.columns);
+        let (count, columns) = (out.1, self.matrix.columns());
         self.check_rows(start, count)?;
-        let (weight, out) = (rows_of(weight, self.matrix.rows, columns)?, rows_of(out, count, columns)?);
+        let (weight, out) = (rows_of(weight, self.matrix.rows(), columns)?, rows_of(out, count, columns)?);
         // SAFETY: both tensors have those rows, of as many elements as the matrix has columns.
-        py.detach(|| unsafe { unpack::merged(&self.matrix, weight, start..start + count, out) });
+        py.detach(|| unsafe { kernels::merged(&self.matrix, weight, start..start + count, out) });
         Ok(())
     }
 
     /// Writes rows `start .. start + count` of the delta to 32-bit floats at an address, `[count, columns]`.
     fn dense(&self, py: Python<'_>, start: usize, count: usize, address: usize) -> PyResult<()> {
         self.check_rows(start, count)?;
-        let length = count * self.matrix.columns;
+        let length = count * self.matrix.columns();
         if length == 0 {
             return Ok(());
         }
         // SAFETY: the caller's tensor is contiguous 32-bit floats of `count` rows of `columns`.
         let out = unsafe { std::slice::from_raw_parts_mut(address as *mut f32, length) };
-        py.detach(|| unpack::dense(&self.matrix, start, out));
+        py.detach(|| kernels::dense_rows(&self.matrix, start, out));
         Ok(())
     }
 }
 
 impl Matrix {
     fn check_rows(&self, start: usize, count: usize) -> PyResult<()> {
-        if start.checked_add(count).is_none_or(|end| end > self.matrix.rows) {
-            let message = format!("expected rows below {}, found {start} + {count}", self.matrix.rows);
+        if start.checked_add(count).is_none_or(|end| end > self.matrix.rows()) {
+            let message = format!("expected rows below {}, found {start} + {count}", self.matrix.rows());
             return Err(PyValueError::new_err(message));
         }
         Ok(())
@@ -261,7 +259,7 @@ impl Matrix {
 /// For how many tokens `Table.linear` has a kernel on this processor.
 #[pyfunction]
 pub fn base_linear_tokens() -> usize {
-    if dense::is_available() { dense::TOKENS } else { 0 }
+    if kernels::has_base_kernel() { kernels::MAX_BASE_TOKENS } else { 0 }
 }
 
 fn check_tokens(tokens: &[usize], total: usize) -> PyResult<()> {
@@ -286,11 +284,11 @@ fn slice<T>((address, bytes): Memory) -> PyResult<&'static [T]> {
     Ok(unsafe { std::slice::from_raw_parts(address as *const T, bytes / size_of::<T>()) })
 }
 
-fn rows_of((address, count, stride, dtype): Tensor<'_>, total: usize, width: usize) -> PyResult<rows::Rows> {
+fn rows_of((address, count, stride, dtype): Tensor<'_>, total: usize, width: usize) -> PyResult<kernels::Rows> {
     let kind = match dtype {
-        "float32" => rows::Kind::F32,
-        "bfloat16" => rows::Kind::Bf16,
-        "float16" => rows::Kind::F16,
+        "float32" => ElementType::F32,
+        "bfloat16" => ElementType::Bf16,
+        "float16" => ElementType::F16,
         other => return Err(PyValueError::new_err(format!("expected float32, bfloat16 or float16, found {other}"))),
     };
     if count != total {
@@ -300,21 +298,21 @@ fn rows_of((address, count, stride, dtype): Tensor<'_>, total: usize, width: usi
         return Err(PyValueError::new_err(format!("expected rows of at least {width} elements, found {stride}")));
     }
     // SAFETY: a live tensor's memory, which the caller lends for the call; `stride` is at least what is asked for.
-    Ok(unsafe { rows::Rows::new(address, stride, kind) })
+    Ok(unsafe { kernels::Rows::new(address, stride, kind) })
 }
 
 /// Fills `out` with rows of codes as format versions 1 and 2 have them, in today's layout.
 #[pyfunction]
 pub fn tile(py: Python<'_>, codes: Memory, bits: u32, columns: usize, out: Memory) -> PyResult<()> {
     let packed = slice::<u8>(codes)?;
-    let stride = if layout::BITS.contains(&bits) { layout::old::row_bytes(bits, columns) } else { 0 };
+    let stride = if layout::BITS.contains(&bits) { legacy::row_bytes(bits, columns) } else { 0 };
     let rows = packed.len().checked_div(stride).unwrap_or(0);
     if rows * stride != packed.len() || layout::part_bytes(bits, rows, columns) != out.1 {
         let message = format!("expected whole rows of {columns} codes and room for them, found {codes:?} and {out:?}");
         return Err(PyValueError::new_err(message));
     }
     if rows > 0 {
-        let tiled = py.detach(|| layout::old::tiled(packed, bits, columns));
+        let tiled = py.detach(|| legacy::to_tiled(packed, bits, columns));
         // SAFETY: a live tensor's memory of that many bytes, which the caller lends for the call.
         unsafe { std::slice::from_raw_parts_mut(out.0 as *mut u8, out.1) }.copy_from_slice(&tiled);
     }

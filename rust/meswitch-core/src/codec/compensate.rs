@@ -1,31 +1,31 @@
-//! Error compensation: what the code of one input channel misses moves into the channels after it (GPTQ,
+//! Error compensation: the quantization error of one input channel is compensated by the channels after it (GPTQ,
 //! arXiv 2210.17323, applied to a delta).
 //!
-//! With H = E[x xᵀ], H⁻¹ = UᵀU and R = Δ − Δ̂, the recursion finds R = E·U, so that R·H·Rᵀ = E·Eᵀ: the errors E are those
-//! of the output, in units of their own. The same recursion without codes gives Y = Δ·U⁻¹, hence Δ·H·Δ̂ᵀ = Y·(Y − E)ᵀ.
+//! With H = E\[x xᵀ\], H⁻¹ = UᵀU and R = Δ − Δ̂, the recursion finds R = E·U, so that R·H·Rᵀ = E·Eᵀ: the errors E are errors
+//! of the output, each in a unit of its own. The same recursion without codes gives Y = Δ·U⁻¹, hence Δ·H·Δ̂ᵀ = Y·(Y − E)ᵀ.
 
 use super::{fit, sweep};
 use crate::error::{Error, Result};
 
-/// Columns that are finished before the rest of the row hears of their errors.
-const BLOCK: usize = 64;
+/// Columns that are coded before their errors are added to the columns after them.
+const COMPENSATION_COLUMNS: usize = 64;
 
-/// Columns that hear of them at a time: a block of the factor that a core's cache holds for all rows of a tile.
-const SPAN: usize = 512;
+/// Columns that those errors are added to at a time: that part of the factor stays in a core's cache for all rows of a tile.
+const SPREAD_COLUMNS: usize = 512;
 
-/// The upper triangular U `[columns, columns]`, row by row, of H⁻¹ = UᵀU, where H = E[x xᵀ] of the input channels.
+/// The upper triangular U `[columns, columns]`, row by row, with H⁻¹ = UᵀU and H = E\[x xᵀ\] of the input channels.
 #[derive(Clone, Copy)]
-pub struct Factor<'a> {
+pub(super) struct Factor<'a> {
     values: &'a [f32],
     columns: usize,
 }
 
 impl<'a> Factor<'a> {
-    /// Takes the values, whose lower triangle is not looked at.
+    /// Checks the values. The lower triangle is not used.
     ///
     /// # Errors
     /// [`Error::Argument`] where they are not square, not finite or without a positive diagonal.
-    pub fn new(values: &'a [f32], columns: usize) -> Result<Self> {
+    pub(super) fn new(values: &'a [f32], columns: usize) -> Result<Self> {
         let sound = values.len() == columns * columns
             && (0..columns).all(|i| values[i * columns + i] > 0.0)
             && values.iter().all(|value| value.is_finite());
@@ -38,83 +38,96 @@ impl<'a> Factor<'a> {
         )))
     }
 
+    /// Columns `from .. to` of row `i`.
     fn row(&self, i: usize, from: usize, to: usize) -> &[f32] {
         &self.values[i * self.columns + from..i * self.columns + to]
     }
 }
 
-/// How a tile is coded.
-pub(super) struct Levels<'a> {
-    pub bits: u32,
-    pub zero: f32,
-    pub group_size: usize,
-    /// One an input channel.
-    pub columns: &'a [f32],
+/// How the rows of a tile are coded.
+pub(super) struct TileCoding<'a> {
+    pub(super) bits: u32,
+    pub(super) zero: f32,
+    pub(super) group_size: usize,
+    /// One scale per input channel.
+    pub(super) columns: &'a [f32],
     /// Channels whose errors are stored beside the codes, rising.
-    pub exact: &'a [u32],
-    /// Whether scales are to keep each row whole along itself, as its outputs see it (see [`fit::unbiased`]).
-    pub unbiased: bool,
+    pub(super) exact: &'a [u32],
+    /// Whether each row's scales are then enlarged so that the projection of its outputs onto the original
+    /// ones is kept.
+    pub(super) unbiased: bool,
 }
 
-/// Replaces the codes `[rows, columns]` of a tile of differences, which is used up, and moves the scales
-/// `[rows, groups]`.
-pub(super) fn recode(tile: &mut [f32], codes: &mut [u8], scales: &mut [f32], levels: &Levels<'_>, factor: Factor<'_>) {
+/// Replaces the codes `[rows, columns]` of a tile of differences, and with `unbiased` changes the scales `[rows, groups]`. The
+/// tile's contents are overwritten.
+pub(super) fn recode(
+    tile: &mut [f32],
+    codes: &mut [u8],
+    scales: &mut [f32],
+    coding: &TileCoding<'_>,
+    factor: Factor<'_>,
+) {
     let width = factor.columns;
-    let (groups, rows) = (width.div_ceil(levels.group_size), tile.len() / width.max(1));
-    let kept: Vec<f32> = tile.chunks(width).flat_map(|row| levels.exact.iter().map(|i| row[*i as usize])).collect();
-    let mut plain = if levels.unbiased { tile.to_vec() } else { Vec::new() };
+    let (groups, rows) = (width.div_ceil(coding.group_size), tile.len() / width.max(1));
+    // The differences in exact channels, before errors are added to them.
+    let originals: Vec<f32> =
+        tile.chunks(width).flat_map(|row| coding.exact.iter().map(|i| row[*i as usize])).collect();
+    let mut uncoded = if coding.unbiased { tile.to_vec() } else { Vec::new() };
+    // For each row, Y·Yᵀ and Y·(Y − E)ᵀ.
     let mut sums = vec![(0f64, 0f64); rows];
-    let (mut missed, mut whole) = (vec![0f32; rows * BLOCK], vec![0f32; rows * BLOCK]);
-    for start in (0..width).step_by(BLOCK) {
-        let end = (start + BLOCK).min(width);
-        for (at, (row, codes)) in tile.chunks_mut(width).zip(codes.chunks_mut(width)).enumerate() {
-            let scales = &scales[at * groups..(at + 1) * groups];
-            let kept = &kept[at * levels.exact.len()..(at + 1) * levels.exact.len()];
+    let (mut errors, mut uncoded_errors) =
+        (vec![0f32; rows * COMPENSATION_COLUMNS], vec![0f32; rows * COMPENSATION_COLUMNS]);
+    for start in (0..width).step_by(COMPENSATION_COLUMNS) {
+        let end = (start + COMPENSATION_COLUMNS).min(width);
+        for (index, (row, codes)) in tile.chunks_mut(width).zip(codes.chunks_mut(width)).enumerate() {
+            let scales = &scales[index * groups..(index + 1) * groups];
+            let originals = &originals[index * coding.exact.len()..(index + 1) * coding.exact.len()];
             for i in start..end {
-                let scale = scales[i / levels.group_size] * levels.columns[i];
-                fit::encode(&row[i..=i], scale, levels.bits, levels.zero, &mut codes[i..=i]);
-                let value = match levels.exact.binary_search(&(i as u32)) {
-                    Ok(exact) => kept[exact],
-                    Err(_) => scale * (f32::from(codes[i]) - levels.zero),
+                let scale = scales[i / coding.group_size] * coding.columns[i];
+                fit::encode(&row[i..=i], scale, coding.bits, coding.zero, &mut codes[i..=i]);
+                let value = match coding.exact.binary_search(&(i as u32)) {
+                    Ok(exact) => originals[exact],
+                    Err(_) => scale * (f32::from(codes[i]) - coding.zero),
                 };
-                missed[at * BLOCK + i - start] = settle(row, i, end, value, factor);
+                errors[index * COMPENSATION_COLUMNS + i - start] = apply_error(row, i, end, value, factor);
             }
         }
-        spread(tile, &missed, start, end, factor);
-        if levels.unbiased {
-            for (at, row) in plain.chunks_mut(width).enumerate() {
+        spread_errors(tile, &errors, start, end, factor);
+        if coding.unbiased {
+            for (index, row) in uncoded.chunks_mut(width).enumerate() {
                 for i in start..end {
-                    let (one, error) = (settle(row, i, end, 0.0, factor), missed[at * BLOCK + i - start]);
-                    whole[at * BLOCK + i - start] = one;
-                    sums[at].0 += f64::from(one) * f64::from(one);
-                    sums[at].1 += f64::from(one) * f64::from(one - error);
+                    let (uncoded_error, error) =
+                        (apply_error(row, i, end, 0.0, factor), errors[index * COMPENSATION_COLUMNS + i - start]);
+                    uncoded_errors[index * COMPENSATION_COLUMNS + i - start] = uncoded_error;
+                    sums[index].0 += f64::from(uncoded_error) * f64::from(uncoded_error);
+                    sums[index].1 += f64::from(uncoded_error) * f64::from(uncoded_error - error);
                 }
             }
-            spread(&mut plain, &whole, start, end, factor);
+            spread_errors(&mut uncoded, &uncoded_errors, start, end, factor);
         }
     }
-    for ((all, along), scales) in sums.into_iter().zip(scales.chunks_mut(groups)) {
-        if along > 0.0 {
-            let grow = (all / along).min(f64::from(fit::MOST)) as f32;
-            scales.iter_mut().for_each(|scale| *scale *= grow);
+    for ((energy, projection), scales) in sums.into_iter().zip(scales.chunks_mut(groups)) {
+        if projection > 0.0 {
+            let growth = (energy / projection).min(f64::from(fit::MAX_SCALE_GROWTH)) as f32;
+            scales.iter_mut().for_each(|scale| *scale *= growth);
         }
     }
 }
 
-/// Takes `value` for channel `i`: its error, in units of its own, moves into the channels up to `end`.
-fn settle(row: &mut [f32], i: usize, end: usize, value: f32, factor: Factor<'_>) -> f32 {
-    let own = factor.row(i, i, end);
-    let error = (row[i] - value) / own[0];
-    sweep::add_scaled(&mut row[i + 1..end], -error, &own[1..]);
+/// Codes channel `i` as `value`: returns its error, in the channel's unit, and adds it to the channels up to `end`.
+fn apply_error(row: &mut [f32], i: usize, end: usize, value: f32, factor: Factor<'_>) -> f32 {
+    let factors = factor.row(i, i, end);
+    let error = (row[i] - value) / factors[0];
+    sweep::add_scaled(&mut row[i + 1..end], -error, &factors[1..]);
     error
 }
 
-/// Moves the errors of the channels `start..end` into those after them.
-fn spread(tile: &mut [f32], errors: &[f32], start: usize, end: usize, factor: Factor<'_>) {
+/// Adds the errors of channels `start .. end` to all channels after them.
+fn spread_errors(tile: &mut [f32], errors: &[f32], start: usize, end: usize, factor: Factor<'_>) {
     let width = factor.columns;
-    for from in (end..width).step_by(SPAN) {
-        let to = (from + SPAN).min(width);
-        for (row, errors) in tile.chunks_mut(width).zip(errors.chunks(BLOCK)) {
+    for from in (end..width).step_by(SPREAD_COLUMNS) {
+        let to = (from + SPREAD_COLUMNS).min(width);
+        for (row, errors) in tile.chunks_mut(width).zip(errors.chunks(COMPENSATION_COLUMNS)) {
             for (i, error) in (start..end).zip(errors) {
                 sweep::add_scaled(&mut row[from..to], -error, factor.row(i, from, to));
             }
@@ -134,8 +147,8 @@ mod tests {
         [first, q / first, 0.0, (r - q * q / p).sqrt()]
     }
 
-    fn levels<'a>(columns: &'a [f32], exact: &'a [u32], unbiased: bool) -> Levels<'a> {
-        Levels { bits: 2, zero: 1.5, group_size: columns.len(), columns, exact, unbiased }
+    fn coding<'a>(columns: &'a [f32], exact: &'a [u32], unbiased: bool) -> TileCoding<'a> {
+        TileCoding { bits: 2, zero: 1.5, group_size: columns.len(), columns, exact, unbiased }
     }
 
     #[test]
@@ -144,19 +157,19 @@ mod tests {
         let factor = Factor::new(&factor, 2).unwrap();
         let (mut tile, mut codes, mut scales) = ([0.9, 0.6], [0; 2], [1.0]);
         // Alone, both take 0.5; but 0.4 too little of the first is 0.36 too little of the second.
-        recode(&mut tile, &mut codes, &mut scales, &levels(&[1.0; 2], &[], false), factor);
+        recode(&mut tile, &mut codes, &mut scales, &coding(&[1.0; 2], &[], false), factor);
         assert_eq!((codes, scales), ([2, 2], [1.0]));
         let (mut tile, mut codes) = ([0.9, 0.7], [0; 2]);
-        recode(&mut tile, &mut codes, &mut scales, &levels(&[1.0; 2], &[], false), factor);
+        recode(&mut tile, &mut codes, &mut scales, &coding(&[1.0; 2], &[], false), factor);
         assert_eq!(codes, [2, 3]);
         // An exact first channel leaves the second to itself.
         let (mut tile, mut codes) = ([0.9, 0.7], [0; 2]);
-        recode(&mut tile, &mut codes, &mut scales, &levels(&[1.0; 2], &[0], false), factor);
+        recode(&mut tile, &mut codes, &mut scales, &coding(&[1.0; 2], &[0], false), factor);
         assert_eq!(codes[1], 2);
     }
 
     #[test]
-    fn outputs_are_kept_along_themselves() {
+    fn the_projection_of_outputs_is_kept() {
         let (a, b, c) = (1.0, 0.5, 2.0);
         let factor = two(a, b, c);
         let (delta, mut codes, mut scales) = ([0.8f32, -1.9], [0; 2], [0.9]);
@@ -164,7 +177,7 @@ mod tests {
             &mut delta.clone(),
             &mut codes,
             &mut scales,
-            &levels(&[1.0, 1.1], &[], true),
+            &coding(&[1.0, 1.1], &[], true),
             Factor::new(&factor, 2).unwrap(),
         );
         let made = [scales[0] * (f32::from(codes[0]) - 1.5), scales[0] * 1.1 * (f32::from(codes[1]) - 1.5)];

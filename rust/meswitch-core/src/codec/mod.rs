@@ -1,22 +1,25 @@
-//! The codec: a matrix of differences to codes, scales and salient channels.
+//! The codec: turns the difference of two weights into codes, scales, salient channels and a low-rank part, or into sparse
+//! entries.
+//!
+//! Work is divided over rayon's pool, always in the same bands of rows, so results do not depend on the number of threads.
 
 mod columns;
 mod compensate;
+#[doc(hidden)]
 pub mod fit;
+mod fitter;
 mod low_rank;
-pub mod pair;
+mod pair;
 mod probe;
 mod quantize;
 mod salient;
 mod settings;
-mod source;
 mod sparse;
 mod statistics;
 mod sweep;
 
-pub use compensate::Factor;
 pub use pair::Pair;
-pub use probe::{energies, probe};
-pub use quantize::{Part, Quantized, quantize};
+pub use probe::{probe, row_energies};
+pub use quantize::{Quantized, QuantizedPart, quantize};
 pub use settings::{Class, Settings, Zero};
-pub use sparse::Sparse;
+pub use sparse::SparseDelta;

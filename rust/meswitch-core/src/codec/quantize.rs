@@ -1,25 +1,25 @@
-//! One site: statistics, row classes, scales and codes, in tiles of rows over all cores.
+//! Quantizing one site.
 
 use half::f16;
 
 use super::compensate::Factor;
+use super::fitter::{Fitted, Fitter, PartDraft};
 use super::low_rank::LowRank;
-use super::source::{Draft, Fitted, Source};
 use super::statistics::{Statistics, importance, measure};
-use super::{Pair, Settings, Sparse, salient};
+use super::{Pair, Settings, SparseDelta, salient};
 use crate::error::Result;
 use crate::layout::{part_bytes, row_bytes};
 
 /// The rows of a site that share a bit width.
 #[derive(Debug)]
-pub struct Part {
-    /// Bits a code.
+pub struct QuantizedPart {
+    /// Bits per code.
     pub bits: u32,
-    /// The code value that means zero.
+    /// The code value that means 0.
     pub zero: f32,
-    /// Input channels that share a scale.
+    /// Input channels that share a scale; `None` for the whole row.
     pub group_size: Option<usize>,
-    /// The rows, or none for all.
+    /// The rows, rising; `None` for all.
     pub rows: Option<Vec<u32>>,
     /// Packed codes, row by row.
     pub codes: Vec<u8>,
@@ -31,28 +31,30 @@ pub struct Part {
 #[derive(Debug)]
 pub struct Quantized {
     /// The codes.
-    pub parts: Vec<Part>,
-    /// One scale an input channel.
+    pub parts: Vec<QuantizedPart>,
+    /// One scale per input channel.
     pub column_scales: Option<Vec<f16>>,
     /// Salient channels, rising.
     pub salient_index: Vec<u32>,
     /// What the codes miss there, `[rows, salient]`.
     pub salient: Vec<f16>,
-    /// The low-rank part `[rows, rank]` · `[rank, columns]`.
+    /// The low-rank part: `u [rows, rank]` and `v [rank, columns]`.
     pub low_rank: Option<(Vec<f16>, Vec<f16>)>,
-    /// The changed weights one by one, in place of all the rest.
-    pub sparse: Option<Sparse>,
-    /// Scales, salient values, the left low-rank factor and sparse values are in units of `2^exponent`.
+    /// Sparse entries, in place of all other terms.
+    pub sparse: Option<SparseDelta>,
+    /// Scales, salient values, `u` and sparse values are in units of `2^exponent`.
     pub exponent: i32,
     /// `‖Δ − Δ̂‖ / ‖Δ‖`.
     pub relative_error: f64,
 }
 
-/// Quantizes one site; none where base and fine-tune are equal. `moments` are E[x²] of the input channels; `factor` is
-/// asked for their [`Factor`] if the site takes codes.
+/// Quantizes one site, on rayon's pool. Returns `None` where the rows that base and fine-tune share are equal.
+///
+/// `moments` are E\[x²\] of the input channels. `factor` is called if the site gets codes; see [`crate::compress::FactorFn`].
 ///
 /// # Errors
-/// [`crate::Error::NonFinite`] where a weight is NaN or infinite; those of `factor` and of [`Factor::new`].
+/// [`crate::Error::NonFinite`] where a weight is NaN or infinite; [`crate::Error::Argument`] where the factor is not one; those
+/// of `factor`.
 pub fn quantize(
     pair: &Pair<'_>,
     moments: Option<&[f32]>,
@@ -65,34 +67,35 @@ pub fn quantize(
     if energy == 0.0 {
         return Ok(None);
     }
-    let (drafts, left) = drafts(pair, settings, &statistics);
+    let (drafts, uncoded) = drafts(pair, settings, &statistics);
     if settings.sparse {
         let limit = planned_bytes(pair, settings, &drafts);
-        if let Some((sparse, exponent, missed)) = Sparse::fit(pair, statistics.changed, statistics.largest, limit)? {
-            return Ok(Some(Quantized::of_sparse(sparse, exponent, (missed / energy).sqrt())));
+        if let Some((sparse, exponent, missed)) = SparseDelta::fit(pair, statistics.changed, statistics.largest, limit)?
+        {
+            return Ok(Some(Quantized::from_sparse(sparse, exponent, (missed / energy).sqrt())));
         }
     }
     let importance = importance(moments, pair.columns);
     let low_rank = LowRank::fit(pair, &importance, settings.rank)?;
-    let source = Source { pair, low_rank: low_rank.as_ref(), importance: &importance };
-    let left = source.energy(&left)?;
-    let mut fitted = source.fit_all(drafts, &statistics, settings)?;
-    let chosen = salient::choose(&fitted.outcome.error, &importance, settings.salient);
+    let fitter = Fitter { pair, low_rank: low_rank.as_ref(), importance: &importance };
+    let uncoded_energy = fitter.energy(&uncoded)?;
+    let mut fitted = fitter.fit_all(drafts, &statistics, settings)?;
+    let chosen = salient::choose(&fitted.sums.error, &importance, settings.salient);
     if let Some(values) = factor()? {
-        source.compensate(&mut fitted, settings, &chosen, Factor::new(&values, pair.columns)?)?;
+        fitter.compensate(&mut fitted, settings, &chosen, Factor::new(&values, pair.columns)?)?;
     }
-    let residual = source.residual(&fitted, settings, &chosen)?;
+    let residual = fitter.residual(&fitted, settings, &chosen)?;
     let missed: f64 =
-        fitted.outcome.error.iter().enumerate().filter(|(i, _)| !chosen.contains(&(*i as u32))).map(|(_, e)| e).sum();
-    let relative_error = ((missed + left) / energy).max(0.0).sqrt();
+        fitted.sums.error.iter().enumerate().filter(|(i, _)| !chosen.contains(&(*i as u32))).map(|(_, e)| e).sum();
+    let relative_error = ((missed + uncoded_energy) / energy).max(0.0).sqrt();
     Ok(Some(finish(fitted, settings, chosen, &residual, low_rank, relative_error)))
 }
 
-/// Splits the rows into the parts that the settings ask for, and those that are left as they are though they changed.
-fn drafts(pair: &Pair<'_>, settings: &Settings, statistics: &Statistics) -> (Vec<Draft>, Vec<usize>) {
-    let mut bits_of = settings.widths(pair.rows);
+/// Groups rows by bit width. Also returns the changed rows that get no codes.
+fn drafts(pair: &Pair<'_>, settings: &Settings, statistics: &Statistics) -> (Vec<PartDraft>, Vec<usize>) {
+    let mut bits_of = settings.row_bits(pair.rows);
     let unchanged = statistics.row_energy.iter().filter(|energy| **energy == 0.0).count();
-    // Naming the other rows costs four bytes each.
+    // Listing the other rows costs four bytes each.
     let saved = unchanged * (row_bytes(settings.bits, pair.columns) + 2);
     if settings.skip_unchanged_rows && saved > 4 * (pair.rows - unchanged) {
         for (bits, energy) in bits_of.iter_mut().zip(&statistics.row_energy) {
@@ -101,16 +104,16 @@ fn drafts(pair: &Pair<'_>, settings: &Settings, statistics: &Statistics) -> (Vec
             }
         }
     }
-    let left = (0..pair.rows).filter(|row| bits_of[*row].is_none() && statistics.row_energy[*row] > 0.0).collect();
+    let uncoded = (0..pair.rows).filter(|row| bits_of[*row].is_none() && statistics.row_energy[*row] > 0.0).collect();
     let mut widths: Vec<u32> = bits_of.iter().flatten().copied().collect();
     widths.sort_unstable();
     widths.dedup();
     let rows_at = |bits| (0..pair.rows).filter(|row| bits_of[*row] == Some(bits)).collect();
-    (widths.into_iter().map(|bits| Draft::new(pair, settings, bits, rows_at(bits))).collect(), left)
+    (widths.into_iter().map(|bits| PartDraft::new(pair, settings, bits, rows_at(bits))).collect(), uncoded)
 }
 
-/// Bytes of all tensors that the settings ask for.
-fn planned_bytes(pair: &Pair<'_>, settings: &Settings, drafts: &[Draft]) -> usize {
+/// The size of all tensors of the site, if it gets codes.
+fn planned_bytes(pair: &Pair<'_>, settings: &Settings, drafts: &[PartDraft]) -> usize {
     let rank = settings.rank.min(pair.rows).min(pair.columns);
     let salient = settings.salient.min(pair.columns);
     let parts = drafts.iter().map(|draft| {
@@ -121,6 +124,7 @@ fn planned_bytes(pair: &Pair<'_>, settings: &Settings, drafts: &[Draft]) -> usiz
     parts.sum::<usize>() + columns + salient * (4 + 2 * pair.rows) + 2 * rank * (pair.rows + pair.columns)
 }
 
+/// Rounds everything to half precision, in units of a common exponent.
 fn finish(
     fitted: Fitted,
     settings: &Settings,
@@ -130,16 +134,19 @@ fn finish(
     relative_error: f64,
 ) -> Quantized {
     let Fitted { drafts, columns, .. } = fitted;
-    let largest =
-        drafts.iter().flat_map(|draft| &draft.scales).chain(residual).fold(0f32, |most, value| most.max(value.abs()));
+    let largest = drafts
+        .iter()
+        .flat_map(|draft| &draft.scales)
+        .chain(residual)
+        .fold(0f32, |largest, value| largest.max(value.abs()));
     let largest = low_rank.as_ref().map_or(largest, |part| part.largest().max(largest));
-    // 16-bit floats are finest just below one, and a real delta's scales are far smaller.
+    // The scales of real deltas are far below 1, where half precision has few bits.
     let exponent = if largest > 0.0 { (largest.log2().floor() as i32).clamp(-100, 100) } else { 0 };
     let unit = (-exponent as f32).exp2();
     let halves = |values: &[f32]| values.iter().map(|value| f16::from_f32(value * unit)).collect::<Vec<_>>();
     let parts = drafts
         .into_iter()
-        .map(|draft| Part {
+        .map(|draft| QuantizedPart {
             bits: draft.bits,
             zero: draft.zero,
             group_size: settings.group_size,
@@ -161,7 +168,7 @@ fn finish(
 }
 
 impl Quantized {
-    fn of_sparse(sparse: Sparse, exponent: i32, relative_error: f64) -> Self {
+    fn from_sparse(sparse: SparseDelta, exponent: i32, relative_error: f64) -> Self {
         Self {
             parts: Vec::new(),
             column_scales: None,

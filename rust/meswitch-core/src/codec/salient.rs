@@ -1,6 +1,6 @@
-//! Salient channels: the input channels that quantizing hurts most (ME-Switch, arXiv 2406.09041, section 4.1).
+//! Salient channels: the input channels whose quantization costs the most (ME-Switch, arXiv 2406.09041, section 4.1).
 
-/// The `count` channels with the largest `importance · error`, rising. Channels without error are not worth keeping.
+/// The at most `count` channels with the largest `importance · error` above 0, rising.
 pub(super) fn choose(error: &[f64], importance: &[f32], count: usize) -> Vec<u32> {
     let cost = |i: &u32| error[*i as usize] * f64::from(importance[*i as usize]);
     let mut channels: Vec<u32> = (0..error.len() as u32).filter(|i| cost(i) > 0.0).collect();

@@ -1,42 +1,43 @@
-//! Single sweeps over a row, compiled for every instruction set.
+//! Loops over one row, compiled for every instruction set.
 
 use crate::kernels::by_backend;
 
+/// Partial sums of a sum.
 const LANES: usize = 16;
 
 by_backend! {
-    /// `values -= base`, and whether all results are finite.
-    pub fn subtract(values: &mut [f32], base: &[f32]) -> bool = subtract_body
+    /// `values -= base`. Returns whether all results are finite.
+    pub(crate) fn subtract(values: &mut [f32], base: &[f32]) -> bool = subtract_body
 }
 
 by_backend! {
     /// `values *= factors`, element by element.
-    pub fn scale(values: &mut [f32], factors: &[f32]) = scale_body
+    pub(crate) fn scale(values: &mut [f32], factors: &[f32]) = scale_body
 }
 
 by_backend! {
     /// `sums += factor · values`.
-    pub fn add_scaled(sums: &mut [f32], factor: f32, values: &[f32]) = add_scaled_body
+    pub(crate) fn add_scaled(sums: &mut [f32], factor: f32, values: &[f32]) = add_scaled_body
 }
 
 by_backend! {
     /// Adds the squares of a row to its columns; returns `Σ d²` and `Σ |d|`.
-    pub fn energies(row: &[f32], columns: &mut [f32]) -> (f32, f32) = energies_body
+    pub(crate) fn add_squares(row: &[f32], columns: &mut [f32]) -> (f32, f32) = add_squares_body
 }
 
 by_backend! {
-    /// How many values are not zero, and the largest magnitude.
-    pub fn extent(row: &[f32]) -> (u32, f32) = extent_body
+    /// The number of values that are not 0, and the largest magnitude.
+    pub(crate) fn count_changes(row: &[f32]) -> (u32, f32) = count_changes_body
 }
 
 by_backend! {
     /// With `value = scale · (code − zero)`: adds `(d − value)²`, `d · value` and `value²` to their columns.
-    pub fn tally(row: &[f32], codes: &[u8], scale: f32, zero: f32, error: &mut [f32], cross: &mut [f32], level: &mut [f32]) = tally_body
+    pub(crate) fn add_column_sums(row: &[f32], codes: &[u8], scale: f32, zero: f32, error: &mut [f32], cross: &mut [f32], level: &mut [f32]) = add_column_sums_body
 }
 
 #[inline(always)]
 fn subtract_body(values: &mut [f32], base: &[f32]) -> bool {
-    // 0 · x is NaN for what is not finite, and a sum keeps it.
+    // 0 · x is NaN where x is not finite, and so is every later sum.
     let mut lanes = [0f32; LANES];
     for (values, base) in values.chunks_mut(LANES).zip(base.chunks(LANES)) {
         for ((value, base), lane) in values.iter_mut().zip(base).zip(&mut lanes) {
@@ -58,7 +59,7 @@ fn add_scaled_body(sums: &mut [f32], factor: f32, values: &[f32]) {
 }
 
 #[inline(always)]
-fn energies_body(row: &[f32], columns: &mut [f32]) -> (f32, f32) {
+fn add_squares_body(row: &[f32], columns: &mut [f32]) -> (f32, f32) {
     let (mut energy, mut absolute) = ([0f32; LANES], [0f32; LANES]);
     let whole = row.len() / LANES * LANES;
     for (row, columns) in row[..whole].chunks_exact(LANES).zip(columns.chunks_exact_mut(LANES)) {
@@ -78,19 +79,19 @@ fn energies_body(row: &[f32], columns: &mut [f32]) -> (f32, f32) {
 }
 
 #[inline(always)]
-fn extent_body(row: &[f32]) -> (u32, f32) {
-    let (mut count, mut most) = ([0u32; LANES], [0f32; LANES]);
+fn count_changes_body(row: &[f32]) -> (u32, f32) {
+    let (mut count, mut largest) = ([0u32; LANES], [0f32; LANES]);
     for row in row.chunks(LANES) {
-        for ((count, most), d) in count.iter_mut().zip(&mut most).zip(row) {
+        for ((count, largest), d) in count.iter_mut().zip(&mut largest).zip(row) {
             *count += u32::from(*d != 0.0);
-            *most = if d.abs() > *most { d.abs() } else { *most };
+            *largest = if d.abs() > *largest { d.abs() } else { *largest };
         }
     }
-    (count.iter().sum(), most.into_iter().fold(0.0, f32::max))
+    (count.iter().sum(), largest.into_iter().fold(0.0, f32::max))
 }
 
 #[inline(always)]
-fn tally_body(
+fn add_column_sums_body(
     row: &[f32],
     codes: &[u8],
     scale: f32,

@@ -1,4 +1,4 @@
-//! A whole delta directory from its sites, wherever they come from.
+//! Writing a whole delta directory from its sites, whatever makes them.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -6,49 +6,52 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use serde_json::Value;
 
+use super::folder::Folder;
 use super::journal::{Finished, Journal};
-use super::manifest::{BaseEntry, FileEntry, Kind, Manifest, SiteEntry, TensorSpec, VERSION};
+use super::manifest::{BaseEntry, FileEntry, Manifest, VERSION};
+use super::site::{SiteEntry, SiteKind};
+use super::tensor::TensorSpec;
 use super::writer::full_specs;
-use super::{Delta, Folder, Writer};
+use super::{Delta, Writer};
 use crate::checkpoint::{Checkpoint, View};
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, sample};
 
-/// All of a delta directory but its sites.
+/// A delta directory to be written, without its sites.
 pub struct Assembly<'a> {
     /// The base.
     pub base: &'a Checkpoint,
-    /// Where the delta directory goes.
+    /// The path of the delta directory.
     pub out: &'a Path,
-    /// Files to lie beside the tensors.
+    /// Files to copy into it.
     pub files: &'a [PathBuf],
-    /// What the manifest says of the settings.
+    /// The manifest's settings.
     pub settings: Value,
-    /// What the manifest calls the base.
+    /// The base's name in the manifest.
     pub base_name: &'a str,
 }
 
-/// How far a job is.
+/// How far a job has come.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress<'a> {
-    /// The site that is next.
+    /// The next site; empty at the end.
     pub site: &'a str,
-    /// Weights done.
+    /// The number of weights done.
     pub done: u64,
-    /// Weights in all.
+    /// The number of weights in all.
     pub total: u64,
 }
 
 impl Assembly<'_> {
-    /// Writes the directory. `sizes` are the sites in the order in which a model runs them, each with its number of
-    /// weights; `specs` all tensors that may come, by full name; `site` writes the one of that index. `progress` is
-    /// asked before every site and stops the job by returning false. With a `key`, which stands for everything that
-    /// decides the outcome, finished sites outlast an interruption: a call with the same key goes on from there.
+    /// Writes the directory. `sizes` are the sites in execution order, each with its number of weights; `specs` are all
+    /// tensors that may be written, by full name; `site` writes the site of that index. `progress` is called before every
+    /// site and stops the job by returning false. With a `key`, which must stand for everything that decides the result,
+    /// finished sites survive an interruption: a call with the same key continues after them.
     ///
     /// # Errors
-    /// Those of `site`; [`Error::Io`], [`Error::Interrupted`]. Nothing else than finished sites is left behind then, and
-    /// those only by these two.
-    pub fn write(
+    /// Those of `site`; [`Error::Io`], [`Error::Interrupted`]. Only these two leave finished sites behind; nothing else is
+    /// ever left.
+    pub(crate) fn write(
         &self,
         key: Option<&str>,
         sizes: &[(&str, u64)],
@@ -58,34 +61,34 @@ impl Assembly<'_> {
     ) -> Result<Delta> {
         let total = sizes.iter().map(|(_, weights)| weights).sum();
         let mut folder = if key.is_some() { Folder::open(self.out) } else { Folder::create(self.out) }?;
-        let mut draft = Draft::open(&mut folder, key, specs)?;
-        let mut done = sizes[..draft.sites.len()].iter().map(|(_, weights)| weights).sum();
-        let filled = sizes.iter().enumerate().skip(draft.sites.len()).try_for_each(|(at, (name, weights))| {
+        let mut output = Output::open(&mut folder, key, specs)?;
+        let mut done = sizes[..output.sites.len()].iter().map(|(_, weights)| weights).sum();
+        let filled = sizes.iter().enumerate().skip(output.sites.len()).try_for_each(|(index, (name, weights))| {
             if !progress(Progress { site: name, done, total }) {
                 return Err(Error::Interrupted);
             }
-            let entry = site(at, &mut draft.writer)?;
+            let entry = site(index, &mut output.writer)?;
             done += weights;
-            draft.add(entry, self.base)
+            output.add(entry, self.base)
         });
         let lasting = matches!(filled, Ok(()) | Err(Error::Interrupted | Error::Io { .. }));
-        folder.keep(key.is_some() && lasting && !draft.sites.is_empty());
-        filled.and_then(|()| self.finish(draft))?;
+        folder.leave_on_failure(key.is_some() && lasting && !output.sites.is_empty());
+        filled.and_then(|()| self.finish(output))?;
         folder.finish()?;
         progress(Progress { site: "", done, total });
         Delta::open(self.out)
     }
 
-    /// Everything after the sites.
-    fn finish(&self, draft: Draft) -> Result<()> {
-        let Draft { mut writer, mut fingerprint, sites, .. } = draft;
+    /// Writes everything after the sites.
+    fn finish(&self, output: Output) -> Result<()> {
+        let Output { mut writer, mut fingerprint, sites, .. } = output;
         for name in self.base.names() {
-            if !fingerprint.has(name) {
+            if !fingerprint.contains(name) {
                 fingerprint.add(name, &self.base.view(name)?);
             }
         }
         for file in self.files {
-            writer.copy(file)?;
+            writer.copy_file(file)?;
         }
         let base = BaseEntry {
             fingerprint: fingerprint.finish(),
@@ -111,13 +114,14 @@ impl Assembly<'_> {
         }
     }
 
-    /// Writes a directory whose sites are given, one for every parameter of the base. `entries` say what they are, but
-    /// for sizes and checksums; `tensors` gives those of one, in the order of its entry's specs.
+    /// Writes a directory of given sites, one for every parameter of the base. Sizes and checksums of `entries` are
+    /// ignored; `tensors` returns one site's tensors, in the order of [`SiteEntry::tensor_specs`]. `progress` is called before
+    /// every site and stops the job by returning false. A directory at `out` is replaced when the new one is complete.
     ///
     /// # Errors
-    /// Before any work, [`Error::Architecture`] where sites and base do not match, [`Error::Format`] where a site's
-    /// fields contradict each other; [`Error::NonFinite`] for a NaN or an infinity in a tensor; those of `tensors` and
-    /// of `write`.
+    /// Before anything is written: [`Error::Architecture`] where sites and base do not match, [`Error::Format`] where a
+    /// number of a site is out of range. Later: [`Error::NonFinite`] for a NaN or an infinity in a tensor, [`Error::Argument`]
+    /// for a tensor of another size, [`Error::Interrupted`], [`Error::Io`], and those of `tensors`.
     pub fn write_given(
         &self,
         entries: &[SiteEntry],
@@ -127,12 +131,12 @@ impl Assembly<'_> {
         self.check(entries)?;
         let sizes: Vec<_> =
             entries.iter().map(|entry| (entry.name.as_str(), entry.parameters().unwrap_or(0))).collect();
-        self.write(None, &sizes, &full_specs(entries)?, progress, &mut |at, writer| {
-            let mut entry = entries[at].clone();
+        self.write(None, &sizes, &full_specs(entries)?, progress, &mut |index, writer| {
+            let mut entry = entries[index].clone();
             let tensors = tensors(&entry)?;
             let slices: Vec<&[u8]> = tensors.iter().map(Vec::as_slice).collect();
             check_tensors(&entry, &slices)?;
-            writer.site(&mut entry, &slices)?;
+            writer.write_site(&mut entry, &slices)?;
             Ok(entry)
         })
     }
@@ -148,18 +152,18 @@ impl Assembly<'_> {
                 return Err(Error::Architecture(format!("expected only parameters of the base, found {name}")));
             }
             let base = self.base.view(name)?;
-            let mut known = entry.shape.clone();
-            if let Some(rows) = known.first_mut() {
-                *rows = rows.saturating_sub(entry.added);
+            let mut base_shape = entry.shape.clone();
+            if let Some(rows) = base_shape.first_mut() {
+                *rows = rows.saturating_sub(entry.added());
             }
-            let fits = match entry.kind {
-                Kind::Replaced => true,
-                Kind::Shared => known == base.shape && entry.dtype == base.dtype.to_string(),
-                _ => known == base.shape,
+            let fits = match &entry.kind {
+                SiteKind::Replaced => true,
+                SiteKind::Shared => base_shape == base.shape && entry.dtype == base.dtype.to_string(),
+                _ => base_shape == base.shape,
             };
             if !fits {
                 return Err(Error::Architecture(format!(
-                    "expected {name} in the base's shape {:?} and dtype {}, found {known:?} of {}",
+                    "expected {name} in the base's shape {:?} and dtype {}, found {base_shape:?} of {}",
                     base.shape, base.dtype, entry.dtype
                 )));
             }
@@ -173,42 +177,42 @@ impl Assembly<'_> {
     }
 }
 
-/// A directory on its way.
-struct Draft {
+/// A directory that is being written.
+struct Output {
     journal: Option<Journal>,
     writer: Writer,
     fingerprint: Fingerprint,
     sites: Vec<SiteEntry>,
 }
 
-impl Draft {
-    /// Starts one, or goes on after the last whole site of an earlier writer with the same key.
+impl Output {
+    /// Starts a directory, or continues after the last complete site of an earlier job with the same key.
     fn open(folder: &mut Folder, key: Option<&str>, specs: &[TensorSpec]) -> Result<Self> {
-        let (journal, left) = key.map(|key| Journal::open(folder, key)).transpose()?.unzip();
-        let left = left.unwrap_or_default();
-        folder.keep(!left.is_empty());
+        let (journal, finished) = key.map(|key| Journal::open(folder, key)).transpose()?.unzip();
+        let finished = finished.unwrap_or_default();
+        folder.leave_on_failure(!finished.is_empty());
         let writer = Writer::create(folder.path(), specs)?;
-        let mut draft = Self { journal, writer, fingerprint: Fingerprint::default(), sites: Vec::new() };
-        for Finished { entry, digest } in left {
-            if !draft.writer.find(&entry)? {
+        let mut output = Self { journal, writer, fingerprint: Fingerprint::default(), sites: Vec::new() };
+        for Finished { entry, digest } in finished {
+            if !output.writer.resume_site(&entry)? {
                 break;
             }
             if let Some(digest) = digest {
-                draft.fingerprint.put(&entry.name, digest);
+                output.fingerprint.insert(&entry.name, digest);
             }
-            draft.sites.push(entry);
+            output.sites.push(entry);
         }
-        if let Some(journal) = &draft.journal {
-            journal.keep(draft.sites.len())?;
-            draft.writer.cut()?;
+        if let Some(journal) = &output.journal {
+            journal.truncate(output.sites.len())?;
+            output.writer.truncate()?;
         }
-        Ok(draft)
+        Ok(output)
     }
 
-    /// Takes in a site that was written.
+    /// Records a site that was written.
     fn add(&mut self, entry: SiteEntry, base: &Checkpoint) -> Result<()> {
-        let own = base.names().binary_search(&entry.name).is_ok();
-        let digest = own.then(|| Ok(self.fingerprint.add(&entry.name, &base.view(&entry.name)?))).transpose()?;
+        let stored = base.names().binary_search(&entry.name).is_ok();
+        let digest = stored.then(|| Ok(self.fingerprint.add(&entry.name, &base.view(&entry.name)?))).transpose()?;
         let site = Finished { entry, digest };
         if let Some(journal) = &mut self.journal {
             self.writer.flush()?;
@@ -219,17 +223,17 @@ impl Draft {
     }
 }
 
-/// Whether tensors have their sizes, and floats that are finite.
+/// Checks the size of each tensor, and that its floats are finite.
 fn check_tensors(entry: &SiteEntry, tensors: &[&[u8]]) -> Result<()> {
-    for (spec, data) in entry.specs()?.into_iter().zip(tensors) {
-        let name = format!("{}/{}", entry.name, spec.role);
+    for (spec, data) in entry.tensor_specs()?.into_iter().zip(tensors) {
+        let name = format!("{}/{}", entry.name, spec.name);
         let dtype: Dtype = serde_json::from_value(spec.dtype.into())
             .map_err(|_| Error::Argument(format!("expected a dtype of safetensors for {name}, found another")))?;
         let expected = spec.shape.iter().product::<usize>() * dtype.bitsize() / 8;
         if data.len() != expected {
             return Err(Error::Argument(format!("expected {expected} bytes of {name}, found {}", data.len())));
         }
-        View { dtype, shape: spec.shape, data }.finite(&name)?;
+        View { dtype, shape: spec.shape, data }.check_finite(&name)?;
     }
     Ok(())
 }

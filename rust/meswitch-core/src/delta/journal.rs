@@ -1,4 +1,4 @@
-//! What an interrupted writer leaves for the next one: a line for every finished site, beside the tensors so far.
+//! The journal: one line for every site that a writer has finished, so that an interrupted job can be resumed.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -7,39 +7,58 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::manifest::{SiteEntry, json};
-use super::{Folder, checksum};
+use super::checksum;
+use super::folder::Folder;
+use super::manifest::json;
+use super::site::{SiteEntry, SiteFields};
 use crate::error::{Error, Result};
 use crate::fingerprint::Digest;
 
-/// Its file name, which no file of a delta directory may have.
+/// The journal's file name.
 pub(super) const JOURNAL: &str = ".journal";
 
-/// A site that is whole in the tensors' file.
+/// A site whose tensors are completely written.
 #[derive(Serialize, Deserialize)]
+#[serde(try_from = "FinishedFields")]
 pub(super) struct Finished {
-    /// What the manifest will say of it.
-    pub entry: SiteEntry,
-    /// What the base's parameter adds to the fingerprint; none of one that is not on disk under that name.
-    pub digest: Option<Digest>,
+    /// The site's entry.
+    pub(super) entry: SiteEntry,
+    /// The digest of the base's tensor of that name; `None` where the base has none of its own.
+    pub(super) digest: Option<Digest>,
 }
 
-/// The file: a key, which says what is being written, then the finished sites. Each is a line of JSON after its checksum.
+/// A site as the journal's JSON has it.
+#[derive(Deserialize)]
+struct FinishedFields {
+    entry: SiteFields,
+    digest: Option<Digest>,
+}
+
+impl TryFrom<FinishedFields> for Finished {
+    type Error = Error;
+
+    fn try_from(fields: FinishedFields) -> Result<Self> {
+        Ok(Self { entry: fields.entry.try_into()?, digest: fields.digest })
+    }
+}
+
+/// The journal: a line with a key, which identifies the job, then a line for every finished site. A line is a checksum and
+/// JSON.
 pub(super) struct Journal {
     path: PathBuf,
     file: File,
-    // Where the lines that were found end, the key's first.
+    /// The end of each line that was read, that of the key first.
     ends: Vec<usize>,
 }
 
 impl Journal {
-    /// Opens a folder's journal. Returns the sites that a writer of the same key finished, up to a torn line; what one of
-    /// another key left in the folder is removed.
-    pub fn open(folder: &Folder, key: &str) -> Result<(Self, Vec<Finished>)> {
+    /// Opens a folder's journal. Returns the sites that an earlier job with the same key has finished, up to the first
+    /// incomplete line. Where the journal has another key or none, the folder is emptied.
+    pub(super) fn open(folder: &Folder, key: &str) -> Result<(Self, Vec<Finished>)> {
         let path = folder.path().join(JOURNAL);
         let text = fs::read(&path).unwrap_or_default();
         let mut lines = text.split_inclusive(|byte| *byte == b'\n');
-        let head = lines.next().filter(|line| read::<String>(line).is_some_and(|found| found == key));
+        let head = lines.next().filter(|line| read::<String>(line).is_some_and(|other| other == key));
         if head.is_none() {
             folder.empty()?;
         }
@@ -61,13 +80,13 @@ impl Journal {
         Ok((journal, finished))
     }
 
-    /// Forgets all but the first `count` of the sites that were found.
-    pub fn keep(&self, count: usize) -> Result<()> {
+    /// Removes all but the first `count` of the sites that were read.
+    pub(super) fn truncate(&self, count: usize) -> Result<()> {
         self.file.set_len(self.ends[count] as u64).map_err(Error::io(&self.path))
     }
 
-    /// Adds a site, whose tensors the operating system must have by now.
-    pub fn add(&mut self, site: &Finished) -> Result<()> {
+    /// Adds a site. Its tensors must have been passed to the operating system before.
+    pub(super) fn add(&mut self, site: &Finished) -> Result<()> {
         self.write(site).map(drop)
     }
 
@@ -79,7 +98,7 @@ impl Journal {
     }
 }
 
-/// What a line says; nothing where it is torn.
+/// The value of a line; `None` where the line is incomplete or damaged.
 fn read<T: DeserializeOwned>(line: &[u8]) -> Option<T> {
     let line = std::str::from_utf8(line.strip_suffix(b"\n")?).ok()?;
     let (stated, text) = line.split_once(' ')?;

@@ -1,16 +1,16 @@
-//! Which instruction set runs, chosen once.
+//! The instruction set that kernels use, chosen once per process.
 
 use std::fmt;
 use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
 
-/// An instruction set that kernels are compiled for; a later one of a processor needs all that its earlier ones need.
+/// An instruction set that kernels are compiled for. On one architecture, a greater one includes the lesser ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Backend {
-    /// The portable truth, and what the compiler makes of it.
+    /// Portable code: the reference that the others must equal.
     Scalar,
-    /// AArch64, where NEON always is.
+    /// AArch64 with NEON.
     Neon,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
@@ -18,13 +18,13 @@ pub enum Backend {
     Avx512,
 }
 
-/// The backends of this kind of processor, the least first.
+/// The backends of this architecture, least first.
 #[cfg(target_arch = "x86_64")]
-pub const BACKENDS: &[Backend] = &[Backend::Scalar, Backend::Avx2, Backend::Avx512];
+const BACKENDS: &[Backend] = &[Backend::Scalar, Backend::Avx2, Backend::Avx512];
 #[cfg(target_arch = "aarch64")]
-pub const BACKENDS: &[Backend] = &[Backend::Scalar, Backend::Neon];
+const BACKENDS: &[Backend] = &[Backend::Scalar, Backend::Neon];
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-pub const BACKENDS: &[Backend] = &[Backend::Scalar];
+const BACKENDS: &[Backend] = &[Backend::Scalar];
 
 impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -37,33 +37,34 @@ impl fmt::Display for Backend {
     }
 }
 
-/// The instruction set in use: the best that the processor has, or the one named by `MESWITCH_BACKEND`.
+/// The instruction set in use: the one that the environment variable `MESWITCH_BACKEND` names, else the best that the
+/// processor has. Read once per process; an unusable name counts as unset (see [`check`]).
 pub fn backend() -> Backend {
     static CHOSEN: OnceLock<Backend> = OnceLock::new();
-    *CHOSEN.get_or_init(|| wanted().unwrap_or_else(|_| best()))
+    *CHOSEN.get_or_init(|| requested().unwrap_or_else(|_| best()))
 }
 
-/// Whether `MESWITCH_BACKEND` names something that can run here.
+/// Checks that `MESWITCH_BACKEND` is unset or names a backend that this processor can run.
 ///
 /// # Errors
-/// [`Error::Backend`] with the names that would do.
+/// [`Error::Backend`] with the possible names.
 pub fn check() -> Result<()> {
-    wanted().map(drop)
+    requested().map(drop)
 }
 
-/// The backends that this processor can run, the least first.
+/// The backends that this processor can run, least first.
 pub fn available() -> impl Iterator<Item = Backend> {
     BACKENDS.iter().copied().filter(|backend| *backend <= best())
 }
 
-fn wanted() -> Result<Backend> {
+fn requested() -> Result<Backend> {
     match std::env::var_os("MESWITCH_BACKEND") {
         None => Ok(best()),
-        Some(name) => named(&name.to_string_lossy()),
+        Some(name) => parse(&name.to_string_lossy()),
     }
 }
 
-fn named(name: &str) -> Result<Backend> {
+fn parse(name: &str) -> Result<Backend> {
     available().find(|backend| backend.to_string() == name).ok_or_else(|| {
         let names: Vec<String> = available().map(|backend| backend.to_string()).collect();
         Error::Backend(format!("MESWITCH_BACKEND: expected one of {}, found {name:?}", names.join(", ")))
@@ -73,7 +74,7 @@ fn named(name: &str) -> Result<Backend> {
 #[cfg(target_arch = "x86_64")]
 fn best() -> Backend {
     let has =
-        |wanted: &[&str]| features().iter().filter(|(name, on)| *on && wanted.contains(name)).count() == wanted.len();
+        |needed: &[&str]| features().iter().filter(|(name, on)| *on && needed.contains(name)).count() == needed.len();
     if !has(&["avx2", "fma", "f16c", "bmi2"]) {
         Backend::Scalar
     } else if !has(&["avx512f", "avx512bw", "avx512dq", "avx512vl"]) {
@@ -93,7 +94,7 @@ fn best() -> Backend {
     Backend::Scalar
 }
 
-/// The processor features that kernels ask about, and whether each is there.
+/// The processor features that kernels depend on, and whether this processor has each.
 #[cfg(target_arch = "x86_64")]
 #[must_use]
 pub fn features() -> Vec<(&'static str, bool)> {
@@ -103,7 +104,7 @@ pub fn features() -> Vec<(&'static str, bool)> {
     ask!("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 }
 
-/// The processor features that kernels ask about, and whether each is there.
+/// The processor features that kernels depend on, and whether this processor has each.
 #[cfg(target_arch = "aarch64")]
 #[must_use]
 pub fn features() -> Vec<(&'static str, bool)> {
@@ -111,7 +112,7 @@ pub fn features() -> Vec<(&'static str, bool)> {
     vec![("neon", has!("neon"))]
 }
 
-/// The processor features that kernels ask about, and whether each is there.
+/// The processor features that kernels depend on, and whether this processor has each.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 #[must_use]
 pub fn features() -> Vec<(&'static str, bool)> {
@@ -123,12 +124,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_runs_here_may_be_named() {
+    fn only_usable_backends_may_be_named() {
         for backend in available() {
-            assert_eq!(named(&backend.to_string()).unwrap(), backend);
+            assert_eq!(parse(&backend.to_string()).unwrap(), backend);
         }
         assert_eq!(available().next(), Some(Backend::Scalar));
-        let message = named("avx").unwrap_err().to_string();
+        let message = parse("avx").unwrap_err().to_string();
         assert!(message.starts_with("MESWITCH_BACKEND: expected one of scalar") && message.ends_with("found \"avx\""));
     }
 }

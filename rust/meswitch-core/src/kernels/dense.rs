@@ -1,4 +1,4 @@
-//! `W · x` for few tokens and a base's own weights in bfloat16: what a decode step reads most of.
+//! `W · x` with a base weight in bfloat16 and few tokens: most of what a decode step reads.
 
 use std::ops::Range;
 
@@ -7,101 +7,105 @@ use super::rows::add_bf16;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-/// Tokens that one call takes: beyond, torch's own product is as quick.
-pub const TOKENS: usize = 16;
-/// Columns of a block: a vector of weights.
-const BLOCK: usize = 32;
+/// The most tokens that one call multiplies with; with more, torch's own product is as fast.
+pub const MAX_BASE_TOKENS: usize = 16;
+/// Columns that are multiplied at once: one vector of weights.
+const DENSE_COLUMNS: usize = 32;
 
-/// A base's weight, and how many tokens it is multiplied with: `weight [rows, columns]`.
-pub struct Base<'a> {
-    /// bfloat16, row by row.
+/// A base weight `[rows, columns]`, and the number of tokens it is multiplied with.
+pub struct BaseWeight<'a> {
+    /// The bits of bfloat16 numbers, row by row.
     pub weight: &'a [u16],
     /// Output channels.
     pub rows: usize,
     /// Input channels.
     pub columns: usize,
-    /// At most [`TOKENS`].
+    /// At most [`MAX_BASE_TOKENS`].
     pub tokens: usize,
 }
 
-/// Tokens' activations as a kernel takes them, in whole blocks, zeros after the last column.
-pub(super) enum Split {
-    /// As 32-bit floats, even columns of a block before its odd ones.
+/// Activations in the order a kernel reads them, padded with zeros to a multiple of [`DENSE_COLUMNS`].
+pub(super) enum Activations {
+    /// 32-bit floats; of every [`DENSE_COLUMNS`] the even columns before the odd ones.
     Floats(Vec<f32>),
-    /// As bfloat16.
-    Pairs(Vec<u16>),
+    /// bfloat16, in order.
+    Bf16(Vec<u16>),
 }
 
-/// Whether this processor has a kernel here.
+/// Whether this processor has a kernel for base weights (it needs AVX-512).
 #[must_use]
-pub fn is_available() -> bool {
+pub fn has_base_kernel() -> bool {
     super::backend() >= super::Backend::Avx512
 }
 
-impl Base<'_> {
-    /// The bytes of the weights from a row on.
+impl BaseWeight<'_> {
+    /// The bytes of the weight from a row on.
     pub(super) fn bytes(&self, row: usize) -> &[u8] {
         let weight = &self.weight[row * self.columns..];
-        // SAFETY: as many bytes as the weights have; any bits are bytes.
+        // SAFETY: the same memory and length; every bit pattern is a valid byte.
         unsafe { std::slice::from_raw_parts(weight.as_ptr().cast(), size_of_val(weight)) }
     }
 
+    /// Columns, padded.
     fn stride(&self) -> usize {
-        self.columns.next_multiple_of(BLOCK)
+        self.columns.next_multiple_of(DENSE_COLUMNS)
     }
 
-    /// The tokens' activations.
-    pub(super) fn split(&self, read: &dyn Fn(u32, &mut [f32])) -> Split {
-        if has_pairs() {
-            Split::Pairs(self.ready(read, &|wide, out| add_bf16(out, wide)))
+    /// Reads all tokens' activations. `read(token, out)` writes one token's.
+    pub(super) fn activations(&self, read: &dyn Fn(u32, &mut [f32])) -> Activations {
+        if prefers_bf16() {
+            Activations::Bf16(self.convert(read, &|wide, out| add_bf16(out, wide)))
         } else {
-            Split::Floats(self.ready(read, &|wide, out| apart(wide, out)))
+            Activations::Floats(self.convert(read, &|wide, out| split_even_odd(wide, out)))
         }
     }
 
-    fn ready<T: Copy + Default>(&self, read: &dyn Fn(u32, &mut [f32]), put: &dyn Fn(&[f32], &mut [T])) -> Vec<T> {
+    fn convert<T: Copy + Default>(&self, read: &dyn Fn(u32, &mut [f32]), write: &dyn Fn(&[f32], &mut [T])) -> Vec<T> {
         let stride = self.stride();
-        let (mut ready, mut wide) = (vec![T::default(); self.tokens * stride], vec![0f32; stride]);
-        for (token, ready) in ready.chunks_mut(stride.max(1)).enumerate() {
+        let (mut converted, mut wide) = (vec![T::default(); self.tokens * stride], vec![0f32; stride]);
+        for (token, converted) in converted.chunks_mut(stride.max(1)).enumerate() {
             read(token as u32, &mut wide[..self.columns]);
-            put(&wide, ready);
+            write(&wide, converted);
         }
-        ready
+        converted
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-fn has_pairs() -> bool {
-    x86::has_pairs()
+fn prefers_bf16() -> bool {
+    x86::prefers_bf16()
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn has_pairs() -> bool {
+fn prefers_bf16() -> bool {
     false
 }
 
 super::by_backend! {
-    /// Even columns of each block before its odd ones.
-    pub fn apart(x: &[f32], out: &mut [f32]) = apart_body
+    /// Writes the even columns of every [`DENSE_COLUMNS`] before the odd ones.
+    fn split_even_odd(x: &[f32], out: &mut [f32]) = split_even_odd_body
 }
 
 #[inline(always)]
-fn apart_body(x: &[f32], out: &mut [f32]) {
-    for (x, out) in x.chunks_exact(BLOCK).zip(out.chunks_exact_mut(BLOCK)) {
-        for at in 0..BLOCK / 2 {
-            out[at] = x[2 * at];
-            out[at + BLOCK / 2] = x[2 * at + 1];
+fn split_even_odd_body(x: &[f32], out: &mut [f32]) {
+    for (x, out) in x.chunks_exact(DENSE_COLUMNS).zip(out.chunks_exact_mut(DENSE_COLUMNS)) {
+        for pair in 0..DENSE_COLUMNS / 2 {
+            out[pair] = x[2 * pair];
+            out[pair + DENSE_COLUMNS / 2] = x[2 * pair + 1];
         }
     }
 }
 
-/// The base's product of some rows: `out [tokens, rows]`, of what `split` gave.
-pub(super) fn products(base: &Base<'_>, split: &Split, of: &Range<usize>, out: &mut [f32]) {
-    let ready = match split {
-        Split::Floats(x) => x.len(),
-        Split::Pairs(x) => x.len(),
+/// Writes the products of rows `rows` to `out [tokens, rows]`. `x` comes from [`BaseWeight::activations`].
+pub(super) fn products(base: &BaseWeight<'_>, x: &Activations, rows: &Range<usize>, out: &mut [f32]) {
+    let converted = match x {
+        Activations::Floats(x) => x.len(),
+        Activations::Bf16(x) => x.len(),
     };
-    assert!(is_available() && ready == base.tokens * base.stride() && out.len() == base.tokens * of.len());
+    assert!(has_base_kernel() && converted == base.tokens * base.stride() && out.len() == base.tokens * rows.len());
     #[cfg(target_arch = "x86_64")]
-    x86::products(base, split, of, out);
+    // SAFETY: `has_base_kernel` says that the processor has AVX-512, and lengths were checked.
+    unsafe {
+        x86::products(base, x, rows, out);
+    };
 }

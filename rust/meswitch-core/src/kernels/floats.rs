@@ -1,4 +1,4 @@
-//! Sums of 32-bit floats, the same bits on every instruction set.
+//! Arithmetic in 32-bit floats, with the same bits on every instruction set.
 
 use half::f16;
 
@@ -6,17 +6,17 @@ use super::by_backend;
 use super::rows::widen_f16;
 use crate::layout;
 
-/// Sums are kept in as many parts.
+/// Partial sums of a sum.
 const LANES: usize = 16;
 
 by_backend! {
-    /// Unpacks one row.
-    pub fn unpack(packed: &[u8], bits: u32, codes: &mut [u8]) = layout::unpack_row
+    /// Unpacks one row of codes.
+    pub(crate) fn unpack(packed: &[u8], bits: u32, codes: &mut [u8]) = layout::unpack_row
 }
 
 by_backend! {
-    /// `out = factor · scale · (code − zero)`; no factors at all count as one.
-    pub fn scaled_levels(codes: &[u8], zero: f32, scale: f32, factors: &[f32], out: &mut [f32]) = scaled_levels_body
+    /// `out = factor · scale · (code − zero)`, element by element; an empty `factors` counts as all 1.
+    pub(crate) fn scaled_levels(codes: &[u8], zero: f32, scale: f32, factors: &[f32], out: &mut [f32]) = scaled_levels_body
 }
 
 #[inline(always)]
@@ -30,8 +30,8 @@ fn scaled_levels_body(codes: &[u8], zero: f32, scale: f32, factors: &[f32], out:
 }
 
 by_backend! {
-    /// `Σ a·b` in sixteen lanes.
-    pub fn dot(a: &[f32], b: &[f32]) -> f32 = dot_body
+    /// `Σ a·b` in [`LANES`] partial sums.
+    pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 = dot_body
 }
 
 #[inline(always)]
@@ -49,7 +49,7 @@ fn dot_body(a: &[f32], b: &[f32]) -> f32 {
     total(lanes)
 }
 
-/// A lane and the one half the lanes away, and so on: few steps wait for each other.
+/// Adds up the partial sums as a tree, so that few additions wait for another.
 #[inline(always)]
 fn total(mut lanes: [f32; LANES]) -> f32 {
     for half in [8, 4, 2, 1] {
@@ -62,7 +62,7 @@ fn total(mut lanes: [f32; LANES]) -> f32 {
 
 by_backend! {
     /// `Σ |x|`.
-    pub fn magnitude(x: &[f32]) -> f32 = magnitude_body
+    pub(crate) fn magnitude(x: &[f32]) -> f32 = magnitude_body
 }
 
 #[inline(always)]
@@ -77,13 +77,14 @@ fn magnitude_body(x: &[f32]) -> f32 {
 }
 
 by_backend! {
-    /// Widens a block of rows `[count, width]` and adds its products with `x [tokens, width]` to `sums [tokens, count]`.
-    pub fn narrow(values: &[f16], width: usize, x: &[f32], wide: &mut [f32], sums: &mut [f32], count: usize)
-        = narrow_body
+    /// Widens `values [count, width]` into the buffer `wide` and adds its products with `x [tokens, width]` to
+    /// `sums [tokens, count]`.
+    pub(crate) fn add_narrow_product(values: &[f16], width: usize, x: &[f32], wide: &mut [f32], sums: &mut [f32], count: usize)
+        = add_narrow_product_body
 }
 
 #[inline(always)]
-fn narrow_body(values: &[f16], width: usize, x: &[f32], wide: &mut [f32], sums: &mut [f32], count: usize) {
+fn add_narrow_product_body(values: &[f16], width: usize, x: &[f32], wide: &mut [f32], sums: &mut [f32], count: usize) {
     widen_f16(values, wide);
     for (x, sums) in x.chunks_exact(width).zip(sums.chunks_exact_mut(count)) {
         if let [x] = x {
@@ -98,7 +99,7 @@ fn narrow_body(values: &[f16], width: usize, x: &[f32], wide: &mut [f32], sums: 
 
 by_backend! {
     /// `out += values · scale`.
-    pub fn add_times(out: &mut [f32], values: &[f32], scale: f32) = add_times_body
+    pub(crate) fn add_times(out: &mut [f32], values: &[f32], scale: f32) = add_times_body
 }
 
 #[inline(always)]
@@ -109,8 +110,8 @@ fn add_times_body(out: &mut [f32], values: &[f32], scale: f32) {
 }
 
 by_backend! {
-    /// `out *= scales`.
-    pub fn multiply(out: &mut [f32], scales: &[f32]) = multiply_body
+    /// `out *= scales`, element by element.
+    pub(crate) fn multiply(out: &mut [f32], scales: &[f32]) = multiply_body
 }
 
 #[inline(always)]

@@ -1,235 +1,269 @@
-//! `y += Δ̂ · x` on a team of threads, for the tokens of several experts at once, and the base's own product with it.
+//! `y += Δ̂ · x` for the tokens of several experts at once, alone or together with the base's own product.
 //!
-//! Every thread takes a share of the rows and goes through it block by block: the base's product, each expert's delta,
-//! and the outcome is written once. Weights with the same input are one call, one after another on every thread. Nothing
-//! waits in between, and what lies in a cache is used while it is there.
+//! Every thread takes a share of the rows and goes through it in blocks: the base's product, then each expert's delta, then
+//! the result is written once. Weights with the same input go through one call, one after another on every thread. Threads
+//! never wait for each other within a call.
 
 use std::ops::Range;
 
-use super::dense::{self, Base};
+use super::dense::{self, BaseWeight};
 use super::input::{self, Input};
-use super::lookup::begin;
+use super::lookup::prefetch_start;
 use super::matrix::Matrix;
 use super::parts;
 use super::rows::Rows;
-use super::team::{self, ALONE};
-use crate::layout::LINE;
+use super::threads::{self, MIN_PARALLEL_WORK};
+use crate::layout::LINE_ROWS;
 
-/// Tokens whose sums are looked up together: those of more would not fit the cache.
-const TOKENS: usize = 16;
-/// Sums of a block: they stay in the second cache.
-const SUMS: usize = 1 << 16;
-/// Bytes of a block's codes where more tokens come for them: those stay there too.
-const CODES: usize = 1 << 18;
+/// Tokens of one batch: lookup tables of more would not stay in a cache.
+const BATCH_TOKENS: usize = 16;
+/// Sums of a block of rows: they stay in the L2 cache.
+const BLOCK_SUMS: usize = 1 << 16;
+/// Bytes of a block's codes where several batches read them: they stay in the L2 cache too.
+const BLOCK_CODE_BYTES: usize = 1 << 18;
 
-/// The delta of one expert, and the rows of activations that are its tokens, rising.
+/// The delta of one expert, and its tokens: rows of `x` and `y`, rising.
 pub struct Product<'a> {
     /// The delta.
     pub matrix: &'a Matrix<'a>,
-    /// The rows.
+    /// The rows of activations.
     pub tokens: &'a [u32],
 }
 
-/// Adds `Δ̂ · x` of some tokens: `x [tokens, columns]`; `add(token, first row, values)` takes runs of rows as they come,
-/// from many threads, each `(token, row)` exactly once. Unless `exact`, sums are looked up where scales allow it.
+/// Multiplies a delta with `x [tokens, columns]`. Calls `add(token, first row, values)` for runs of rows, from many
+/// threads and in any order; each `(token, row)` comes exactly once. Unless `exact`, products use lookup tables where the
+/// scales allow it.
 pub fn delta_linear(matrix: &Matrix<'_>, x: &[f32], exact: bool, add: &(dyn Fn(usize, usize, &[f32]) + Sync)) {
     let columns = matrix.columns.max(1);
-    let all: Vec<u32> = (0..(x.len() / columns) as u32).collect();
+    let tokens: Vec<u32> = (0..(x.len() / columns) as u32).collect();
     let read = |token: u32, out: &mut [f32]| out.copy_from_slice(&x[token as usize * columns..][..out.len()]);
-    let items = Items::new(&[Product { matrix, tokens: &all }], matrix.rows, None, &read, exact);
-    run(items.weights(), &|index, threads| {
-        items.work(index, threads, &mut [], &|inputs, of, sums| {
-            items.each(inputs, of, sums, &mut |token, values| add(token, of.start, values));
+    let job = Job::new(&[Product { matrix, tokens: &tokens }], matrix.rows, None, &read, exact);
+    run(job.work(), &|index, threads| {
+        job.run_share(index, threads, &mut [], &|inputs, rows, sums| {
+            job.add_deltas(inputs, rows, sums, &mut |token, values| add(token, rows.start, values));
         });
     });
 }
 
-/// `y[t] += Δ̂ · x[t]` for the tokens of several experts on one weight. Unless `exact`, sums are looked up where
-/// scales allow it.
+/// `y[t] += Δ̂ · x[t]` for the tokens of several experts on one weight. Unless `exact`, products use lookup tables where the
+/// scales allow it. Returns when all threads are done.
 ///
 /// # Safety
-/// `x` must have the tokens' rows of as many elements as matrices have columns, `y` of as many as they have rows.
+/// `x` and `y` must have every row that `products` name: of as many elements as the matrices have columns in `x`, and rows
+/// in `y`. Nothing else may access `y` meanwhile.
 pub unsafe fn add_products(products: &[Product<'_>], x: Rows, y: Rows, exact: bool) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller guarantees the rows of `x`.
     let read = |token: u32, out: &mut [f32]| unsafe { x.read(token as usize, out) };
     let rows = products.iter().map(|product| product.matrix.rows).max().unwrap_or(0);
-    let items = Items::new(products, rows, None, &read, exact);
-    run(items.weights(), &|index, threads| {
-        items.work(index, threads, &mut [], &|inputs, of, sums| {
-            // SAFETY: the caller's promise; every (token, row) is handed out once, so no two threads share an element.
-            items.each(inputs, of, sums, &mut |token, values| unsafe { y.add(token, of.start, values) });
+    let job = Job::new(products, rows, None, &read, exact);
+    run(job.work(), &|index, threads| {
+        job.run_share(index, threads, &mut [], &|inputs, rows, sums| {
+            // SAFETY: the caller guarantees the rows of `y`; no two threads get the same (token, row).
+            job.add_deltas(inputs, rows, sums, &mut |token, values| unsafe { y.add(token, rows.start, values) });
         });
     });
 }
 
-/// The base's weight, the deltas of it, and where products go.
+/// A base weight, the deltas of it, and where the products go.
 pub struct Site<'a> {
-    /// The weight.
-    pub base: Base<'a>,
+    /// The base weight.
+    pub base: BaseWeight<'a>,
     /// The deltas.
     pub products: Vec<Product<'a>>,
-    /// A row a token.
+    /// One row per token.
     pub y: Rows,
 }
 
-/// `y[t] = W · x[t]` of weights with the same input, and what each expert's delta adds to its own tokens, sums looked up
-/// where scales allow it.
+/// `y[t] = W · x[t]` for weights with the same input, plus what each expert's delta adds to its own tokens. Products of
+/// deltas use lookup tables where the scales allow it. Returns when all threads are done.
 ///
 /// # Safety
-/// [`dense::is_available`] must hold; weights must have as many columns and tokens as each other, `x` and every `y`
-/// those tokens, of as many elements as the weight has columns and rows, and matrices their weight's shape.
+/// [`dense::has_base_kernel`] must hold. All weights must have the same number of columns and tokens, and each matrix its
+/// weight's shape. `x` and every `y` must have a row for each token, of as many elements as the weight has columns and rows.
+/// Nothing else may access a `y` meanwhile.
 pub unsafe fn linear(sites: &[Site<'_>], x: Rows) {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller guarantees the rows of `x`.
     let read = |token: u32, out: &mut [f32]| unsafe { x.read(token as usize, out) };
-    let Some(split) = sites.first().map(|site| site.base.split(&read)) else { return };
-    let mut all = Vec::with_capacity(sites.len());
+    let Some(activations) = sites.first().map(|site| site.base.activations(&read)) else { return };
+    let mut jobs = Vec::with_capacity(sites.len());
     for site in sites {
-        all.push((site, Items::new(&site.products, site.base.rows, Some(&site.base), &read, false)));
+        jobs.push((site, Job::new(&site.products, site.base.rows, Some(&site.base), &read, false)));
     }
-    run(all.iter().map(|(_, items)| items.weights()).sum(), &|index, threads| {
-        let mut before = Vec::new();
-        for (Site { base, y, .. }, items) in &all {
-            before = items.work(index, threads, &mut before, &|inputs, of, buffer| {
-                let (all, own) = buffer.split_at_mut(base.tokens * of.len());
-                dense::products(base, &split, of, all);
-                items.each(inputs, of, own, &mut |token, values| {
-                    all[token * of.len()..][..of.len()].iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+    run(jobs.iter().map(|(_, job)| job.work()).sum(), &|index, threads| {
+        let mut reusable = Vec::new();
+        for (Site { base, y, .. }, job) in &jobs {
+            reusable = job.run_share(index, threads, &mut reusable, &|inputs, rows, buffer| {
+                let (base_sums, delta_sums) = buffer.split_at_mut(base.tokens * rows.len());
+                dense::products(base, &activations, rows, base_sums);
+                job.add_deltas(inputs, rows, delta_sums, &mut |token, values| {
+                    let sums = &mut base_sums[token * rows.len()..][..rows.len()];
+                    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
                 });
-                for (token, sums) in all.chunks(of.len()).enumerate() {
-                    // SAFETY: the caller's promise; blocks have no row in common.
-                    unsafe { y.write(token, of.start, sums) };
+                for (token, sums) in base_sums.chunks(rows.len()).enumerate() {
+                    // SAFETY: the caller guarantees the rows of `y`; blocks have no row in common.
+                    unsafe { y.write(token, rows.start, sums) };
                 }
             });
         }
     });
 }
 
-/// On the team, if there is work enough for one.
-fn run(weights: usize, work: &(dyn Fn(usize, usize) + Sync)) {
-    if weights < ALONE { work(0, 1) } else { team::parallel(work) }
+/// Calls `share(index, threads)` on all threads where there is work enough for them, else on this one.
+fn run(work: usize, share: &(dyn Fn(usize, usize) + Sync)) {
+    if work < MIN_PARALLEL_WORK { share(0, 1) } else { threads::run_on_all(share) }
 }
 
-type Read<'a> = &'a (dyn Fn(u32, &mut [f32]) + Sync);
+/// Writes a token's activations.
+type ReadFn<'a> = &'a (dyn Fn(u32, &mut [f32]) + Sync);
 
-/// Tokens of one expert, at most [`TOKENS`].
-struct Item<'a> {
+/// Handles a block of rows: `(inputs of every batch, rows, buffer for sums)`.
+type BlockFn<'a> = &'a dyn Fn(&mut [Input<'_>], &Range<usize>, &mut [f32]);
+
+/// At most [`BATCH_TOKENS`] tokens of one expert.
+struct Batch<'a> {
     matrix: &'a Matrix<'a>,
     tokens: &'a [u32],
-    /// `V · x` where it is work for the whole team.
-    inner: Option<Vec<f32>>,
+    /// `V · x`, where that is work enough for all threads.
+    low_rank_input: Option<Vec<f32>>,
 }
 
-/// The tokens of several experts on one weight.
-struct Items<'a> {
-    of: Vec<Item<'a>>,
+/// The products of one weight.
+struct Job<'a> {
+    batches: Vec<Batch<'a>>,
     rows: usize,
-    base: Option<&'a Base<'a>>,
-    read: Read<'a>,
+    base: Option<&'a BaseWeight<'a>>,
+    read: ReadFn<'a>,
     exact: bool,
 }
 
-/// What a thread does with a block of rows: what it made ready of every item, the rows, room for their sums.
-type Block<'a> = &'a dyn Fn(&mut [Input<'_>], &Range<usize>, &mut [f32]);
-
-impl<'a> Items<'a> {
-    fn new(products: &[Product<'a>], rows: usize, base: Option<&'a Base<'a>>, read: Read<'a>, exact: bool) -> Self {
-        let mut items = Self { of: Vec::new(), rows, base, read, exact };
+impl<'a> Job<'a> {
+    /// Splits the products into batches. Runs on all threads where low-rank parts are large.
+    fn new(
+        products: &[Product<'a>],
+        rows: usize,
+        base: Option<&'a BaseWeight<'a>>,
+        read: ReadFn<'a>,
+        exact: bool,
+    ) -> Self {
+        let mut job = Self { batches: Vec::new(), rows, base, read, exact };
         for Product { matrix, tokens } in products {
-            items.of.extend(tokens.chunks(TOKENS).map(|tokens| Item { matrix, tokens, inner: None }));
+            let batches = tokens.chunks(BATCH_TOKENS);
+            job.batches.extend(batches.map(|tokens| Batch { matrix, tokens, low_rank_input: None }));
         }
-        for at in 0..items.of.len() {
-            let item = &items.of[at];
-            if input::wants_team(item.matrix, item.tokens.len()) {
-                items.of[at].inner = Some(input::inner(item.matrix, &items.read(item)));
+        for index in 0..job.batches.len() {
+            let batch = &job.batches[index];
+            if input::is_parallel(batch.matrix, batch.tokens.len()) {
+                job.batches[index].low_rank_input = Some(input::low_rank_input(batch.matrix, &job.activations(batch)));
             }
         }
-        items
+        job
     }
 
-    /// The activations `[tokens, columns]`.
-    fn read(&self, item: &Item<'_>) -> Vec<f32> {
-        let columns = item.matrix.columns;
-        let mut wide = vec![0f32; item.tokens.len() * columns];
-        for (token, wide) in item.tokens.iter().zip(wide.chunks_mut(columns.max(1))) {
+    /// A batch's activations `[tokens, columns]`.
+    fn activations(&self, batch: &Batch<'_>) -> Vec<f32> {
+        let columns = batch.matrix.columns;
+        let mut wide = vec![0f32; batch.tokens.len() * columns];
+        for (token, wide) in batch.tokens.iter().zip(wide.chunks_mut(columns.max(1))) {
             (self.read)(*token, wide);
         }
         wide
     }
 
-    /// Columns and tokens of the base's product.
-    fn of_base(&self) -> (usize, usize) {
+    /// Columns and tokens of the base's product; zeros without one.
+    fn base_size(&self) -> (usize, usize) {
         self.base.map_or((0, 0), |base| (base.columns, base.tokens))
     }
 
-    /// How much is to be multiplied.
-    fn weights(&self) -> usize {
-        let (columns, tokens) = self.of_base();
-        let products = |item: &Item<'_>| item.matrix.weights() * item.tokens.len();
-        self.of.iter().map(products).sum::<usize>() + self.rows * columns * tokens
+    /// The cost in multiplications.
+    fn work(&self) -> usize {
+        let (columns, tokens) = self.base_size();
+        let work = |batch: &Batch<'_>| batch.matrix.work_per_token() * batch.tokens.len();
+        self.batches.iter().map(work).sum::<usize>() + self.rows * columns * tokens
     }
 
-    /// One thread's share, in blocks of rows with room for the sums of all the base's tokens, and of one item's after
-    /// them. Takes what the thread made ready of the same tokens for another weight, and gives what it made for this.
-    fn work(&self, index: usize, threads: usize, ready: &mut [Input<'a>], block: Block<'_>) -> Vec<Input<'a>> {
-        let ((columns, all), rows) = (self.of_base(), self.rows);
-        let deltas = |row: usize| self.of.iter().map(|item| item.matrix.bytes_before(row)).sum::<usize>();
-        let of = share(rows, index, threads, &|row| row * columns * size_of::<u16>() + deltas(row));
-        if of.is_empty() {
+    /// Runs one thread's share of the rows in blocks. The buffer of sums has room for all the base's tokens, then for the
+    /// largest batch's. `reusable` are the inputs that this thread made for another weight of the same activations; returns
+    /// the inputs it made for this one.
+    fn run_share(
+        &self,
+        index: usize,
+        threads: usize,
+        reusable: &mut [Input<'a>],
+        run_block: BlockFn<'_>,
+    ) -> Vec<Input<'a>> {
+        let (columns, base_tokens) = self.base_size();
+        let codes_before = |row: usize| self.batches.iter().map(|batch| batch.matrix.bytes_before(row)).sum::<usize>();
+        let bytes_before = |row: usize| row * columns * size_of::<u16>() + codes_before(row);
+        let rows = share_of_rows(self.rows, index, threads, &bytes_before);
+        if rows.is_empty() {
             return Vec::new();
         }
-        let tokens = all + self.of.iter().map(|item| item.tokens.len()).max().unwrap_or(0);
-        let crowded = self.of.iter().filter(|item| item.tokens.len() == TOKENS);
-        let codes = crowded.map(|item| item.matrix.bytes_before(rows)).max().unwrap_or(0);
-        let step = (SUMS / tokens.max(1)).min(CODES * rows / codes.max(1)).max(1).next_multiple_of(LINE);
-        // Memory answers while activations are made ready: by every thread for itself, since what another core wrote
-        // takes longer to read than to make.
-        begin(self.base.map_or_else(|| self.codes(of.start), |base| base.bytes(of.start)));
-        let input = |item: &Item<'a>| {
-            let x = self.read(item);
-            Input::new(item.matrix, item.tokens, x, item.inner.as_deref(), ready, self.exact)
+        let tokens = base_tokens + self.batches.iter().map(|batch| batch.tokens.len()).max().unwrap_or(0);
+        let block_rows = self.block_rows(tokens);
+        // Memory answers while inputs are made. Every thread makes its own: reading what another core just wrote takes
+        // longer than making it again.
+        prefetch_start(self.base.map_or_else(|| self.first_codes(rows.start), |base| base.bytes(rows.start)));
+        let input = |batch: &Batch<'a>| {
+            let x = self.activations(batch);
+            Input::new(batch.matrix, batch.tokens, x, batch.low_rank_input.as_deref(), reusable, self.exact)
         };
-        let mut inputs: Vec<_> = self.of.iter().map(input).collect();
-        let mut sums = vec![0f32; tokens * step.min(of.len())];
-        for first in of.clone().step_by(step) {
-            block(&mut inputs, &(first..(first + step).min(of.end)), &mut sums);
+        let mut inputs: Vec<_> = self.batches.iter().map(input).collect();
+        let mut sums = vec![0f32; tokens * block_rows.min(rows.len())];
+        for first in rows.clone().step_by(block_rows) {
+            run_block(&mut inputs, &(first..(first + block_rows).min(rows.end)), &mut sums);
         }
         inputs
     }
 
-    /// The first delta's codes from a row on.
-    fn codes(&self, row: usize) -> &[u8] {
-        let part = self.of.first().and_then(|item| Some((item.matrix.columns, item.matrix.parts.first()?)));
-        part.map_or(&[], |(columns, part)| part.codes_from(part.span(0, row).end, columns))
+    /// Rows of a block, for sums of `tokens` tokens each.
+    fn block_rows(&self, tokens: usize) -> usize {
+        let full = self.batches.iter().filter(|batch| batch.tokens.len() == BATCH_TOKENS);
+        let codes = full.map(|batch| batch.matrix.bytes_before(self.rows)).max().unwrap_or(0);
+        let rows = (BLOCK_SUMS / tokens.max(1)).min(BLOCK_CODE_BYTES * self.rows / codes.max(1));
+        rows.max(1).next_multiple_of(LINE_ROWS)
     }
 
-    /// The deltas of a block of rows: `take(token, values)`.
-    fn each(&self, inputs: &mut [Input<'_>], of: &Range<usize>, sums: &mut [f32], take: &mut dyn FnMut(usize, &[f32])) {
-        for (item, input) in self.of.iter().zip(inputs) {
-            let sums = &mut sums[..item.tokens.len() * of.len()];
+    /// The first batch's codes from a row on.
+    fn first_codes(&self, row: usize) -> &[u8] {
+        let batch = self.batches.first();
+        let part = batch.and_then(|batch| Some((batch.matrix.columns, batch.matrix.parts.first()?)));
+        part.map_or(&[], |(columns, part)| part.codes_from(part.positions(0, row).end, columns))
+    }
+
+    /// Computes the deltas of rows `rows`, and calls `add(token, values)` for each token of each batch.
+    fn add_deltas(
+        &self,
+        inputs: &mut [Input<'_>],
+        rows: &Range<usize>,
+        sums: &mut [f32],
+        add: &mut dyn FnMut(usize, &[f32]),
+    ) {
+        for (batch, input) in self.batches.iter().zip(inputs) {
+            let sums = &mut sums[..batch.tokens.len() * rows.len()];
             sums.fill(0.0);
-            parts::add(item.matrix, input, of, sums);
-            for (token, sums) in item.tokens.iter().zip(sums.chunks(of.len().max(1))) {
-                take(*token as usize, sums);
+            parts::add(batch.matrix, input, rows, sums);
+            for (token, sums) in batch.tokens.iter().zip(sums.chunks(rows.len().max(1))) {
+                add(*token as usize, sums);
             }
         }
     }
 }
 
-/// The rows that a thread takes, from a multiple of [`LINE`] on: as many bytes as any other, of which `before(row)` lie
-/// before a row.
-fn share(rows: usize, index: usize, threads: usize, before: &dyn Fn(usize) -> usize) -> Range<usize> {
-    let all = before(rows);
+/// The rows of one thread's share, from a multiple of [`LINE_ROWS`] on. Shares have about equal bytes;
+/// `bytes_before(row)` are those of all rows before one.
+fn share_of_rows(rows: usize, index: usize, threads: usize, bytes_before: &dyn Fn(usize) -> usize) -> Range<usize> {
+    let total = bytes_before(rows);
     let first = |index: usize| {
-        let (mut low, mut high) = (0, rows.div_ceil(LINE));
+        let (mut low, mut high) = (0, rows.div_ceil(LINE_ROWS));
         while low < high {
             let middle = low.midpoint(high);
-            if before((middle * LINE).min(rows)) * threads < all * index {
+            if bytes_before((middle * LINE_ROWS).min(rows)) * threads < total * index {
                 low = middle + 1;
             } else {
                 high = middle;
             }
         }
-        (low * LINE).min(rows)
+        (low * LINE_ROWS).min(rows)
     };
     let end = if index + 1 == threads { rows } else { first(index + 1) };
     (if index == 0 { 0 } else { first(index) })..end
@@ -239,44 +273,33 @@ fn share(rows: usize, index: usize, threads: usize, before: &dyn Fn(usize) -> us
 mod tests {
     use half::f16;
 
-    use super::super::matrix::Part;
+    use super::super::matrix::{Part, Terms};
     use super::*;
     use crate::layout::part_bytes;
 
     #[test]
-    fn shares_hold_every_row_once_and_as_many_bytes() {
+    fn shares_hold_every_row_once_and_equal_bytes() {
         let frequent: Vec<u32> = (0..800).collect();
         let rest: Vec<u32> = (800..8008).collect();
-        let part =
-            |bits, rows, count: usize| (bits, rows, vec![0u8; part_bytes(bits, count, 512)], vec![f16::ONE; count]);
-        let parts = [part(8, Some(&frequent[..]), 800), part(1, Some(&rest[..]), 7208)];
-        let parts = parts.iter().map(|(bits, rows, codes, scales)| Part {
-            bits: *bits,
+        let scales = vec![f16::ONE; 7208];
+        let part = |bits, rows, count: usize| Part {
+            bits,
             zero: 0.0,
             group: 512,
-            rows: *rows,
-            codes,
-            scales,
-        });
-        let matrix = Matrix {
-            rows: 8008,
-            columns: 512,
-            unit: 1.0,
-            parts: parts.collect(),
-            column_scales: None,
-            salient: None,
-            low_rank: None,
-            sparse: None,
+            rows: Some(rows),
+            codes: vec![0u8; part_bytes(bits, count, 512)].into(),
+            scales: &scales[..count],
         };
-        matrix.check().unwrap();
-        let of = |index, threads| share(8008, index, threads, &|row| matrix.bytes_before(row));
+        let parts = vec![part(8, &frequent[..], 800), part(1, &rest[..], 7208)];
+        let matrix = Matrix::new(8008, 512, 0, Terms { parts, ..Terms::default() }).unwrap();
+        let share = |index, threads| share_of_rows(8008, index, threads, &|row| matrix.bytes_before(row));
         for threads in 1..6 {
-            let shares: Vec<_> = (0..threads).map(|index| of(index, threads)).collect();
+            let shares: Vec<_> = (0..threads).map(|index| share(index, threads)).collect();
             assert!(shares.windows(2).all(|pair| pair[0].end == pair[1].start));
             assert_eq!((shares[0].start, shares[threads - 1].end), (0, 8008));
         }
-        let half = of(0, 2).end;
+        let half = share(0, 2).end;
         assert!((1152..=1216).contains(&half), "{half}");
-        assert_eq!(share(0, 1, 2, &|_| 0), 0..0);
+        assert_eq!(share_of_rows(0, 1, 2, &|_| 0), 0..0);
     }
 }

@@ -1,77 +1,84 @@
-//! A quantized site as kernels see it: borrowed memory, checked once.
+//! The delta of one weight as kernels read it: borrowed memory whose lengths and indices were checked once.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use half::f16;
 
-use super::sparse::Sparse;
-use super::tables::Form;
+use super::sparse::SparseEntries;
+use super::tables::TableKey;
 use crate::error::{Error, Result};
-use crate::layout::{self, BITS, BLOCK, LINE, padded, part_bytes, row_bytes, shared_row};
+use crate::layout::{self, BITS, BLOCK_ROWS, LINE_ROWS, padded_rows, part_bytes, row_bytes};
 
-/// The rows of a site that share a bit width.
+/// The rows of a matrix that share a bit width.
+#[derive(Clone, Debug)]
 pub struct Part<'a> {
-    /// Bits a code.
+    /// Bits per code: one of [`BITS`].
     pub bits: u32,
-    /// The code value that means zero.
+    /// The code value that means 0; may be half-integer.
     pub zero: f32,
-    /// Input channels that share a scale.
+    /// Consecutive input channels that share a scale.
     pub group: usize,
-    /// The rows, rising, or none for all.
+    /// The rows, rising; `None` for all rows of the matrix.
     pub rows: Option<&'a [u32]>,
-    /// Packed codes, in blocks.
-    pub codes: &'a [u8],
-    /// `[rows, groups]`.
+    /// The packed codes, in the layout of format version 3. Owned where an older layout was converted.
+    pub codes: Cow<'a, [u8]>,
+    /// `[rows, groups]`, in units of `2^exponent`.
     pub scales: &'a [f16],
 }
 
-/// The delta of one weight: `[rows, columns]`.
-pub struct Matrix<'a> {
-    /// Output channels.
-    pub rows: usize,
-    /// Input channels.
-    pub columns: usize,
-    /// `2^exponent`, the unit of scales, salient values and `u`.
-    pub unit: f32,
-    /// The codes.
+/// The terms that add up to a delta; any may be absent.
+#[derive(Clone, Debug, Default)]
+pub struct Terms<'a> {
+    /// Codes and their scales. A row that is in no part has no codes.
     pub parts: Vec<Part<'a>>,
-    /// One scale an input channel.
+    /// One scale per input channel, applied to codes.
     pub column_scales: Option<&'a [f16]>,
-    /// Salient channels and what the codes miss there, `[rows, salient]`.
+    /// The salient channels, rising, and what the other terms miss there, `[rows, salient]`.
     pub salient: Option<(&'a [u32], &'a [f16])>,
-    /// `[rows, rank]` and `[rank, columns]`.
+    /// `u [rows, rank]` and `v [rank, columns]`.
     pub low_rank: Option<(&'a [f16], &'a [f16])>,
-    /// What is not zero, in place of all the rest.
-    pub sparse: Option<Sparse<'a>>,
+}
+
+/// The delta of one weight: `[rows, columns]`, output channels by input channels.
+///
+/// Every length and index was checked by [`Matrix::new`] or [`Matrix::from_sparse`]; kernels rely on it.
+#[derive(Clone, Debug)]
+pub struct Matrix<'a> {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    /// `2^exponent`, the unit of scales, salient values, `u` and sparse values.
+    pub(super) unit: f32,
+    pub(super) parts: Vec<Part<'a>>,
+    pub(super) column_scales: Option<&'a [f16]>,
+    pub(super) salient: Option<(&'a [u32], &'a [f16])>,
+    pub(super) low_rank: Option<(&'a [f16], &'a [f16])>,
+    pub(super) sparse: Option<SparseEntries<'a>>,
 }
 
 impl Part<'_> {
-    /// Whether sums may be looked up: scales change between whole bytes, if at all.
-    #[must_use]
-    pub fn is_looked_up(&self, columns: usize) -> bool {
+    /// Whether products may use lookup tables: scales change only between whole bytes of a row.
+    pub(super) fn allows_tables(&self, columns: usize) -> bool {
         self.group >= columns || self.group.is_multiple_of(8)
     }
 
-    /// What decides how its rows are looked up.
-    pub(super) fn form(&self, columns: usize) -> Form {
-        Form { bits: self.bits, zero: self.zero, group: self.group.min(columns.max(1)) }
+    /// What decides the contents of its lookup tables.
+    pub(super) fn table_key(&self, columns: usize) -> TableKey {
+        TableKey { bits: self.bits, zero: self.zero, group: self.group.min(columns.max(1)) }
     }
 
-    /// How many rows.
-    #[must_use]
-    pub fn count(&self, rows: usize) -> usize {
+    /// The number of its rows, in a matrix of `rows`.
+    pub(super) fn row_count(&self, rows: usize) -> usize {
         self.rows.map_or(rows, <[u32]>::len)
     }
 
-    /// The codes from the block of a position within the part on.
-    #[must_use]
-    pub fn codes_from(&self, at: usize, columns: usize) -> &[u8] {
-        self.codes.get(at / BLOCK * BLOCK * row_bytes(self.bits, columns)..).unwrap_or_default()
+    /// The codes from the block that holds a position of the part on.
+    pub(super) fn codes_from(&self, position: usize, columns: usize) -> &[u8] {
+        self.codes.get(position / BLOCK_ROWS * BLOCK_ROWS * row_bytes(self.bits, columns)..).unwrap_or_default()
     }
 
     /// The positions within the part of the matrix's rows `start .. end`.
-    #[must_use]
-    pub fn span(&self, start: usize, end: usize) -> Range<usize> {
+    pub(super) fn positions(&self, start: usize, end: usize) -> Range<usize> {
         match self.rows {
             None => start..end,
             Some(rows) => {
@@ -80,8 +87,8 @@ impl Part<'_> {
         }
     }
 
-    /// Adds values of the part's rows from position `first` on to `sums`, whose first is the matrix's row `start`.
-    pub(super) fn scatter(
+    /// Adds values of the part's rows from position `first` on to `sums`, whose element 0 is the matrix's row `start`.
+    pub(super) fn scatter_add(
         &self,
         first: usize,
         values: impl ExactSizeIterator<Item = f32>,
@@ -96,113 +103,181 @@ impl Part<'_> {
         }
     }
 
-    /// The matrix's row at a position within the part.
-    #[must_use]
-    pub fn row(&self, at: usize) -> usize {
-        self.rows.map_or(at, |rows| rows[at] as usize)
+    /// The matrix's row at a position of the part.
+    pub(super) fn row(&self, position: usize) -> usize {
+        self.rows.map_or(position, |rows| rows[position] as usize)
     }
 }
 
-impl Matrix<'_> {
-    /// A part's lines that hold positions `span`, block by block: the positions of the lines, where in the codes the
-    /// first byte of the first lies, and how far it is to the next byte.
+impl<'a> Matrix<'a> {
+    /// Makes a matrix of codes, column scales, salient channels and a low-rank part.
+    ///
+    /// # Errors
+    /// [`Error::Format`] naming the length or index that does not fit.
+    pub fn new(rows: usize, columns: usize, exponent: i32, terms: Terms<'a>) -> Result<Self> {
+        let matrix = Self::unchecked(rows, columns, exponent, terms, None);
+        matrix.check_parts()?;
+        matrix.check_other_terms()?;
+        Ok(matrix)
+    }
+
+    /// Makes a matrix of sparse entries alone.
+    ///
+    /// # Errors
+    /// [`Error::Format`] where the entries are not those of `rows` rows.
+    pub fn from_sparse(rows: usize, columns: usize, exponent: i32, entries: SparseEntries<'a>) -> Result<Self> {
+        entries.check(rows)?;
+        Ok(Self::unchecked(rows, columns, exponent, Terms::default(), Some(entries)))
+    }
+
+    fn unchecked(
+        rows: usize,
+        columns: usize,
+        exponent: i32,
+        terms: Terms<'a>,
+        sparse: Option<SparseEntries<'a>>,
+    ) -> Self {
+        let Terms { parts, column_scales, salient, low_rank } = terms;
+        Self { rows, columns, unit: (exponent as f32).exp2(), parts, column_scales, salient, low_rank, sparse }
+    }
+
+    /// The number of output channels.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The number of input channels.
+    #[must_use]
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// The rank of the low-rank part; 0 without one.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.low_rank.map_or(0, |(_, v)| v.len() / self.columns.max(1))
+    }
+
+    /// The lines of a part that hold the positions `span`, block by block: the positions of those lines, the offset of
+    /// their first byte in the codes, and the distance from one byte of a row to the next.
     pub(super) fn lines(
         &self,
         part: &Part<'_>,
         span: &Range<usize>,
     ) -> impl Iterator<Item = (Range<usize>, usize, usize)> + use<> {
-        let (rows, stride) = (part.count(self.rows), row_bytes(part.bits, self.columns));
-        let (first, end) = (span.start / LINE * LINE, span.end.next_multiple_of(LINE).min(padded(rows)));
-        let blocks = if span.is_empty() { 0..0 } else { first / BLOCK..end.div_ceil(BLOCK) };
+        let (rows, row_size) = (part.row_count(self.rows), row_bytes(part.bits, self.columns));
+        let first = span.start / LINE_ROWS * LINE_ROWS;
+        let end = span.end.next_multiple_of(LINE_ROWS).min(padded_rows(rows));
+        let blocks = if span.is_empty() { 0..0 } else { first / BLOCK_ROWS..end.div_ceil(BLOCK_ROWS) };
         blocks.map(move |block| {
-            let of = first.max(block * BLOCK)..end.min((block + 1) * BLOCK);
-            let (start, width) = layout::line(of.start, rows, stride);
-            (of, start, width)
+            let positions = first.max(block * BLOCK_ROWS)..end.min((block + 1) * BLOCK_ROWS);
+            let (start, width) = layout::line_start(positions.start, rows, row_size);
+            (positions, start, width)
         })
     }
 
-    /// Checks every length and index, so that kernels need not.
-    ///
-    /// # Errors
-    /// [`Error::Format`] naming what does not fit.
-    pub fn check(&self) -> Result<()> {
-        let refuse = |what: &str, expected: usize, found: usize| {
-            Err(Error::Format(format!(
-                "expected {expected} {what} in a site of {} x {}, found {found}",
-                self.rows, self.columns
-            )))
-        };
-        if let Some(sparse) = &self.sparse {
-            if !self.parts.is_empty() || self.salient.is_some() || self.low_rank.is_some() {
-                return refuse("parts beside sparse entries", 0, self.parts.len());
-            }
-            return sparse.check(self.rows);
-        }
+    /// Bytes that a product reads of the rows before `row`.
+    pub(super) fn bytes_before(&self, row: usize) -> usize {
+        let halves = self.rank() + self.salient.map_or(0, |(index, _)| index.len());
+        let codes = |part: &Part<'_>| part.positions(0, row).len() * row_bytes(part.bits, self.columns);
+        let entries = self.sparse.as_ref().map_or(0, |sparse| sparse.starts[row] as usize);
+        self.parts.iter().map(codes).sum::<usize>() + row * halves * 2 + entries * 2
+    }
+
+    /// The cost of a product with one token, in multiplications.
+    pub(super) fn work_per_token(&self) -> usize {
+        // A sparse entry costs about as much as eight packed codes.
+        self.sparse.as_ref().map_or(self.rows * self.columns, |sparse| 8 * sparse.gaps.len())
+    }
+
+    fn mismatch(&self, what: &str, expected: usize, found: usize) -> Error {
+        Error::Format(format!(
+            "expected {expected} {what} in a site of {} x {}, found {found}",
+            self.rows, self.columns
+        ))
+    }
+
+    fn check_parts(&self) -> Result<()> {
         for part in &self.parts {
             if !BITS.contains(&part.bits) || part.group == 0 {
-                return refuse("known bits and a positive group", 1, part.bits as usize);
+                return Err(self.mismatch("known bits and a positive group", 1, part.bits as usize));
             }
-            let rows = part.count(self.rows);
-            let (codes, scales) =
-                (part_bytes(part.bits, rows, self.columns), rows * self.columns.div_ceil(part.group).max(1));
+            let rows = part.row_count(self.rows);
+            let codes = part_bytes(part.bits, rows, self.columns);
+            let scales = rows * self.columns.div_ceil(part.group).max(1);
             if part.codes.len() != codes {
-                return refuse("bytes of codes", codes, part.codes.len());
+                return Err(self.mismatch("bytes of codes", codes, part.codes.len()));
             }
             if part.scales.len() != scales {
-                return refuse("scales", scales, part.scales.len());
+                return Err(self.mismatch("scales", scales, part.scales.len()));
             }
-            rising(part.rows.unwrap_or_default(), self.rows)?;
+            check_rising(part.rows.unwrap_or_default(), self.rows)?;
         }
-        if let Some(row) =
-            shared_row(self.rows, self.parts.iter().map(|part| part.rows.map(|rows| rows.iter().copied())))
-        {
-            return Err(Error::Format(format!("expected every row in one part, found row {row} in two")));
+        let rows_of = |part: &Part<'a>| part.rows.map(|rows| rows.iter().copied());
+        match layout::row_in_two_parts(self.rows, self.parts.iter().map(rows_of)) {
+            Some(row) => Err(Error::Format(format!("expected every row in one part, found row {row} in two"))),
+            None => Ok(()),
         }
-        if self.column_scales.is_some_and(|scales| scales.len() != self.columns) {
-            return refuse("column scales", self.columns, self.column_scales.map_or(0, <[f16]>::len));
+    }
+
+    fn check_other_terms(&self) -> Result<()> {
+        if let Some(scales) = self.column_scales.filter(|scales| scales.len() != self.columns) {
+            return Err(self.mismatch("column scales", self.columns, scales.len()));
         }
         if let Some((index, values)) = self.salient {
-            rising(index, self.columns)?;
+            check_rising(index, self.columns)?;
             if values.len() != index.len() * self.rows {
-                return refuse("salient values", index.len() * self.rows, values.len());
+                return Err(self.mismatch("salient values", index.len() * self.rows, values.len()));
             }
         }
         if let Some((u, v)) = self.low_rank {
-            let rank = v.len() / self.columns.max(1);
+            let rank = self.rank();
             if rank == 0 || v.len() != rank * self.columns || u.len() != rank * self.rows {
-                return refuse("values of u", rank * self.rows, u.len());
+                return Err(self.mismatch("values of u", rank * self.rows, u.len()));
             }
         }
         Ok(())
     }
-
-    /// Bytes that a product reads of the rows before `row`.
-    #[must_use]
-    pub fn bytes_before(&self, row: usize) -> usize {
-        let beside = self.rank() + self.salient.map_or(0, |(index, _)| index.len());
-        let of = |part: &Part<'_>| part.span(0, row).len() * row_bytes(part.bits, self.columns);
-        let entries = self.sparse.as_ref().map_or(0, |sparse| sparse.starts[row] as usize);
-        self.parts.iter().map(of).sum::<usize>() + row * beside * 2 + entries * 2
-    }
-
-    /// The weights that a product with one token reads.
-    #[must_use]
-    pub fn weights(&self) -> usize {
-        // An entry costs about what eight packed codes do.
-        self.sparse.as_ref().map_or(self.rows * self.columns, |sparse| 8 * sparse.gaps.len())
-    }
-
-    /// The rank of the low-rank part.
-    #[must_use]
-    pub fn rank(&self) -> usize {
-        self.low_rank.map_or(0, |(_, v)| v.len() / self.columns.max(1))
-    }
 }
 
-fn rising(index: &[u32], limit: usize) -> Result<()> {
-    let sorted = index.windows(2).all(|pair| pair[0] < pair[1]);
-    if sorted && index.last().is_none_or(|last| (*last as usize) < limit) {
+fn check_rising(indices: &[u32], limit: usize) -> Result<()> {
+    let rising = indices.windows(2).all(|pair| pair[0] < pair[1]);
+    if rising && indices.last().is_none_or(|last| (*last as usize) < limit) {
         return Ok(());
     }
     Err(Error::Format(format!("expected rising indices below {limit}, found others")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_that_do_not_fit_are_refused() {
+        let part = |bits, codes: usize, scales: &'static [f16]| Part {
+            bits,
+            zero: 1.5,
+            group: 8,
+            rows: None,
+            codes: vec![0; codes].into(),
+            scales,
+        };
+        const ONES: [f16; 8] = [f16::ONE; 8];
+        let message = |parts| {
+            let terms = Terms { parts, ..Terms::default() };
+            Matrix::new(8, 8, 0, terms).err().map_or_else(|| "none".to_owned(), |error| error.to_string())
+        };
+        assert_eq!(message(vec![part(2, 16, &ONES)]), "none");
+        assert_eq!(message(vec![part(2, 8, &ONES)]), "expected 16 bytes of codes in a site of 8 x 8, found 8");
+        assert_eq!(message(vec![part(2, 16, &ONES[1..])]), "expected 8 scales in a site of 8 x 8, found 7");
+        assert!(message(vec![part(5, 40, &ONES)]).starts_with("expected 1 known bits"));
+        let twice = vec![part(2, 16, &ONES), part(2, 16, &ONES)];
+        assert_eq!(message(twice), "expected every row in one part, found row 0 in two");
+        let low_rank = Terms { low_rank: Some((&ONES, &ONES[1..])), ..Terms::default() };
+        assert!(Matrix::new(8, 8, 0, low_rank).is_err());
+        let salient = Terms { salient: Some((&[8], &ONES)), ..Terms::default() };
+        let error = Matrix::new(8, 8, 0, salient).unwrap_err().to_string();
+        assert_eq!(error, "expected rising indices below 8, found others");
+    }
 }

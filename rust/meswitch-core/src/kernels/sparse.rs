@@ -1,29 +1,29 @@
-//! A delta that is mostly zeros: the entries that are not, row by row.
+//! Sparse deltas: the nonzero entries of each row.
 //!
-//! An entry is two bytes: how far its column lies beyond the last entry's, and a value. Entries of one column add up;
-//! a value of zero bridges a gap of more than 255 columns.
+//! An entry is two bytes: the distance of its column from the previous entry's, and a value. Entries of one column add up.
+//! An entry with the value 0 bridges a gap of more than 255 columns.
 
 use half::f16;
 
 use super::by_backend;
 use crate::error::{Error, Result};
 
-/// Tokens that share one reading of the entries.
+/// The most tokens that one pass over the entries multiplies with; also the partial sums of a dot product.
 const LANES: usize = 16;
 
-/// A sparse matrix, borrowed.
-pub struct Sparse<'a> {
-    /// Where each row's entries begin, and where the last row's end.
+/// Borrowed sparse entries.
+#[derive(Clone, Copy, Debug)]
+pub struct SparseEntries<'a> {
+    /// The index of each row's first entry, then the number of entries: `[rows + 1]`.
     pub starts: &'a [u32],
-    /// Columns between an entry and the one before it in its row; from column 0 to the first.
+    /// Columns from the previous entry of the row to this one; the first counts from column 0.
     pub gaps: &'a [u8],
-    /// 8-bit floats, see [`value`].
+    /// Values: the upper byte of a half precision float, which safetensors calls `F8_E5M2`.
     pub values: &'a [u8],
 }
 
-/// The number that a byte stands for: the upper half of a 16-bit float (safetensors calls it `F8_E5M2`).
-#[must_use]
-pub fn value(byte: u8) -> f32 {
+/// The number that a value byte stands for.
+pub(crate) fn decode(byte: u8) -> f32 {
     VALUES[byte as usize]
 }
 
@@ -36,14 +36,15 @@ static VALUES: [f32; 256] = {
     values
 };
 
-impl Sparse<'_> {
-    /// Checks that every row has its entries. Columns are not looked at: kernels stop at one that is not there.
+impl<'a> SparseEntries<'a> {
+    /// Checks that the rows' ranges are rising and cover all entries. Columns are not checked: kernels stop at the first
+    /// that is out of range.
     ///
     /// # Errors
     /// [`Error::Format`].
-    pub fn check(&self, rows: usize) -> Result<()> {
-        let ends = (self.starts.first(), self.starts.last().map(|end| *end as usize));
-        let whole = self.gaps.len() == self.values.len() && ends == (Some(&0), Some(self.gaps.len()));
+    pub(crate) fn check(&self, rows: usize) -> Result<()> {
+        let bounds = (self.starts.first(), self.starts.last().map(|end| *end as usize));
+        let whole = self.gaps.len() == self.values.len() && bounds == (Some(&0), Some(self.gaps.len()));
         if self.starts.len() == rows + 1 && whole && self.starts.is_sorted() {
             return Ok(());
         }
@@ -53,14 +54,14 @@ impl Sparse<'_> {
         )))
     }
 
-    /// Bytes of a row's entries: gaps and values.
-    fn row(&self, row: usize) -> (&[u8], &[u8]) {
-        let of = self.starts[row] as usize..self.starts[row + 1] as usize;
-        (&self.gaps[of.clone()], &self.values[of])
+    /// Gaps and values of a row's entries.
+    fn row(&self, row: usize) -> (&'a [u8], &'a [u8]) {
+        let entries = self.starts[row] as usize..self.starts[row + 1] as usize;
+        (&self.gaps[entries.clone()], &self.values[entries])
     }
 
-    /// Hands over column and value of each entry of a row, in order, up to `columns`.
-    pub fn each(&self, row: usize, columns: usize, add: &mut dyn FnMut(usize, f32)) {
+    /// Calls `add(column, value)` for each entry of a row, in order, until a column is not below `columns`.
+    pub(crate) fn for_each_in_row(&self, row: usize, columns: usize, add: &mut dyn FnMut(usize, f32)) {
         let (gaps, values) = self.row(row);
         let mut column = 0;
         for (gap, byte) in gaps.iter().zip(values) {
@@ -68,20 +69,20 @@ impl Sparse<'_> {
             if column >= columns {
                 return;
             }
-            add(column, value(*byte));
+            add(column, decode(*byte));
         }
     }
 
     /// `sums[token, row − start] += unit · entries · x` for the rows `start .. end`.
-    pub(super) fn multiply(&self, x: &Packed, unit: f32, start: usize, end: usize, sums: &mut [f32]) {
+    pub(super) fn multiply(&self, x: &TokenColumns, unit: f32, start: usize, end: usize, sums: &mut [f32]) {
         let count = end - start;
         for (group, sums) in x.groups.iter().zip(sums.chunks_mut(LANES * count)) {
             for row in start..end {
                 let (gaps, values) = self.row(row);
                 let mut lanes = [0f32; LANES];
                 match group.width {
-                    1 => lanes[0] = dot(gaps, values, &group.by_column),
-                    width => product(gaps, values, &group.by_column, width, &mut lanes),
+                    1 => lanes[0] = product_of_token(gaps, values, &group.by_column),
+                    width => product_of_tokens(gaps, values, &group.by_column, width, &mut lanes),
                 }
                 for (sums, lane) in sums.chunks_mut(count).zip(lanes) {
                     sums[row - start] += unit * lane;
@@ -91,20 +92,20 @@ impl Sparse<'_> {
     }
 }
 
-/// Activations by column, up to sixteen tokens side by side.
-pub(super) struct Packed {
-    groups: Vec<Group>,
+/// Activations transposed: the tokens of one column side by side, up to sixteen per group.
+pub(super) struct TokenColumns {
+    groups: Vec<TokenGroup>,
 }
 
-struct Group {
+struct TokenGroup {
     width: usize,
     /// `[columns, width]`, zeros where there are fewer tokens.
     by_column: Vec<f32>,
 }
 
-impl Packed {
-    /// Of `x [tokens, columns]`.
-    pub fn of(x: &[f32], columns: usize) -> Self {
+impl TokenColumns {
+    /// Transposes `x [tokens, columns]`.
+    pub(super) fn new(x: &[f32], columns: usize) -> Self {
         let groups = x.chunks((LANES * columns).max(1)).map(|x| {
             let width = match x.len() / columns {
                 0 | 1 => 1,
@@ -116,7 +117,7 @@ impl Packed {
             for (token, x) in x.chunks(columns).enumerate() {
                 by_column.iter_mut().skip(token).step_by(width).zip(x).for_each(|(lane, value)| *lane = *value);
             }
-            Group { width, by_column }
+            TokenGroup { width, by_column }
         });
         Self { groups: groups.collect() }
     }
@@ -124,26 +125,26 @@ impl Packed {
 
 by_backend! {
     /// The product of one row's entries with each of `width` tokens (4, 8 or 16): `x [columns, width]`.
-    pub fn product(gaps: &[u8], values: &[u8], x: &[f32], width: usize, lanes: &mut [f32; LANES]) = product_body
+    fn product_of_tokens(gaps: &[u8], values: &[u8], x: &[f32], width: usize, lanes: &mut [f32; LANES]) = product_of_tokens_body
 }
 
 #[inline(always)]
-fn product_body(gaps: &[u8], values: &[u8], x: &[f32], width: usize, lanes: &mut [f32; LANES]) {
+fn product_of_tokens_body(gaps: &[u8], values: &[u8], x: &[f32], width: usize, lanes: &mut [f32; LANES]) {
     match width {
-        4 => several::<4>(gaps, values, x, lanes),
-        8 => several::<8>(gaps, values, x, lanes),
-        _ => several::<LANES>(gaps, values, x, lanes),
+        4 => sum_tokens::<4>(gaps, values, x, lanes),
+        8 => sum_tokens::<8>(gaps, values, x, lanes),
+        _ => sum_tokens::<LANES>(gaps, values, x, lanes),
     }
 }
 
 #[inline(always)]
-fn several<const WIDTH: usize>(gaps: &[u8], values: &[u8], x: &[f32], lanes: &mut [f32; LANES]) {
+fn sum_tokens<const WIDTH: usize>(gaps: &[u8], values: &[u8], x: &[f32], lanes: &mut [f32; LANES]) {
     let (x, _) = x.as_chunks::<WIDTH>();
     let (mut sums, mut column) = ([0f32; WIDTH], 0);
     for (gap, byte) in gaps.iter().zip(values) {
         column += usize::from(*gap);
         let Some(x) = x.get(column) else { break };
-        let value = value(*byte);
+        let value = decode(*byte);
         for lane in 0..WIDTH {
             sums[lane] += value * x[lane];
         }
@@ -152,30 +153,30 @@ fn several<const WIDTH: usize>(gaps: &[u8], values: &[u8], x: &[f32], lanes: &mu
 }
 
 by_backend! {
-    /// The product of one row's entries with one token, in sixteen sums.
-    pub fn single(gaps: &[u8], values: &[u8], x: &[f32]) -> f32 = single_body
+    /// The product of one row's entries with one token, in sixteen partial sums.
+    fn product_of_token_portable(gaps: &[u8], values: &[u8], x: &[f32]) -> f32 = product_of_token_body
 }
 
 #[inline(always)]
-fn single_body(gaps: &[u8], values: &[u8], x: &[f32]) -> f32 {
+fn product_of_token_body(gaps: &[u8], values: &[u8], x: &[f32]) -> f32 {
     let (mut sums, mut column) = ([0f32; LANES], 0);
     for (gaps, bytes) in gaps.chunks(LANES).zip(values.chunks(LANES)) {
         for ((sum, gap), byte) in sums.iter_mut().zip(gaps).zip(bytes) {
             column += usize::from(*gap);
-            *sum += value(*byte) * x.get(column).copied().unwrap_or(0.0);
+            *sum += decode(*byte) * x.get(column).copied().unwrap_or(0.0);
         }
     }
     sums.iter().sum()
 }
 
-/// [`single`], sixteen entries at a time where the processor gathers.
-fn dot(gaps: &[u8], values: &[u8], x: &[f32]) -> f32 {
+/// [`product_of_token_portable`]; with AVX-512, sixteen entries at a time.
+fn product_of_token(gaps: &[u8], values: &[u8], x: &[f32]) -> f32 {
     #[cfg(target_arch = "x86_64")]
     if super::backend() >= super::Backend::Avx512 && i32::try_from(x.len()).is_ok() {
-        // SAFETY: `backend` asked the processor.
-        return unsafe { x86::dot(gaps, values, x) };
+        // SAFETY: `backend` is available on this processor, and `x` is short enough.
+        return unsafe { x86::product_of_token(gaps, values, x) };
     }
-    single(gaps, values, x)
+    product_of_token_portable(gaps, values, x)
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -187,22 +188,22 @@ mod x86 {
     /// # Safety
     /// The processor must have AVX-512 F, BW and VL; `x` has fewer than 2^31 elements.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub unsafe fn dot(gaps: &[u8], values: &[u8], x: &[f32]) -> f32 {
+    pub(super) unsafe fn product_of_token(gaps: &[u8], values: &[u8], x: &[f32]) -> f32 {
         let (mut sums, mut last) = (_mm512_setzero_ps(), _mm512_setzero_si512());
         let (limit, end) = (_mm512_set1_epi32(x.len() as i32), _mm512_set1_epi32(15));
         let count = gaps.len().min(values.len());
-        for at in (0..count).step_by(LANES) {
-            let there = ((1u32 << (count - at).min(LANES)) - 1) as u16;
-            // SAFETY: masked loads touch the entries there are; masked gathers what lies below `x`'s length.
+        for first in (0..count).step_by(LANES) {
+            let valid = ((1u32 << (count - first).min(LANES)) - 1) as u16;
+            // SAFETY: masked loads read only existing entries; masked gathers only columns below `x`'s length.
             unsafe {
-                let gaps = _mm_maskz_loadu_epi8(there, gaps.as_ptr().add(at).cast());
-                let columns = _mm512_add_epi32(last, running(_mm512_cvtepu8_epi32(gaps)));
+                let gaps = _mm_maskz_loadu_epi8(valid, gaps.as_ptr().add(first).cast());
+                let columns = _mm512_add_epi32(last, prefix_sums(_mm512_cvtepu8_epi32(gaps)));
                 last = _mm512_permutexvar_epi32(end, columns);
-                let bytes = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(there, values.as_ptr().add(at).cast()));
+                let bytes = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(valid, values.as_ptr().add(first).cast()));
                 let values = _mm512_cvtph_ps(_mm256_slli_epi16::<8>(bytes));
-                let known = _mm512_mask_cmplt_epu32_mask(there, columns, limit);
+                let known = _mm512_mask_cmplt_epu32_mask(valid, columns, limit);
                 let x = _mm512_mask_i32gather_ps::<4>(_mm512_setzero_ps(), known, columns, x.as_ptr());
-                sums = _mm512_mask_add_ps(sums, there, sums, _mm512_mul_ps(values, x));
+                sums = _mm512_mask_add_ps(sums, valid, sums, _mm512_mul_ps(values, x));
             }
         }
         let mut lanes = [0f32; LANES];
@@ -211,14 +212,14 @@ mod x86 {
         lanes.iter().sum()
     }
 
-    /// Of each lane, the sum of the lanes up to it.
+    /// For each lane, the sum of the lanes up to and with it.
     #[target_feature(enable = "avx512f")]
-    fn running(lanes: __m512i) -> __m512i {
-        let none = _mm512_setzero_si512();
-        let lanes = _mm512_add_epi32(lanes, _mm512_alignr_epi32::<15>(lanes, none));
-        let lanes = _mm512_add_epi32(lanes, _mm512_alignr_epi32::<14>(lanes, none));
-        let lanes = _mm512_add_epi32(lanes, _mm512_alignr_epi32::<12>(lanes, none));
-        _mm512_add_epi32(lanes, _mm512_alignr_epi32::<8>(lanes, none))
+    fn prefix_sums(lanes: __m512i) -> __m512i {
+        let zero = _mm512_setzero_si512();
+        let lanes = _mm512_add_epi32(lanes, _mm512_alignr_epi32::<15>(lanes, zero));
+        let lanes = _mm512_add_epi32(lanes, _mm512_alignr_epi32::<14>(lanes, zero));
+        let lanes = _mm512_add_epi32(lanes, _mm512_alignr_epi32::<12>(lanes, zero));
+        _mm512_add_epi32(lanes, _mm512_alignr_epi32::<8>(lanes, zero))
     }
 }
 
@@ -228,34 +229,37 @@ mod tests {
 
     #[test]
     fn a_value_is_the_upper_half_of_a_16_bit_float() {
-        assert_eq!([value(0), value(0x3c), value(0xbe), value(0x77)], [0.0, 1.0, -1.5, 28672.0]);
-        assert_eq!(value(1), 2f32.powi(-16));
+        assert_eq!([decode(0), decode(0x3c), decode(0xbe), decode(0x77)], [0.0, 1.0, -1.5, 28672.0]);
+        assert_eq!(decode(1), 2f32.powi(-16));
     }
 
     #[test]
-    fn columns_that_are_not_there_add_nothing() {
-        let sparse = Sparse { starts: &[0, 3], gaps: &[1, 1, 255], values: &[0x3c, 0x40, 0x3c] };
+    fn columns_out_of_range_add_nothing() {
+        let sparse = SparseEntries { starts: &[0, 3], gaps: &[1, 1, 255], values: &[0x3c, 0x40, 0x3c] };
         sparse.check(1).unwrap();
         for tokens in [1, 3, 7, 20] {
             let x = [1.0, 10.0, 100.0].repeat(tokens);
             let mut sums = vec![0.0; tokens];
-            sparse.multiply(&Packed::of(&x, 3), 0.5, 0, 1, &mut sums);
+            sparse.multiply(&TokenColumns::new(&x, 3), 0.5, 0, 1, &mut sums);
             assert_eq!(sums, vec![105.0; tokens]);
         }
         let mut seen = Vec::new();
-        sparse.each(0, 3, &mut |column, value| seen.push((column, value)));
+        sparse.for_each_in_row(0, 3, &mut |column, value| seen.push((column, value)));
         assert_eq!(seen, [(1, 1.0), (2, 2.0)]);
     }
 
     #[test]
     fn every_instruction_set_gives_the_same_bits() {
-        let count = |of: usize| (0..of).map(|at| (at * 37 % 11) as u8);
+        let numbers = |count: usize| (0..count).map(|index| (index * 37 % 11) as u8);
         for entries in [0, 1, 15, 16, 17, 100] {
             let (gaps, values): (Vec<u8>, Vec<u8>) =
-                (count(entries).collect(), count(entries).map(|v| v * 11).collect());
+                (numbers(entries).collect(), numbers(entries).map(|v| v * 11).collect());
             for columns in [1, 40, 501] {
                 let x: Vec<f32> = (0..columns).map(|i| (i as f32).sin()).collect();
-                assert_eq!(dot(&gaps, &values, &x).to_bits(), single_body(&gaps, &values, &x).to_bits());
+                assert_eq!(
+                    product_of_token(&gaps, &values, &x).to_bits(),
+                    product_of_token_body(&gaps, &values, &x).to_bits()
+                );
             }
         }
     }
@@ -263,10 +267,10 @@ mod tests {
     #[test]
     fn rows_without_their_entries_are_refused() {
         for starts in [&[0u32, 1][..], &[0, 2, 1], &[1, 1, 2], &[0, 1, 3], &[]] {
-            let sparse = Sparse { starts, gaps: &[0, 0], values: &[0, 0] };
+            let sparse = SparseEntries { starts, gaps: &[0, 0], values: &[0, 0] };
             assert!(matches!(sparse.check(2), Err(Error::Format(_))), "{starts:?}");
         }
-        let uneven = Sparse { starts: &[0, 1], gaps: &[0], values: &[] };
+        let uneven = SparseEntries { starts: &[0, 1], gaps: &[0], values: &[] };
         assert!(uneven.check(1).is_err());
     }
 }

@@ -1,17 +1,17 @@
-//! Activations as sums to look up: for every half byte of a packed row, what each of its sixteen values adds to the row's
-//! product with one token.
+//! Lookup tables made of activations: for every half byte of a packed row, what each of its sixteen values adds to the
+//! row's product with one token.
 //!
-//! Half a byte holds four 1-bit codes, two of 2 bits, one of 4, or half a code of 8 bits. A sum is
-//! `Σ (factor · code − zero) · x` of its columns, rounded to a 16-bit multiple of a step that 64 bytes of the row share.
-//! The step is the smallest with which no row's sum over those bytes leaves 16 bits, whatever its codes; so kernels add
-//! in 16 bits, exactly, and rounding leaves an error of 1/400 of the product, and whatever the activations of 1/250.
+//! Half a byte holds four 1-bit codes, two 2-bit codes, one 4-bit code, or half an 8-bit code. A table entry is
+//! `Σ (factor · code − zero) · x` over its columns, rounded to a 16-bit multiple of a step that the 64 bytes of a segment
+//! share. The step is the smallest with which no row's total over a segment leaves 16 bits, whatever its codes. So kernels
+//! add in 16 bits, exactly; rounding leaves a relative error of about 1/400 of a product, at worst 1/250.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::backend::Backend;
 use super::floats::{add_times, magnitude};
-use super::lookup::Tokens;
+use super::lookup::TokenTables;
 #[cfg(target_arch = "aarch64")]
 use super::neon;
 use super::scalar;
@@ -19,133 +19,137 @@ use super::scalar;
 use super::{avx2, avx512};
 use crate::layout::{planes, row_bytes};
 
-/// Bytes of a row that share a step.
-pub const SEGMENT: usize = 64;
+/// The most bytes of a row that share a step.
+const SEGMENT_BYTES: usize = 64;
 /// Values of half a byte.
-pub(super) const HALF: usize = 16;
-/// What the largest row's sum may be, in steps: what 16 bits hold, less half a step for the rounding of every half byte,
-/// and as much again for that of the step itself.
-const MOST: f32 = 32_767.0 - 2.0 * SEGMENT as f32;
-/// Below this a step's inverse is no number any more; such activations count as zero.
-const TINY: f32 = 1e-35;
-/// Added to a small float, it leaves the nearest integer in the low bits.
+pub(super) const HALF_VALUES: usize = 16;
+/// The largest total of a row over a segment, in steps: what 16 bits hold, less half a step for the rounding of every half
+/// byte, and as much again for the rounding of the step itself.
+const MAX_TOTAL: f32 = 32_767.0 - 2.0 * SEGMENT_BYTES as f32;
+/// Steps up to this have no finite inverse; such activations count as zero.
+const MIN_STEP: f32 = 1e-35;
+/// 1.5 · 2^23: added to a small float, it leaves the nearest integer in the low bits.
 pub(super) const ROUND: f32 = 12_582_912.0;
 
-/// A byte's sums: its low half's, then its high half's.
+/// A byte's lookup table: sixteen sums of its low half, then sixteen of its high half.
 ///
-/// Where kernels look bytes up and not words: the low bytes of the low half's sums, their high bytes, and so on.
+/// AVX2 and NEON look up bytes: there it holds the low bytes of the low half's sums, then their high bytes, then the same of
+/// the high half.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub struct Sums(pub [i16; 2 * HALF]);
+pub(super) struct Sums(pub(super) [i16; 2 * HALF_VALUES]);
 
-/// Bytes of a row that share a step, and the group that they belong to.
+/// Bytes of a row that share a step; they belong to one group and one plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
+pub(super) struct Segment {
     /// The first byte.
-    pub start: usize,
-    /// The one after the last.
-    pub end: usize,
-    /// How many bytes segments before it have.
-    pub place: usize,
-    /// Which of the row's scales is theirs.
-    pub group: usize,
+    pub(super) start: usize,
+    /// The byte after the last.
+    pub(super) end: usize,
+    /// Bytes of all segments before it.
+    bytes_before: usize,
+    /// The index of their scale in a row.
+    group: usize,
 }
 
-/// What decides how a part's rows are looked up: parts that have it in common share tables.
+/// What decides the contents of lookup tables: parts with equal keys share tables.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Form {
-    /// Bits a code.
-    pub bits: u32,
-    /// The code value that means zero.
-    pub zero: f32,
+pub(super) struct TableKey {
+    /// Bits per code.
+    pub(super) bits: u32,
+    /// The code value that means 0.
+    pub(super) zero: f32,
     /// Columns that share a scale.
-    pub group: usize,
+    pub(super) group: usize,
 }
 
-/// The tables of some tokens for one form, made a segment at a time: as they are first looked at, so that memory brings
-/// codes meanwhile.
-pub struct Tables {
+/// The lookup tables of some tokens for one key. A segment's are made when they are first asked for: memory answers the
+/// prefetches of codes meanwhile.
+pub(super) struct Tables {
     /// What they are for.
-    pub form: Form,
-    /// How many tokens.
-    pub tokens: usize,
-    /// A group's after another's.
-    pub segments: Vec<Segment>,
-    /// The groups, and the places of their segments.
-    pub groups: Vec<(usize, Range<usize>)>,
+    pub(super) key: TableKey,
+    /// The number of tokens.
+    pub(super) tokens: usize,
+    /// The segments, group by group.
+    pub(super) segments: Vec<Segment>,
+    /// Each group's index, and the range of its segments.
+    pub(super) groups: Vec<(usize, Range<usize>)>,
     columns: usize,
+    /// The first byte of each plane, and its levels.
     planes: Vec<(usize, Levels)>,
-    /// Of the segments that are made, in turn: every token's.
+    /// `[segments made so far][tokens][bytes]`.
     sums: Vec<Sums>,
+    /// `[segments made so far][tokens]`.
     steps: Vec<f32>,
 }
 
 impl Tables {
-    /// None made yet, for activations `[tokens, columns]`.
-    #[must_use]
-    pub fn new(tokens: usize, columns: usize, form: Form) -> Self {
-        let (segments, mut at) = (segments(form, columns), 0);
-        let of = |segments: &[Segment]| {
-            at += segments.len();
-            (segments[0].group, at - segments.len()..at)
+    /// Tables for activations `[tokens, columns]`; none is made yet.
+    pub(super) fn new(tokens: usize, columns: usize, key: TableKey) -> Self {
+        let (segments, mut end) = (segments(key, columns), 0);
+        let range = |segments: &[Segment]| {
+            end += segments.len();
+            (segments[0].group, end - segments.len()..end)
         };
-        let plane = |(bits, first, factor)| (first, Levels::of(bits, factor, zero_of(form, bits, first)));
+        let plane = |(bits, first, factor)| (first, Levels::new(bits, factor, zero_of_plane(key, bits, first)));
         Self {
-            form,
+            key,
             tokens,
-            groups: segments.chunk_by(|a, b| a.group == b.group).map(of).collect(),
+            groups: segments.chunk_by(|a, b| a.group == b.group).map(range).collect(),
             columns,
-            planes: planes(form.bits, columns).into_iter().map(plane).collect(),
-            sums: Vec::with_capacity(tokens * row_bytes(form.bits, columns)),
+            planes: planes(key.bits, columns).into_iter().map(plane).collect(),
+            sums: Vec::with_capacity(tokens * row_bytes(key.bits, columns)),
             steps: Vec::with_capacity(tokens * segments.len()),
             segments,
         }
     }
 
-    /// Every token's sums for a segment, made of the activations if they are not there yet; segments come in turn.
-    pub fn at(&mut self, at: usize, x: &[f32], backend: Backend) -> Tokens<'_> {
-        let segment = self.segments[at];
-        let (first, bytes) = (segment.place * self.tokens, segment.end - segment.start);
+    /// All tokens' tables for a segment, made of the activations `x` on the first call. First calls must come in the order
+    /// of segments, with the same `x` and `backend`.
+    pub(super) fn segment(&mut self, index: usize, x: &[f32], backend: Backend) -> TokenTables<'_> {
+        let segment = self.segments[index];
+        let (first, bytes) = (segment.bytes_before * self.tokens, segment.end - segment.start);
         if self.sums.len() <= first {
             self.make(segment, x, backend);
         }
         let sums = &self.sums[first..][..bytes * self.tokens];
-        Tokens { sums, steps: &self.steps[at * self.tokens..][..self.tokens], bytes }
+        TokenTables { sums, steps: &self.steps[index * self.tokens..][..self.tokens], bytes }
     }
 
     fn make(&mut self, segment: Segment, x: &[f32], backend: Backend) {
-        let (first, levels) = self.planes.iter().rfind(|plane| plane.0 <= segment.start).expect("a plane");
-        let of = |byte: usize| ((byte - first) * levels.columns).min(self.columns);
+        let plane = self.planes.iter().rfind(|plane| plane.0 <= segment.start);
+        let (first, levels) = plane.expect("the first plane starts at byte 0");
+        let column = |byte: usize| ((byte - first) * levels.columns).min(self.columns);
         for x in x.chunks_exact(self.columns) {
             let count = segment.end - segment.start;
             let sums = &mut self.sums.spare_capacity_mut()[..count];
-            self.steps.push(levels.fill(backend, &x[of(segment.start)..of(segment.end)], sums));
-            // SAFETY: `fill` writes them all.
+            self.steps.push(levels.fill(backend, &x[column(segment.start)..column(segment.end)], sums));
+            // SAFETY: `fill` initialises all `count` elements.
             unsafe { self.sums.set_len(self.sums.len() + count) };
         }
     }
 }
 
-/// A plane's share of the zero, so that the sums of each lie about nothing.
-fn zero_of(form: Form, bits: u32, first: usize) -> f32 {
-    match (form.bits == bits, first) {
-        (true, _) => form.zero,
+/// A plane's share of the zero: each plane's sums are centred about 0.
+fn zero_of_plane(key: TableKey, bits: u32, first: usize) -> f32 {
+    match (key.bits == bits, first) {
+        (true, _) => key.zero,
         (_, 0) => 1.5,
-        _ => form.zero - 1.5,
+        _ => key.zero - 1.5,
     }
 }
 
-/// The segments of a row: no two groups, and no two planes, in one.
-fn segments(form: Form, columns: usize) -> Vec<Segment> {
-    let (mut segments, mut place) = (Vec::new(), 0);
-    for group in 0..columns.div_ceil(form.group.max(1)) {
-        for (bits, first, _) in planes(form.bits, columns) {
+/// The segments of a row, group by group. A segment lies in one group and one plane.
+fn segments(key: TableKey, columns: usize) -> Vec<Segment> {
+    let (mut segments, mut bytes_before) = (Vec::new(), 0);
+    for group in 0..columns.div_ceil(key.group.max(1)) {
+        for (bits, first, _) in planes(key.bits, columns) {
             let byte = |column: usize| first + row_bytes(bits, column.min(columns));
-            let end = byte((group + 1) * form.group);
-            let starts = (byte(group * form.group)..end).step_by(SEGMENT);
+            let end = byte((group + 1) * key.group);
+            let starts = (byte(group * key.group)..end).step_by(SEGMENT_BYTES);
             segments.extend(starts.map(|start| {
-                let segment = Segment { start, end: end.min(start + SEGMENT), place, group };
-                place += segment.end - start;
+                let segment = Segment { start, end: end.min(start + SEGMENT_BYTES), bytes_before, group };
+                bytes_before += segment.end - start;
                 segment
             }));
         }
@@ -153,80 +157,80 @@ fn segments(form: Form, columns: usize) -> Vec<Segment> {
     segments
 }
 
-/// Of the low half of a byte and the high one, for each of its columns: what its activation is multiplied by, at each
-/// value of the half.
-pub(super) type Halves = [[[f32; HALF]; 4]; 2];
+/// `[half][column of the half][value of the half]`: what the column's activation is multiplied by.
+pub(super) type HalfLevels = [[[f32; HALF_VALUES]; 4]; 2];
 
-/// What a byte adds.
+/// What the values of a byte's codes are, in one plane.
 struct Levels {
-    /// Columns of a byte.
+    /// Columns per byte.
     columns: usize,
     /// `factor · code − zero`.
-    halves: Halves,
-    /// The largest that a byte adds for an activation of one.
-    reach: f32,
+    halves: HalfLevels,
+    /// The largest magnitude that a byte adds for an activation of 1.
+    max_level: f32,
 }
 
 impl Levels {
-    fn of(bits: u32, factor: f32, zero: f32) -> Self {
+    fn new(bits: u32, factor: f32, zero: f32) -> Self {
         let bits = bits as usize;
-        let mut levels = Self { columns: 8 / bits, halves: [[[0.0; HALF]; 4]; 2], reach: 0.0 };
+        let mut levels = Self { columns: 8 / bits, halves: [[[0.0; HALF_VALUES]; 4]; 2], max_level: 0.0 };
         for (half, terms) in levels.halves.iter_mut().enumerate() {
-            let mut reach = 0f32;
-            for (at, values) in terms.iter_mut().take(4 / bits.min(4)).enumerate() {
+            let mut max_level = 0f32;
+            for (index, values) in terms.iter_mut().take(4 / bits.min(4)).enumerate() {
                 *values = std::array::from_fn(|value| match bits {
-                    // Half a code: each half's sums lie about zero.
+                    // Half a code: each half's sums are centred about 0.
                     8 if half == 0 => value as f32 - 7.5,
                     8 => (16 * value) as f32 - (zero - 7.5),
-                    _ => factor * ((value >> (bits * at)) & ((1 << bits) - 1)) as f32 - zero,
+                    _ => factor * ((value >> (bits * index)) & ((1 << bits) - 1)) as f32 - zero,
                 });
-                reach = values.iter().fold(reach, |most, value| most.max(value.abs()));
+                max_level = values.iter().fold(max_level, |largest, value| largest.max(value.abs()));
             }
-            levels.reach = if bits == 8 { levels.reach + reach } else { reach };
+            levels.max_level = if bits == 8 { levels.max_level + max_level } else { max_level };
         }
         levels
     }
 
-    /// Writes the sums of activations, zeros after the last; gives their step.
+    /// Writes the tables of a segment's activations and returns their step. Columns beyond the last count as 0; activations
+    /// that are not finite give zeros and a NaN step.
     fn fill(&self, backend: Backend, x: &[f32], sums: &mut [MaybeUninit<Sums>]) -> f32 {
-        let step = magnitude(x) * self.reach / MOST;
+        let step = magnitude(x) * self.max_level / MAX_TOTAL;
         if !step.is_finite() {
-            sums.fill(MaybeUninit::new(Sums([0; 2 * HALF])));
+            sums.fill(MaybeUninit::new(Sums([0; 2 * HALF_VALUES])));
             return f32::NAN;
         }
-        let inverse = if step > TINY { step.recip() } else { 0.0 };
+        let inverse = if step > MIN_STEP { step.recip() } else { 0.0 };
         match self.columns {
-            8 => fill_on::<8, 4>(backend, x, inverse, &self.halves, sums),
-            4 => fill_on::<4, 2>(backend, x, inverse, &self.halves, sums),
-            2 => fill_on::<2, 1>(backend, x, inverse, &self.halves, sums),
-            _ => fill_on::<1, 1>(backend, x, inverse, &self.halves, sums),
+            8 => fill_with::<8, 4>(backend, x, inverse, &self.halves, sums),
+            4 => fill_with::<4, 2>(backend, x, inverse, &self.halves, sums),
+            2 => fill_with::<2, 1>(backend, x, inverse, &self.halves, sums),
+            _ => fill_with::<1, 1>(backend, x, inverse, &self.halves, sums),
         }
         step
     }
 }
 
-/// Sums of `COLUMNS` a byte, `TERMS` of them in half of it, in units of a step.
-fn fill_on<const COLUMNS: usize, const TERMS: usize>(
+/// Writes tables for `COLUMNS` columns per byte, `TERMS` of which lie in each half, in units of a step.
+fn fill_with<const COLUMNS: usize, const TERMS: usize>(
     backend: Backend,
     x: &[f32],
     inverse: f32,
-    halves: &Halves,
+    halves: &HalfLevels,
     sums: &mut [MaybeUninit<Sums>],
 ) {
-    let mut near = [[0f32; COLUMNS]; SEGMENT];
-    add_times(&mut near.as_flattened_mut()[..x.len()], x, inverse);
-    let near = &near[..sums.len()];
+    let mut scaled = [[0f32; COLUMNS]; SEGMENT_BYTES];
+    add_times(&mut scaled.as_flattened_mut()[..x.len()], x, inverse);
+    let scaled = &scaled[..sums.len()];
     match backend {
-        // SAFETY: a backend is named only after the processor said that it has it.
+        // SAFETY: a `Backend` names only instruction sets that the processor has.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx512 => unsafe { avx512::fill::<COLUMNS, TERMS>(near, halves, sums) },
+        Backend::Avx512 => unsafe { avx512::fill::<COLUMNS, TERMS>(scaled, halves, sums) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx2 => unsafe { avx2::fill::<COLUMNS, TERMS>(near, halves, sums) },
+        Backend::Avx2 => unsafe { avx2::fill::<COLUMNS, TERMS>(scaled, halves, sums) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Backend::Neon => unsafe { neon::fill::<COLUMNS, TERMS>(near, halves, sums) },
-        _ => scalar::fill::<COLUMNS, TERMS>(near, halves, sums),
+        Backend::Neon => unsafe { neon::fill::<COLUMNS, TERMS>(scaled, halves, sums) },
+        _ => scalar::fill::<COLUMNS, TERMS>(scaled, halves, sums),
     }
 }
 
@@ -239,11 +243,11 @@ mod tests {
         for (bits, columns, group) in
             [(1, 4096, 4096), (2, 300, 300), (3, 1000, 1000), (3, 300, 128), (8, 200, 64), (2, 0, 1)]
         {
-            let form = Form { bits, zero: 0.5, group };
+            let key = TableKey { bits, zero: 0.5, group };
             let mut bytes = vec![0; row_bytes(bits, columns)];
-            let found = segments(form, columns);
+            let found = segments(key, columns);
             for segment in &found {
-                assert!(segment.end - segment.start <= SEGMENT);
+                assert!(segment.end - segment.start <= SEGMENT_BYTES);
                 bytes[segment.start..segment.end].iter_mut().for_each(|count| *count += 1);
             }
             assert!(bytes.iter().all(|count| *count == 1));
@@ -255,14 +259,15 @@ mod tests {
     fn the_largest_sums_fit_in_sixteen_bits() {
         for bits in [1, 2, 3, 4, 8] {
             let columns = 512;
-            let x: Vec<f32> = (0..columns).map(|at| if at % 3 == 0 { -7.0 } else { 1e-3 + at as f32 }).collect();
-            let form = Form { bits, zero: ((1 << bits) - 1) as f32 / 2.0, group: columns };
-            let mut tables = Tables::new(1, columns, form);
-            for at in 0..tables.segments.len() {
-                let sums = tables.at(at, &x, Backend::Scalar).sums;
-                let most = |half: &[i16]| half.iter().map(|sum| i32::from(sum.unsigned_abs())).max().unwrap();
-                let all: i32 = sums.iter().flat_map(|Sums(sums)| sums.chunks(HALF).map(most)).sum();
-                assert!((16_000..=32_767).contains(&all), "{bits} bits: {all}");
+            let x: Vec<f32> =
+                (0..columns).map(|index| if index % 3 == 0 { -7.0 } else { 1e-3 + index as f32 }).collect();
+            let key = TableKey { bits, zero: ((1 << bits) - 1) as f32 / 2.0, group: columns };
+            let mut tables = Tables::new(1, columns, key);
+            for index in 0..tables.segments.len() {
+                let sums = tables.segment(index, &x, Backend::Scalar).sums;
+                let largest = |half: &[i16]| half.iter().map(|sum| i32::from(sum.unsigned_abs())).max().unwrap();
+                let total: i32 = sums.iter().flat_map(|Sums(sums)| sums.chunks(HALF_VALUES).map(largest)).sum();
+                assert!((16_000..=32_767).contains(&total), "{bits} bits: {total}");
             }
         }
     }

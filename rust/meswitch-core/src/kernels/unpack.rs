@@ -1,104 +1,117 @@
-//! Rows of a delta as floats: what an embedding looks up, and what a prefill multiplies with.
+//! Rows of a delta as floats, for embeddings and for prefill.
 
 use std::ops::Range;
 
 use super::floats::{add_times, scaled_levels, unpack};
 use super::matrix::{Matrix, Part};
 use super::rows::{Rows, widen_f16};
-use super::team::{self, ALONE};
-use crate::layout::{self, LINE, row_bytes};
+use super::threads::{self, MIN_PARALLEL_WORK};
+use crate::layout::{self, LINE_ROWS, row_bytes};
 
-/// Row `row` of the delta, times `scale`, added to `out [columns]`.
+/// Adds row `row` of the delta times `scale` to `out [columns]`. Runs on the calling thread.
+///
+/// # Panics
+/// Where `row` is not below the matrix's rows.
 pub fn add_row(matrix: &Matrix<'_>, row: usize, scale: f32, out: &mut [f32]) {
     let mut values = vec![0f32; matrix.columns];
-    Spare::of(matrix).dense(row, &mut values);
+    RowReader::new(matrix).read(row, &mut values);
     add_times(out, &values, scale);
 }
 
-/// Rows `start .. start + out.len() / columns` of the delta, dense.
-pub fn dense(matrix: &Matrix<'_>, start: usize, out: &mut [f32]) {
-    let mut spare = Spare::of(matrix);
-    for (at, out) in out.chunks_mut(matrix.columns.max(1)).enumerate() {
-        spare.dense(start + at, out);
+/// Writes rows `start .. start + out.len() / columns` of the delta to `out`. Runs on the calling thread.
+///
+/// # Panics
+/// Where those rows are not below the matrix's rows.
+pub fn dense_rows(matrix: &Matrix<'_>, start: usize, out: &mut [f32]) {
+    let mut reader = RowReader::new(matrix);
+    for (index, out) in out.chunks_mut(matrix.columns.max(1)).enumerate() {
+        reader.read(start + index, out);
     }
 }
 
-/// Rows `of` of base and delta together, on all threads, to the first rows of `out`: rounded once where that has 16
-/// bits.
+/// Writes rows `rows` of `base` plus the delta to the first rows of `out`, on all threads. A 16-bit result is rounded once.
 ///
 /// # Safety
-/// `base` must have those rows and `out` as many, of as many elements as the matrix has columns; nobody else writes.
-pub unsafe fn merged(matrix: &Matrix<'_>, base: Rows, of: Range<usize>, out: Rows) {
-    assert!(of.end <= matrix.rows);
+/// `base` must have those rows and `out` as many, each of as many elements as the matrix has columns. Nothing else may
+/// write to either meanwhile.
+///
+/// # Panics
+/// Where `rows` ends beyond the matrix.
+pub unsafe fn merged(matrix: &Matrix<'_>, base: Rows, rows: Range<usize>, out: Rows) {
+    assert!(rows.end <= matrix.rows);
     let work = |index: usize, threads: usize| {
-        let (mut spare, mut delta) = (Spare::of(matrix), vec![0f32; matrix.columns]);
-        for at in of.len() * index / threads..of.len() * (index + 1) / threads {
-            spare.dense(of.start + at, &mut delta);
-            // SAFETY: the caller's promise; no two threads have a row in common.
-            unsafe { out.sum(at, base, of.start + at, &delta) };
+        let (mut reader, mut delta) = (RowReader::new(matrix), vec![0f32; matrix.columns]);
+        for row in rows.len() * index / threads..rows.len() * (index + 1) / threads {
+            reader.read(rows.start + row, &mut delta);
+            // SAFETY: the caller guarantees the rows; no two threads write the same row.
+            unsafe { out.write_sum(row, base, rows.start + row, &delta) };
         }
     };
-    if of.len() * matrix.columns < ALONE { work(0, 1) } else { team::parallel(&work) }
+    if rows.len() * matrix.columns < MIN_PARALLEL_WORK { work(0, 1) } else { threads::run_on_all(&work) }
 }
 
-/// A part's rows as they are asked for: one by itself, or a whole line where they follow each other.
+/// Reads packed rows of one part. A whole line is transposed at once where rows are asked for in order, else one row.
 #[derive(Default)]
-pub(super) struct Strip {
+pub(super) struct PackedRows {
     line: Option<usize>,
     next: Option<usize>,
     packed: Vec<u8>,
 }
 
-impl Strip {
-    /// The packed row at a position within the part, which is always the same.
-    pub fn row(&mut self, matrix: &Matrix<'_>, part: &Part<'_>, at: usize) -> &[u8] {
-        let (rows, stride) = (part.count(matrix.rows), row_bytes(part.bits, matrix.columns));
-        let (line, follows) = (Some(at / LINE), self.next.replace(at + 1) == Some(at));
-        self.packed.resize(LINE * stride, 0);
-        if self.line != line && !follows {
+impl PackedRows {
+    /// The packed row at a position of the part. Every call must be for the same matrix and part.
+    pub(super) fn row(&mut self, matrix: &Matrix<'_>, part: &Part<'_>, position: usize) -> &[u8] {
+        let (rows, row_size) = (part.row_count(matrix.rows), row_bytes(part.bits, matrix.columns));
+        let line = Some(position / LINE_ROWS);
+        let in_order = self.next.replace(position + 1) == Some(position);
+        self.packed.resize(LINE_ROWS * row_size, 0);
+        if self.line != line && !in_order {
             self.line = None;
-            let (start, width) = layout::line(at, rows, stride);
-            let bytes = part.codes[start + at % LINE..].iter().step_by(width);
-            self.packed.iter_mut().take(stride).zip(bytes).for_each(|(packed, byte)| *packed = *byte);
-            return &self.packed[..stride];
+            let (start, width) = layout::line_start(position, rows, row_size);
+            let bytes = part.codes[start + position % LINE_ROWS..].iter().step_by(width);
+            self.packed.iter_mut().take(row_size).zip(bytes).for_each(|(packed, byte)| *packed = *byte);
+            return &self.packed[..row_size];
         }
         if self.line != line {
             self.line = line;
-            layout::untile(part.codes, rows, stride, at, &mut self.packed);
+            layout::untile_line(&part.codes, rows, row_size, position, &mut self.packed);
         }
-        &self.packed[at % LINE * stride..][..stride]
+        &self.packed[position % LINE_ROWS * row_size..][..row_size]
     }
 }
 
-/// Working memory, and what all rows of a matrix share.
-struct Spare<'a> {
+/// Reads rows of a delta as floats; holds the buffers that all rows share.
+struct RowReader<'a> {
     matrix: &'a Matrix<'a>,
-    strips: Vec<Strip>,
-    columns: Vec<f32>,
+    packed_rows: Vec<PackedRows>,
+    column_scales: Vec<f32>,
     codes: Vec<u8>,
     wide: Vec<f32>,
 }
 
-impl<'a> Spare<'a> {
-    fn of(matrix: &'a Matrix<'a>) -> Self {
-        let mut columns = vec![0f32; matrix.column_scales.map_or(0, <[_]>::len)];
-        widen_f16(matrix.column_scales.unwrap_or_default(), &mut columns);
-        let strips = matrix.parts.iter().map(|_| Strip::default()).collect();
-        Self { matrix, strips, columns, codes: vec![0; matrix.columns], wide: vec![0.0; matrix.columns] }
+impl<'a> RowReader<'a> {
+    fn new(matrix: &'a Matrix<'a>) -> Self {
+        let mut column_scales = vec![0f32; matrix.column_scales.map_or(0, <[_]>::len)];
+        widen_f16(matrix.column_scales.unwrap_or_default(), &mut column_scales);
+        let packed_rows = matrix.parts.iter().map(|_| PackedRows::default()).collect();
+        let (codes, wide) = (vec![0; matrix.columns], vec![0.0; matrix.columns]);
+        Self { matrix, packed_rows, column_scales, codes, wide }
     }
 
-    /// One row of the delta.
-    fn dense(&mut self, row: usize, out: &mut [f32]) {
+    /// Writes one row of the delta to `out [columns]`.
+    fn read(&mut self, row: usize, out: &mut [f32]) {
         let (matrix, columns) = (self.matrix, self.matrix.columns);
-        let mut parts = matrix.parts.iter().zip(&mut self.strips);
-        match parts.find_map(|(part, strip)| Some((part, strip, part.span(row, row + 1).next()?))) {
-            Some((part, strip, at)) => {
-                scaled_row(matrix, part, strip.row(matrix, part, at), at, &self.columns, &mut self.codes, out);
+        let mut parts = matrix.parts.iter().zip(&mut self.packed_rows);
+        let part = parts.find_map(|(part, packed)| Some((part, packed, part.positions(row, row + 1).next()?)));
+        match part {
+            Some((part, packed, position)) => {
+                let packed = packed.row(matrix, part, position);
+                scaled_row(matrix, part, packed, position, &self.column_scales, &mut self.codes, out);
             }
             None => out.fill(0.0),
         }
         if let Some(sparse) = &matrix.sparse {
-            sparse.each(row, columns, &mut |column, value| out[column] += value * matrix.unit);
+            sparse.for_each_in_row(row, columns, &mut |column, value| out[column] += value * matrix.unit);
         }
         if let Some((u, v)) = matrix.low_rank {
             let rank = matrix.rank();
@@ -115,22 +128,23 @@ impl<'a> Spare<'a> {
     }
 }
 
-/// A row of a part, its packed codes under their scales and `factors` (none count as one). `codes` is working memory.
+/// Writes a part's row as floats: its packed codes under its scales and `column_scales` (empty: all 1). `codes` is a
+/// buffer of as many elements as the matrix has columns.
 pub(super) fn scaled_row(
     matrix: &Matrix<'_>,
     part: &Part<'_>,
     packed: &[u8],
-    at: usize,
-    factors: &[f32],
+    position: usize,
+    column_scales: &[f32],
     codes: &mut [u8],
     out: &mut [f32],
 ) {
     let columns = matrix.columns;
     unpack(packed, part.bits, codes);
     let groups = columns.div_ceil(part.group).max(1);
-    for (group, scale) in part.scales[at * groups..(at + 1) * groups].iter().enumerate() {
-        let of = group * part.group..((group + 1) * part.group).min(columns);
-        let factors = factors.get(of.clone()).unwrap_or_default();
-        scaled_levels(&codes[of.clone()], part.zero, scale.to_f32() * matrix.unit, factors, &mut out[of]);
+    for (group, scale) in part.scales[position * groups..(position + 1) * groups].iter().enumerate() {
+        let range = group * part.group..((group + 1) * part.group).min(columns);
+        let factors = column_scales.get(range.clone()).unwrap_or_default();
+        scaled_levels(&codes[range.clone()], part.zero, scale.to_f32() * matrix.unit, factors, &mut out[range]);
     }
 }

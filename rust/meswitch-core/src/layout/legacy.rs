@@ -1,11 +1,11 @@
-//! Packed rows of format versions 1 and 2, which are brought into today's layout when they are read.
+//! The code layout of format versions 1 and 2, converted to today's when a delta is read.
 //!
-//! A row lies by itself, as a sequence of runs, each 64 bytes wide but the last, which is as wide as its columns need,
-//! rounded up to 4 bytes. In a run of `w` bytes, bits `b*p .. b*p+b` of byte `j` hold the code of the run's column
-//! `p*w + j`.
+//! Packed rows lie one after another. A row is a sequence of runs, each 64 bytes wide but the last, which is as wide as its
+//! columns need, rounded up to 4 bytes. In a run of `w` bytes, bits `b*p .. b*p+b` of byte `j` hold the code of the run's
+//! column `p*w + j`. A 3-bit row is the 2-bit row of the low bits, then the 1-bit row of the high bits.
 
 /// Bytes of a whole run.
-const RUN: usize = 64;
+const RUN_BYTES: usize = 64;
 
 /// Bytes of one packed row.
 #[must_use]
@@ -14,12 +14,12 @@ pub const fn row_bytes(bits: u32, columns: usize) -> usize {
         return row_bytes(2, columns) + row_bytes(1, columns);
     }
     let per_byte = 8 / bits as usize;
-    let rest = columns % (RUN * per_byte);
-    columns / (RUN * per_byte) * RUN + rest.div_ceil(4 * per_byte) * 4
+    let rest = columns % (RUN_BYTES * per_byte);
+    columns / (RUN_BYTES * per_byte) * RUN_BYTES + rest.div_ceil(4 * per_byte) * 4
 }
 
-/// Unpacks one row.
-pub fn unpack_row(packed: &[u8], bits: u32, codes: &mut [u8]) {
+/// Unpacks one row of codes.
+fn unpack_row(packed: &[u8], bits: u32, codes: &mut [u8]) {
     codes.fill(0);
     if bits == 3 {
         let (low, high) = packed.split_at(row_bytes(2, codes.len()));
@@ -30,9 +30,9 @@ pub fn unpack_row(packed: &[u8], bits: u32, codes: &mut [u8]) {
     }
 }
 
-/// Rows of a part in today's layout.
+/// Converts all rows of a part to today's layout.
 #[must_use]
-pub fn tiled(packed: &[u8], bits: u32, columns: usize) -> Vec<u8> {
+pub fn to_tiled(packed: &[u8], bits: u32, columns: usize) -> Vec<u8> {
     let (length, stride) = (row_bytes(bits, columns), super::row_bytes(bits, columns));
     let mut codes = vec![0u8; columns];
     let mut rows = vec![0u8; packed.len() / length.max(1) * stride];
@@ -40,13 +40,13 @@ pub fn tiled(packed: &[u8], bits: u32, columns: usize) -> Vec<u8> {
         unpack_row(packed, bits, &mut codes);
         super::pack_row(&codes, bits, row);
     }
-    super::tile(&rows, stride)
+    super::tile_rows(&rows, stride)
 }
 
 fn unpack_plane(packed: &[u8], bits: u32, shift: u32, codes: &mut [u8]) {
     let per_byte = 8 / bits as usize;
     let mask = ((1u16 << bits) - 1) as u8;
-    for (run, columns) in packed.chunks(RUN).zip(codes.chunks_mut(RUN * per_byte)) {
+    for (run, columns) in packed.chunks(RUN_BYTES).zip(codes.chunks_mut(RUN_BYTES * per_byte)) {
         let width = run.len();
         for (plane, columns) in columns.chunks_mut(width).enumerate() {
             let right = bits * plane as u32;
@@ -70,10 +70,11 @@ mod tests {
         packed[5] = 1 << 4; // column 2 * 64 + 5
         let mut codes = vec![9; 300];
         unpack_row(&packed, 2, &mut codes);
-        let found: Vec<_> = (0..300).filter(|at| codes[*at] != 0).map(|at| (at, codes[at])).collect();
+        let found: Vec<_> =
+            (0..300).filter(|column| codes[*column] != 0).map(|column| (column, codes[column])).collect();
         assert_eq!(found, [(133, 1), (270, 3)]);
         let mut row = vec![0; super::super::row_bytes(2, 300)];
         super::super::pack_row(&codes, 2, &mut row);
-        assert_eq!(tiled(&packed, 2, 300), super::super::tile(&row, row.len()));
+        assert_eq!(to_tiled(&packed, 2, 300), super::super::tile_rows(&row, row.len()));
     }
 }

@@ -1,0 +1,215 @@
+//! A small delta directory, built in memory, that can be changed before it is written.
+
+use std::fs;
+use std::path::Path;
+
+use meswitch_core::delta::checksum;
+use serde_json::{Map, Value, json};
+
+/// A tensor of `delta.safetensors`.
+pub struct Tensor {
+    pub name: String,
+    dtype: &'static str,
+    shape: Vec<usize>,
+    pub bytes: Vec<u8>,
+}
+
+pub fn tensor(name: &str, dtype: &'static str, shape: &[usize], bytes: &[u8]) -> Tensor {
+    Tensor { name: name.to_owned(), dtype, shape: shape.to_vec(), bytes: bytes.to_vec() }
+}
+
+type Change<T> = Box<dyn Fn(&mut T)>;
+
+/// A directory of four sites: one with codes and all other terms, one sparse, one replaced, one shared.
+pub struct Directory {
+    pub tensors: Vec<Tensor>,
+    /// What tensors are aligned to.
+    pub alignment: usize,
+    /// The byte that padding consists of.
+    pub padding: u8,
+    /// The manifest's text, where it is not made from the rest.
+    pub manifest: Option<String>,
+    header_change: Option<Value>,
+    file_changes: Vec<Change<Vec<u8>>>,
+    written_changes: Vec<Change<Vec<u8>>>,
+    manifest_change: Option<Value>,
+}
+
+impl Directory {
+    pub fn sound() -> Self {
+        let half = 0x3c00u16.to_le_bytes();
+        let halves = |count: usize| half.repeat(count);
+        let numbers = |numbers: &[u32]| numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>();
+        let tensors = vec![
+            tensor("coded.weight/codes.0", "I32", &[4], &[0x1b; 16]),
+            tensor("coded.weight/scales.0", "F16", &[2, 1], &halves(2)),
+            tensor("coded.weight/rows.0", "I32", &[2], &numbers(&[0, 2])),
+            tensor("coded.weight/codes.1", "I32", &[2], &[0xa5; 8]),
+            tensor("coded.weight/scales.1", "F16", &[1, 1], &halves(1)),
+            tensor("coded.weight/rows.1", "I32", &[1], &numbers(&[1])),
+            tensor("coded.weight/column_scales", "F16", &[8], &halves(8)),
+            tensor("coded.weight/salient_index", "I32", &[1], &numbers(&[3])),
+            tensor("coded.weight/salient", "F16", &[3, 1], &halves(3)),
+            tensor("coded.weight/u", "F16", &[3, 1], &halves(3)),
+            tensor("coded.weight/v", "F16", &[1, 8], &halves(8)),
+            tensor("sparse.weight/sparse_starts", "I32", &[3], &numbers(&[0, 2, 3])),
+            tensor("sparse.weight/sparse_gaps", "U8", &[3], &[1, 1, 0]),
+            tensor("sparse.weight/sparse_values", "F8_E5M2", &[3], &[0x38, 0x40, 0xb8]),
+            tensor("whole.weight/whole", "F32", &[2], &[0; 8]),
+        ];
+        Self {
+            tensors,
+            alignment: 64,
+            padding: 0,
+            manifest: None,
+            header_change: None,
+            file_changes: Vec::new(),
+            written_changes: Vec::new(),
+            manifest_change: None,
+        }
+    }
+
+    pub fn tensor_mut(&mut self, name: &str) -> &mut Tensor {
+        self.tensors.iter_mut().find(|tensor| tensor.name == name).unwrap()
+    }
+
+    /// Changes the manifest, whose checksum is then corrected.
+    pub fn change_manifest(&mut self, change: impl Fn(&mut Value)) {
+        let mut manifest = self.manifest_json();
+        change(&mut manifest);
+        self.manifest_change = Some(manifest);
+    }
+
+    /// Corrects size and checksum of `delta.safetensors` in a manifest that was changed before the tensors.
+    pub fn change_file_entry(&mut self) {
+        let changed = self.manifest_change.take().unwrap();
+        let files = self.manifest_json()["files"].clone();
+        self.manifest_change = Some(changed);
+        self.change_manifest(|manifest| manifest["files"] = files.clone());
+    }
+
+    /// Changes the header's JSON; checksum and size in the manifest are then corrected.
+    pub fn change_header(&mut self, change: impl Fn(&mut Value)) {
+        let mut header = self.header();
+        change(&mut header);
+        self.header_change = Some(header);
+    }
+
+    /// Changes the bytes of `delta.safetensors`; checksum and size in the manifest are then corrected.
+    pub fn change_file(&mut self, change: impl Fn(&mut Vec<u8>) + 'static) {
+        self.file_changes.push(Box::new(change));
+    }
+
+    /// Changes the bytes of `delta.safetensors` and leaves the manifest as it is.
+    pub fn change_written_file(&mut self, change: impl Fn(&mut Vec<u8>) + 'static) {
+        self.written_changes.push(Box::new(change));
+    }
+
+    /// Each tensor with its gap before it.
+    fn gaps(&self) -> Vec<(usize, &Tensor)> {
+        let mut end = 0usize;
+        let gap = |tensor| {
+            let start = end.next_multiple_of(self.alignment);
+            let gap = start - end;
+            let tensor: &Tensor = tensor;
+            end = start + tensor.bytes.len();
+            (gap, tensor)
+        };
+        self.tensors.iter().map(gap).collect()
+    }
+
+    fn header(&self) -> Value {
+        if let Some(header) = &self.header_change {
+            return header.clone();
+        }
+        let (mut header, mut end, mut paddings) = (Map::new(), 0, 0);
+        for (gap, tensor) in self.gaps() {
+            if gap > 0 {
+                let entry = json!({"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]});
+                header.insert(format!("_pad.{paddings}"), entry);
+                (paddings, end) = (paddings + 1, end + gap);
+            }
+            let offsets = [end, end + tensor.bytes.len()];
+            end = offsets[1];
+            let entry = json!({"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets});
+            header.insert(tensor.name.clone(), entry);
+        }
+        Value::Object(header)
+    }
+
+    /// The bytes of `delta.safetensors`.
+    pub fn file(&self) -> Vec<u8> {
+        let header = self.header().to_string();
+        let length = (header.len() + 8).next_multiple_of(64) - 8;
+        let mut file = (length as u64).to_le_bytes().to_vec();
+        file.extend(format!("{header:length$}").as_bytes());
+        for (gap, tensor) in self.gaps() {
+            file.extend(vec![self.padding; gap]);
+            file.extend(&tensor.bytes);
+        }
+        self.file_changes.iter().for_each(|change| change(&mut file));
+        file
+    }
+
+    fn checksums(&self, site: &str) -> Value {
+        let of_site = self.tensors.iter().filter_map(|tensor| {
+            let role = tensor.name.strip_prefix(site)?.strip_prefix('/')?;
+            Some((role.to_owned(), json!(checksum(&tensor.bytes))))
+        });
+        Value::Object(of_site.collect())
+    }
+
+    fn manifest_json(&self) -> Value {
+        if let Some(manifest) = &self.manifest_change {
+            return manifest.clone();
+        }
+        let file = self.file();
+        let length = file.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
+        let header = usize::try_from(length).map_or(file.len(), |length| length.saturating_add(8).min(file.len()));
+        let site = |name: &str, kind: &str, shape: &[usize], dtype: &str| {
+            json!({"name": name, "kind": kind, "shape": shape, "dtype": dtype, "bytes": 0, "bpw": 0.0,
+                "relative_error": 0.0, "tensors": self.checksums(name)})
+        };
+        let mut coded = site("coded.weight", "quantized", &[3, 8], "BF16");
+        coded["parts"] = json!([
+            {"bits": 2, "zero": 1.5, "rows": 2, "tiled": true},
+            {"bits": 1, "zero": 0.5, "rows": 1, "tiled": true},
+        ]);
+        (coded["column_scales"], coded["salient"], coded["rank"]) = (json!(true), json!(1), json!(1));
+        let mut sparse = site("sparse.weight", "quantized", &[2, 3], "BF16");
+        sparse["sparse"] = json!({"entries": 3, "changed": 3});
+        json!({
+            "format_version": 3,
+            "writer": "test",
+            "base": {"fingerprint": "", "sample": "", "name": "test"},
+            "settings": {},
+            "files": {
+                "delta.safetensors": {"bytes": file.len(), "checksum": checksum(&file[..header])},
+                "config.json": {"bytes": 2, "checksum": checksum(b"{}")},
+            },
+            "sites": [
+                coded,
+                sparse,
+                site("whole.weight", "replaced", &[2], "F32"),
+                site("same.weight", "shared", &[4], "BF16"),
+            ],
+        })
+    }
+
+    pub fn manifest_text(&self) -> String {
+        with_checksum(&self.manifest_json().to_string()[1..])
+    }
+
+    pub fn write(&self, folder: &Path) {
+        let mut file = self.file();
+        self.written_changes.iter().for_each(|change| change(&mut file));
+        fs::write(folder.join("delta.safetensors"), file).unwrap();
+        fs::write(folder.join("config.json"), "{}").unwrap();
+        fs::write(folder.join("meswitch.json"), self.manifest.clone().unwrap_or_else(|| self.manifest_text())).unwrap();
+    }
+}
+
+/// A manifest's text: its first line before the rest.
+pub fn with_checksum(body: &str) -> String {
+    format!("{{\"checksum\": \"{}\",\n{body}", checksum(body.as_bytes()))
+}
