@@ -43,6 +43,7 @@ ONLY = {
     "meswitch._native.Table": ("kernels/",),
     "meswitch._native.base_linear": ("kernels/",),
 }
+SERVING = ("engine", "batching", "experts", "layers")
 CRATES = ("meswitch-python", "meswitch-cuda", "meswitch-core")
 NAMELESS = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
 MOST_LINES = 460
@@ -157,6 +158,13 @@ def _uses(source: str) -> Iterator[str]:
     """Imported names, and the native module's names that are used through it."""
     yield from imported(source)
     yield from (f"meswitch._native.{name}" for name in re.findall(r"\b_native\.(\w+)", source))
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room(relative(path)) in SERVING], ids=relative)
+def test_only_kernels_know_the_device(path: Path) -> None:
+    """A step never waits for the device: no tensor is moved to the host, and nobody asks where one lies."""
+    found = re.findall(r"\.is_cpu\b|\.is_cuda\b|\.tolist\(\)|\.item\(\)", path.read_text(encoding="utf-8"))
+    assert not found, f"{relative(path)}: {found[0]}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

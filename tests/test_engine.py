@@ -25,7 +25,7 @@ from meswitch.compression.job import compress
 from meswitch.delta.restoration import restore
 from meswitch.engine import Answer
 from meswitch.engine.engine import Engine
-from meswitch.engine.text import TextTail
+from meswitch.engine.text import TextDecoder
 from meswitch.errors import (
     ArchitectureError,
     BaseMismatchError,
@@ -118,7 +118,7 @@ def test_stop_strings(shared: Engine) -> None:
 def test_special_tokens_as_stop_strings_and_end_of_sequence(shared: Engine) -> None:
     ids = shared.generate(PROMPT, expert="a", max_new_tokens=12, repetition_penalty=1.1).token_ids
     request = shared._preparation.requests([PROMPT], "a", {"stop": "<a>"})[0]
-    assert 261 in request.eos and 257 in request.eos and not request.tail.stops
+    assert 261 in request.eos and 257 in request.eos and not request.decoder.stops
     shared._preparation.release([request])
     assert len(ids) == 12
 
@@ -126,14 +126,14 @@ def test_special_tokens_as_stop_strings_and_end_of_sequence(shared: Engine) -> N
 @pytest.mark.parametrize("stops", [(), ("lo w", "zzz"), ("é",), ("🙂!",), ("wörld",)])
 def test_text_tail_never_emits_half_of_anything(stops: tuple[str, ...]) -> None:
     tokenizer, text = tokenizer_of(), "héllo wörld 🙂🙂! é"
-    tail, pieces = TextTail(tokenizer, stops), []
+    decoder, pieces = TextDecoder(tokenizer, stops), []
     ends = [text.find(stop) for stop in stops if stop in text]
     expected = text[: min(ends, default=len(text))]
     for token in tokenizer(text)["input_ids"]:
-        if not tail.stopped:
-            pieces.append(tail.push(token))
+        if not decoder.stopped:
+            pieces.append(decoder.add(token))
             assert expected.startswith("".join(pieces))
-    pieces.append(tail.finish())
+    pieces.append(decoder.finish())
     assert "".join(pieces) == expected
 
 

@@ -11,7 +11,7 @@ from meswitch.engine.prompt import PromptEncoder
 from meswitch.engine.request import Request
 from meswitch.engine.routing import Routing, expert_of_each
 from meswitch.engine.sampling import SamplingSettings, random_generator, seed_of_each
-from meswitch.engine.text import TextTail
+from meswitch.engine.text import TextDecoder
 from meswitch.engine.worker import Worker
 from meswitch.experts.catalogue import Expert
 from meswitch.experts.settings import ExpertSettings
@@ -71,7 +71,7 @@ class Preparation:
                 self._model.outputs if expert is None else expert.outputs,
                 random_generator(seed) if config.do_sample else None,
             )
-            return Request(ids, expert, draw, limit, eos, TextTail(self._settings.tokenizer(expert), stops), route)
+            return Request(ids, expert, draw, limit, eos, TextDecoder(self._settings.tokenizer(expert), stops), route)
         except BaseException:
             self._release(expert)
             raise

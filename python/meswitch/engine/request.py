@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meswitch.batching.sampler import Draw
-from meswitch.engine.text import TextTail
+from meswitch.engine.text import TextDecoder
 from meswitch.experts.catalogue import Expert
 
 
@@ -46,12 +46,12 @@ class Request:
         draw: Draw,
         limit: int,
         eos: set[int],
-        tail: TextTail,
+        decoder: TextDecoder,
         route: Any = None,
     ) -> None:
         self.id = f"request-{next(self._ids)}"
         self.ids, self.expert, self.draw, self.limit, self.eos = ids, expert, draw, limit, eos
-        self.tail, self.route = tail, route
+        self.decoder, self.route = decoder, route
         self.tokens: list[int] = []
         self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.done = threading.Event()
@@ -64,12 +64,12 @@ class Request:
         """Adds a generated token, and hands out the text that it makes certain."""
         self.tokens.append(token)
         if token not in self.eos:
-            self._emit(self.tail.push(token))
+            self._emit(self.decoder.add(token))
 
     def finish(self, reason: str) -> None:
         """Ends the request with an answer."""
-        self._emit(self.tail.finish())
-        reason = "stop" if self.tail.stopped else reason
+        self._emit(self.decoder.finish())
+        reason = "stop" if self.decoder.stopped else reason
         name = "base" if self.expert is None else self.expert.name
         self.answer = Answer("".join(self._text), self.tokens, name, self.route, reason, len(self.ids))
         self._end()

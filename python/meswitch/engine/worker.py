@@ -300,7 +300,7 @@ class Worker(threading.Thread):
             self._leave(request, cancel=True)
             self._fail(request, error)
             return
-        if state.status == RequestStatus.FINISHED or request.tail.stopped:
+        if state.status == RequestStatus.FINISHED or request.decoder.stopped:
             self._leave(request, cancel=state.status != RequestStatus.FINISHED)
             self.finished += 1
             request.finish("stop" if request.tokens[-1] in request.eos else "length")

@@ -47,7 +47,13 @@ def check_folder(folder: Path) -> Path:
 
 @dataclass(eq=False)
 class Expert:
-    """One fine-tune that requests can name."""
+    """One fine-tune that requests can name.
+
+    It is opened (`delta`, `config`) or broken (`error`). `tied`: whether its lm_head is its embeddings.
+    `vocabulary` and `outputs`: token ids that it reads, and those it can answer with. `salt` keeps its prefix-cache
+    pages apart from other experts' and earlier generations'. `slot`: its adapter slot while resident. `uses` and `pins`
+    count requests that have acquired it and that run on it. `extras`: what is read of its folder once (tokenizer, …).
+    """
 
     name: str
     path: Path | None = None
@@ -55,15 +61,15 @@ class Expert:
     config: Any = None
     error: Exception | None = None
     tied: bool = True
-    vocabulary: int = 0  # token ids it reads
-    outputs: int = 0  # token ids it can answer with
+    vocabulary: int = 0
+    outputs: int = 0
     salt: int = 0
     slot: int | None = None
     uses: int = 0
     pins: int = 0
     served: int = 0
     retired: bool = False
-    extras: dict[str, Any] = field(default_factory=dict)  # what the engine keeps beside it: tokenizer and the like
+    extras: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sites(self) -> Iterable[Site]:

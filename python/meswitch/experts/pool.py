@@ -1,9 +1,9 @@
-"""ExpertPool: names to opened deltas, who uses them, and which of them are resident under a byte budget.
+"""The experts of one engine: names to opened deltas, who uses them, and which are resident under a byte budget.
 
-catalogue   name -> Expert          what a new request gets; replaced and removed experts leave it at once
-Expert      uses                    requests that hold it, waiting or running; closed when retired and unused
-            pins                    requests that run on it: never evicted
-            slot                    its place in the layers while resident, none otherwise
+catalogue   name -> Expert    what a new request gets; replaced and removed experts leave it at once
+Expert      uses              requests that have acquired it, waiting or running; a retired one is closed at 0
+            pins              requests that run on it: never evicted
+            slot              its adapter slot in the layers while resident, else `None`
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from meswitch.layers.install import ExpertLayers
 class ExpertPool:
     """The experts of one engine.
 
-    `base`: what `Delta.check_base` compares with; `config`: the base's config, or none where experts bring
-    none. `open_delta` is `Delta.open` unless a test says otherwise. Everything that touches the layers
-    (`open`, `admit`, `release`) runs on the engine's thread; `get` and `describe` may be called from any.
+    `base`: what `Delta.check_base` compares with; `config`: the base's text config, `None` where experts have none.
+    `open_delta` is `Delta.open` unless a test says otherwise. Everything that touches the layers (`add`, `remove`,
+    `admit`, `release`) runs on the engine's thread; `get`, `acquire`, `describe` and `counters` may be called from any.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ExpertPool:
         self._salts = itertools.count(1)
         self._lock = threading.RLock()
 
-    # who there is
+    # The catalogue.
 
     def discover(self, experts: str | Path | Iterable[str | Path] | Mapping[str, str | Path] | None) -> None:
         """Opens a folder of experts, a list of folders, or `{name: folder}`.
@@ -78,7 +78,7 @@ class ExpertPool:
     def add(self, name: str, path: Path) -> Expert:
         """Opens and checks the delta in `path`, and gives it to every later request for `name`.
 
-        Requests that hold the expert of that name before finish on it. Raises what is wrong with the delta.
+        Requests that have acquired the expert of that name before finish on it. Raises what is wrong with the delta.
         """
         expert = self.open(check_name(name), path)
         with self._lock:
@@ -89,6 +89,7 @@ class ExpertPool:
         return expert
 
     def open(self, name: str, path: Path) -> Expert:
+        """An expert that can be served, not yet in the catalogue. Raises what is wrong with it."""
         delta = self.open_delta(path)
         try:
             if self.base is not None:
@@ -155,22 +156,21 @@ class ExpertPool:
         return ExpertNotFoundError(f"unknown expert: {name!r}", hint=hint)
 
     def remove(self, name: str) -> None:
-        """Forgets `name`; requests that hold its expert finish first. Raises `ExpertNotFoundError`."""
+        """Removes `name`; requests that have acquired its expert finish first. Raises `ExpertNotFoundError`."""
         with self._lock:
             if name not in self.catalogue:
                 raise self._not_found(name)
             expert = self.catalogue.pop(name)
         self._retire(expert)
 
-    # who is resident
+    # Residency.
 
     @property
     def resident_bytes(self) -> int:
         return sum(expert.nbytes for expert in self.resident.values())
 
     def admit(self, expert: Expert) -> bool:
-        """Pins `expert` and makes it resident, evicting idle ones first; false while pinned ones fill the
-        budget."""
+        """Pins `expert` and makes it resident, evicting unpinned ones first. False if pinned ones fill the budget."""
         if expert.slot is not None:
             self.hits += 1
             self.resident.move_to_end(expert.salt)
@@ -242,7 +242,7 @@ class ExpertPool:
             expert.uses = 0
             self._retire(expert)
 
-    # what to tell
+    # Counters.
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """By name: `path`, `residency` ("disk" or "host"), `bytes`, `bpw`, `uses`, `served`, `error`."""
