@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Rule:
-    """How the sites of one role are stored; docs/architecture.md says what the codec does with it.
+    """How the sites of one role are stored; docs/codec.md says what the codec does with it.
 
     `unbiased` scales keep a delta whole along itself, where least squares shrinks it. `compensate` lets what one input
     channel's code misses be made up for by the channels after it, where calibration says how they go together (GPTQ,

@@ -44,6 +44,7 @@ class Delta:
 
     @classmethod
     def open(cls, path: str | Path) -> Delta:
+        """The delta directory in `path`. Raises `FormatError`, `ChecksumError`, or `OSError` where there is none."""
         return cls(Path(path))
 
     @property
@@ -59,6 +60,7 @@ class Delta:
 
     @property
     def parameters(self) -> int:
+        """The number of weights of the fine-tune."""
         return sum(site.parameters for site in self.sites.values())
 
     @property

@@ -30,10 +30,12 @@ class TextStream(Iterator[str]):
 
     @property
     def answer(self) -> Answer | None:
+        """What the request came to; `None` while it runs, and where it failed."""
         return self._request.answer
 
     @property
     def expert(self) -> str:
+        """Who answers: an expert's name, or `"base"`."""
         return "base" if self._request.expert is None else self._request.expert.name
 
     def close(self) -> None:
