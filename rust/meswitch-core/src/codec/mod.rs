@@ -18,8 +18,12 @@ mod sparse;
 mod statistics;
 mod sweep;
 
+#[doc(hidden)]
 pub use pair::Pair;
+#[doc(hidden)]
 pub use probe::{probe, row_energies};
+#[doc(hidden)]
 pub use quantize::{Quantized, QuantizedPart, quantize};
 pub use settings::{Class, Settings, Zero};
+#[doc(hidden)]
 pub use sparse::SparseDelta;
