@@ -62,8 +62,8 @@ fn golden_directories_belong_to_their_base() {
     }
 }
 
-/// Every parameter as the delta restores it, against the one that was stored with the directory. Sums may be rounded in another
-/// order, so a few elements may be the next bfloat16 number.
+/// Every parameter as the delta restores it, against the one that was stored with the directory. Sums may be rounded in
+/// another order, so a few elements may be the next bfloat16 number.
 #[cfg(feature = "compress")]
 #[test]
 #[cfg_attr(miri, ignore)] // maps files
