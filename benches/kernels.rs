@@ -2,9 +2,10 @@
 //!
 //!     cargo bench --bench kernels [-- BACKEND ...]
 //!
-//! Matrices are cycled through half a gigabyte, so that codes come from memory and not from a cache. Short passes of the kernel
-//! alternate with passes that only read, on the same threads (libgomp's, as under torch, where it can be loaded). A kernel's pass
-//! counts if it was not preempted and memory was fast just before and just after it; the ratio is to the mean of those two reads.
+//! Matrices are cycled through half a gigabyte, so that codes come from memory and not from a cache. Short passes of
+//! the kernel alternate with passes that only read, on the same threads (libgomp's, as under torch, where it can be
+//! loaded). A kernel's pass counts if it was not preempted and memory was fast just before and just after it; the ratio
+//! is to the mean of those two reads.
 //! *One by one* is the same ratio of plain reads of as many bytes as a matrix has, each in a call of its own: the cost of starting
 //! and ending a call. Every backend and number of threads runs in its own process.
 

@@ -61,8 +61,8 @@ impl<'a> View<'a> {
         matches!(self.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
     }
 
-    /// Reads elements `start .. start + out.len()` as 32-bit floats. The tensor must be one of floats ([`View::is_float`]); of
-    /// others the values are meaningless.
+    /// Reads elements `start .. start + out.len()` as 32-bit floats. The tensor must be one of floats
+    /// ([`View::is_float`]); of others the values are meaningless.
     ///
     /// # Panics
     /// Where the tensor has fewer elements.

@@ -31,8 +31,8 @@ pub struct Plan {
     pub moments: Option<Vec<f32>>,
 }
 
-/// Returns the factor for error compensation of a site, given its name: the upper triangular U `[columns, columns]` with
-/// H⁻¹ = UᵀU, where H = E\[x xᵀ\] of the input channels, row by row. `None` for no compensation.
+/// Returns the factor for error compensation of a site, given its name: the upper triangular U `[columns, columns]`
+/// with H⁻¹ = UᵀU, where H = E\[x xᵀ\] of the input channels, row by row. `None` for no compensation.
 pub type FactorFn<'a> = dyn FnMut(&str) -> Result<Option<Vec<f32>>> + 'a;
 
 /// A fine-tune to be compressed into a delta directory.
@@ -54,17 +54,17 @@ pub struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Runs the job, or the rest of it after an interruption, on rayon's pool. A directory at `out` is replaced when the new
-    /// one is complete.
+    /// Runs the job, or the rest of it after an interruption, on rayon's pool. A directory at `out` is replaced when
+    /// the new one is complete.
     ///
-    /// `progress` is called before every site and stops the job by returning false. `factor` is called for each site that
-    /// gets codes; it must depend on the job's own fields only, since a resumed job does not call it for finished sites.
-    /// Both run on the calling thread.
+    /// `progress` is called before every site and stops the job by returning false. `factor` is called for each site
+    /// that gets codes; it must depend on the job's own fields only, since a resumed job does not call it for finished
+    /// sites. Both run on the calling thread.
     ///
     /// # Errors
     /// [`Error::Architecture`] or [`Error::Argument`] before any work where checkpoints and plans do not match;
-    /// [`Error::NonFinite`]; those of `factor`. These leave nothing behind. After [`Error::Io`] and [`Error::Interrupted`], the
-    /// same job continues after the last finished site.
+    /// [`Error::NonFinite`]; those of `factor`. These leave nothing behind. After [`Error::Io`] and
+    /// [`Error::Interrupted`], the same job continues after the last finished site.
     pub fn run(&self, progress: &mut dyn FnMut(Progress<'_>) -> bool, factor: &mut FactorFn<'_>) -> Result<Delta> {
         self.check()?;
         let sizes =
@@ -75,8 +75,8 @@ impl Job<'_> {
         })
     }
 
-    /// The hash of everything that decides what the job writes. Of the checkpoints it includes a sample and the files' sizes and
-    /// times.
+    /// The hash of everything that decides what the job writes. Of the checkpoints it includes a sample and the files'
+    /// sizes and times.
     fn key(&self) -> Result<String> {
         let mut hasher = blake3::Hasher::new();
         let mut add = |bytes: &[u8]| {
@@ -146,8 +146,8 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// An upper bound of the size of manifest and tensors, if the sites named in `shared` are bit-equal to the base's and no
-    /// others are. It exceeds the size by a few bytes, and by what skipping unchanged rows saves.
+    /// An upper bound of the size of manifest and tensors, if the sites named in `shared` are bit-equal to the base's
+    /// and no others are. It exceeds the size by a few bytes, and by what skipping unchanged rows saves.
     ///
     /// # Errors
     /// Those of [`Job::run`] before any work.
@@ -192,8 +192,8 @@ impl Job<'_> {
         }
     }
 
-    /// All tensors that may be written, by full name, with their numbers of dimensions. They decide how many bytes are reserved
-    /// for the header.
+    /// All tensors that may be written, by full name, with their numbers of dimensions. They decide how many bytes are
+    /// reserved for the header.
     fn possible_tensors(&self) -> Result<Vec<TensorSpec>> {
         let mut specs = Vec::new();
         for plan in self.plans {

@@ -1,11 +1,12 @@
 //! Where a part's codes lie in its bytes (format version 3).
 //!
-//! A packed row of `b`-bit codes (b = 1, 2, 4, 8) holds eight columns in `b` bytes, lowest bits first. A 3-bit row is two
+//! A packed row of `b`-bit codes (b = 1, 2, 4, 8) holds eight columns in `b` bytes, lowest bits first. A 3-bit row is
+//! two
 //! *planes*: the 2-bit row of the low two bits, then the 1-bit row of the high bits.
 //!
-//! Rows are stored in *blocks* of 256, whose bytes are transposed: byte 0 of all rows of the block, then byte 1 of all rows,
-//! and so on. So one cache line holds the same columns of 64 rows; such 64 rows are a *line*. The last block is padded with
-//! rows of zeros to a multiple of 8.
+//! Rows are stored in *blocks* of 256, whose bytes are transposed: byte 0 of all rows of the block, then byte 1 of all
+//! rows, and so on. So one cache line holds the same columns of 64 rows; such 64 rows are a *line*. The last block is
+//! padded with rows of zeros to a multiple of 8.
 
 pub mod legacy;
 
@@ -167,7 +168,8 @@ fn add_high_bits(packed: &[u8], codes: &mut [u8]) {
     }
 }
 
-/// The offset of a row's line in the codes, and the distance from one byte of a row to the next. `row_size` is in bytes.
+/// The offset of a row's line in the codes, and the distance from one byte of a row to the next. `row_size` is in
+/// bytes.
 pub(crate) fn line_start(row: usize, rows: usize, row_size: usize) -> (usize, usize) {
     let block = row / BLOCK_ROWS * BLOCK_ROWS;
     (block * row_size + (row - block) / LINE_ROWS * LINE_ROWS, (padded_rows(rows) - block).min(BLOCK_ROWS))

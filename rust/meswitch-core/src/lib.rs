@@ -1,13 +1,13 @@
 //! Low-bit deltas of fine-tuned language models.
 //!
-//! A *delta* is what a fine-tune changes of its base. A *delta directory* stores it in a few bits per weight. This crate
-//! opens and verifies delta directories, multiplies activations with their matrices on the CPU, and compresses fine-tunes
-//! into them. It does not run models: the base's weights, and everything else of a model, are the caller's.
+//! A *delta* is what a fine-tune changes of its base. A *delta directory* stores it in a few bits per weight. This
+//! crate opens and verifies delta directories, multiplies activations with their matrices on the CPU, and compresses
+//! fine-tunes into them. It does not run models: the base's weights, and everything else of a model, are the caller's.
 //!
 //! # Reading
 //!
-//! [`Delta::open`] maps a directory and checks its structure; [`Delta::verify`] reads every byte and compares it with its
-//! checksum. [`Delta::matrix`] gives one site as a [`kernels::Matrix`], whatever the version of the format.
+//! [`Delta::open`] maps a directory and checks its structure; [`Delta::verify`] reads every byte and compares it with
+//! its checksum. [`Delta::matrix`] gives one site as a [`kernels::Matrix`], whatever the version of the format.
 //!
 //! ```
 //! use meswitch_core::{Delta, kernels};
@@ -70,9 +70,9 @@
 //!
 //! # Writing
 //!
-//! With the feature `compress`, `compress::Job` turns two Hugging Face checkpoints, a base and a fine-tune, into a delta
-//! directory. `delta::Assembly` writes sites that are given, and `delta::rewrite` replaces tensors of a directory. All of them
-//! write under a temporary name and rename at the end.
+//! With the feature `compress`, `compress::Job` turns two Hugging Face checkpoints, a base and a fine-tune, into a
+//! delta directory. `delta::Assembly` writes sites that are given, and `delta::rewrite` replaces tensors of a
+//! directory. All of them write under a temporary name and rename at the end.
 //!
 //! # Features
 //!
@@ -82,7 +82,8 @@
 //!
 //! # Platforms
 //!
-//! Little-endian only; writing needs Unix. Kernels have code for AVX-512, AVX2 and NEON, and portable code for the rest.
+//! Little-endian only; writing needs Unix. Kernels have code for AVX-512, AVX2 and NEON, and portable code for the
+//! rest.
 
 #![warn(unreachable_pub)]
 

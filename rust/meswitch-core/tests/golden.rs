@@ -61,3 +61,44 @@ fn golden_directories_belong_to_their_base() {
         Delta::open(&folder).unwrap().check_base(&base, true).unwrap();
     }
 }
+
+/// Every parameter as the delta restores it, against the one that was stored with the directory. Sums may be rounded in
+/// another order, so a few elements may be the next bfloat16 number.
+#[cfg(feature = "compress")]
+#[test]
+#[cfg_attr(miri, ignore)] // maps files
+fn golden_directories_restore_their_fine_tune() {
+    use half::bf16;
+    use safetensors::SafeTensors;
+
+    for (folder, base) in golden() {
+        let (delta, base) =
+            (Delta::open(&folder).unwrap(), meswitch_core::checkpoint::Checkpoint::open(&base).unwrap());
+        let stored = fs::read(PathBuf::from(format!("{}.safetensors", folder.display()))).unwrap();
+        let stored = SafeTensors::deserialize(&stored).unwrap();
+        for site in &delta.manifest().sites {
+            let expected = stored.tensor(&site.name).unwrap();
+            let base = base.view(&site.name).unwrap();
+            if matches!(site.kind, SiteKind::Shared | SiteKind::Replaced) {
+                let found = delta.tensor(&site.name, "whole").unwrap_or(base.data);
+                assert_eq!(found, expected.data(), "{}", site.name);
+                continue;
+            }
+            assert!(!site.transposed);
+            let matrix = delta.matrix(&site.name).unwrap();
+            let (mut wide, mut dense) = (vec![0f32; base.len()], vec![0f32; base.len()]);
+            base.read(0, &mut wide);
+            dense_rows(&matrix, 0, &mut dense);
+            let mut inexact = 0;
+            for ((wide, dense), bytes) in wide.iter().zip(&dense).zip(expected.data().chunks_exact(2)) {
+                let (found, expected) = (bf16::from_f32(wide + dense), bf16::from_le_bytes([bytes[0], bytes[1]]));
+                let step = found.to_bits().abs_diff(expected.to_bits());
+                assert!(step <= 1, "{}: {found} for {expected}", site.name);
+                inexact += usize::from(step);
+            }
+            assert!(inexact * 1000 <= base.len(), "{}: {inexact} of {}", site.name, base.len());
+            let added = delta.tensor(&site.name, "added").unwrap_or_default();
+            assert_eq!(added, &expected.data()[2 * base.len()..]);
+        }
+    }
+}

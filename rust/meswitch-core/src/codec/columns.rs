@@ -70,8 +70,8 @@ fn round_to_half(scale: f32) -> f32 {
     f16::from_f32(scale.clamp(1.0 / 64.0, 64.0)).to_f32()
 }
 
-/// Sums over the rows of each column, where a row d, divided by the column scales, is coded as `r · l` with the row's scale r
-/// and levels l.
+/// Sums over the rows of each column, where a row d, divided by the column scales, is coded as `r · l` with the row's
+/// scale r and levels l.
 pub(super) struct ColumnSums {
     /// The squared error that the codes leave, in units of the undivided rows.
     pub(super) error: Vec<f64>,

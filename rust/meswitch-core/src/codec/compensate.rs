@@ -1,8 +1,9 @@
 //! Error compensation: the quantization error of one input channel is compensated by the channels after it (GPTQ,
 //! arXiv 2210.17323, applied to a delta).
 //!
-//! With H = E\[x xᵀ\], H⁻¹ = UᵀU and R = Δ − Δ̂, the recursion finds R = E·U, so that R·H·Rᵀ = E·Eᵀ: the errors E are errors
-//! of the output, each in a unit of its own. The same recursion without codes gives Y = Δ·U⁻¹, hence Δ·H·Δ̂ᵀ = Y·(Y − E)ᵀ.
+//! With H = E\[x xᵀ\], H⁻¹ = UᵀU and R = Δ − Δ̂, the recursion finds R = E·U, so that R·H·Rᵀ = E·Eᵀ: the errors E are
+//! errors of the output, each in a unit of its own. The same recursion without codes gives Y = Δ·U⁻¹, hence Δ·H·Δ̂ᵀ =
+//! Y·(Y − E)ᵀ.
 
 use super::{fit, sweep};
 use crate::error::{Error, Result};
@@ -10,7 +11,8 @@ use crate::error::{Error, Result};
 /// Columns that are coded before their errors are added to the columns after them.
 const COMPENSATION_COLUMNS: usize = 64;
 
-/// Columns that those errors are added to at a time: that part of the factor stays in a core's cache for all rows of a tile.
+/// Columns that those errors are added to at a time: that part of the factor stays in a core's cache for all rows of a
+/// tile.
 const SPREAD_COLUMNS: usize = 512;
 
 /// The upper triangular U `[columns, columns]`, row by row, with H⁻¹ = UᵀU and H = E\[x xᵀ\] of the input channels.
@@ -58,8 +60,8 @@ pub(super) struct TileCoding<'a> {
     pub(super) unbiased: bool,
 }
 
-/// Replaces the codes `[rows, columns]` of a tile of differences, and with `unbiased` changes the scales `[rows, groups]`. The
-/// tile's contents are overwritten.
+/// Replaces the codes `[rows, columns]` of a tile of differences, and with `unbiased` changes the scales
+/// `[rows, groups]`. The tile's contents are overwritten.
 pub(super) fn recode(
     tile: &mut [f32],
     codes: &mut [u8],

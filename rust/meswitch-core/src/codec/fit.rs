@@ -5,8 +5,8 @@ use crate::kernels::by_backend;
 /// Partial sums of a sum.
 const LANES: usize = 16;
 
-/// The most that an unbiased scale exceeds the least-squares scale by: where codes explain less than a quarter of a row,
-/// noise would outweigh the gain.
+/// The most that an unbiased scale exceeds the least-squares scale by: where codes explain less than a quarter of a
+/// row, noise would outweigh the gain.
 pub(super) const MAX_SCALE_GROWTH: f32 = 4.0;
 
 /// The largest code of a width.
@@ -28,8 +28,8 @@ fn gaussian_step(bits: u32) -> f32 {
 by_backend! {
     /// Finds the scale that minimises `Σ weight · (delta − scale · (code − zero))²` over one row, and its codes.
     ///
-    /// `delta`, `weight` and `codes` must have the same length; `bits` must be at most 8. `guess` is a scale near the best one,
-    /// or 0. Returns the scale; 0 where the row is all zeros.
+    /// `delta`, `weight` and `codes` must have the same length; `bits` must be at most 8. `guess` is a scale near the
+    /// best one, or 0. Returns the scale; 0 where the row is all zeros.
     pub fn fit_row(delta: &[f32], weight: &[f32], bits: u32, zero: f32, guess: f32, codes: &mut [u8]) -> f32
         = fit_row_body
 }
@@ -40,8 +40,9 @@ by_backend! {
 }
 
 by_backend! {
-    /// The scale at which given codes project the row onto itself without loss: `Σ weight · delta · value = Σ weight · delta²`.
-    /// Least squares loses as large a share there as its error's of the energy. At most `MAX_SCALE_GROWTH` times `scale`.
+    /// The scale at which given codes project the row onto itself without loss:
+    /// `Σ weight · delta · value = Σ weight · delta²`. Least squares loses as large a share there as its error's of the
+    /// energy. At most `MAX_SCALE_GROWTH` times `scale`.
     pub(crate) fn unbiased(delta: &[f32], weight: &[f32], scale: f32, zero: f32, codes: &[u8]) -> f32 = unbiased_body
 }
 
@@ -108,8 +109,8 @@ fn energy(delta: &[f32], weight: &[f32]) -> (f32, f32) {
     (square.iter().sum(), mass.iter().sum())
 }
 
-/// `Σ w·d·l` and `Σ w·l²`, where `l = code − zero` of each element at the scale `1 / inverse`. Their quotient is the best scale
-/// for those codes, and `num² / den` the energy that it explains.
+/// `Σ w·d·l` and `Σ w·l²`, where `l = code − zero` of each element at the scale `1 / inverse`. Their quotient is the
+/// best scale for those codes, and `num² / den` the energy that it explains.
 #[inline(always)]
 fn level_sums(delta: &[f32], weight: &[f32], inverse: f32, zero: f32, max_code: f32) -> (f32, f32) {
     let (mut num, mut den) = ([0f32; LANES], [0f32; LANES]);

@@ -228,8 +228,8 @@ impl Fitter<'_> {
         settings.group_size.unwrap_or(self.pair.columns).max(1)
     }
 
-    /// Calls `work(buffers, rows, packed codes, scales, sums)` for each band of a part's rows, on rayon's pool. Returns the total
-    /// of the sums.
+    /// Calls `work(buffers, rows, packed codes, scales, sums)` for each band of a part's rows, on rayon's pool. Returns
+    /// the total of the sums.
     fn in_bands(
         &self,
         draft: &mut PartDraft,

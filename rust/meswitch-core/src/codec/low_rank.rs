@@ -43,8 +43,8 @@ impl LowRank {
         Ok(Some(Self { rank, u, v: round_to_halves(unweighted(&basis, &root)) }))
     }
 
-    /// An estimate of what [`Self::fit`] finds for the given rows, directions by falling energy. Directions are computed from
-    /// the rows `seen`; where those are others, the energy captured in `rows` is not overestimated.
+    /// An estimate of what [`Self::fit`] finds for the given rows, directions by falling energy. Directions are
+    /// computed from the rows `seen`; where those are others, the energy captured in `rows` is not overestimated.
     pub(super) fn sketch(
         pair: &Pair<'_>,
         importance: &[f32],

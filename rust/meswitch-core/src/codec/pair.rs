@@ -7,7 +7,8 @@ use crate::error::{Error, Result};
 /// Elements of a tile: a megabyte of 32-bit floats, which fits in a core's L2 cache.
 const TILE_ELEMENTS: usize = 1 << 18;
 
-/// Bands of rows that a site is divided into. Sums within bands and then over bands do not depend on the number of threads.
+/// Bands of rows that a site is divided into. Sums within bands and then over bands do not depend on the number of
+/// threads.
 const BANDS: usize = 64;
 
 /// One site of base and fine-tune as matrices `[rows, columns]`, output by input channels.

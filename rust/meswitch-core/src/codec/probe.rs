@@ -11,8 +11,8 @@ use crate::error::Result;
 /// Low-rank directions come from all rows of a site with at most this many, else from about half as many.
 const SKETCH_ROWS: usize = 2048;
 
-/// `Σ importance · Δ²` of every row. A channel's importance is E\[x²\] in units of its mean over the channels; 1 without
-/// moments.
+/// `Σ importance · Δ²` of every row. A channel's importance is E\[x²\] in units of its mean over the channels; 1
+/// without moments.
 ///
 /// # Errors
 /// [`crate::Error::NonFinite`] where a weight is NaN or infinite.
@@ -37,8 +37,8 @@ pub fn row_energies(pair: &Pair<'_>, moments: Option<&[f32]>) -> Result<Vec<f32>
     Ok(bands.concat())
 }
 
-/// `Σ importance · (Δ − Δ̂)²` of each of the given rows, for each candidate. All rows get the candidate's `bits`; its classes
-/// are ignored.
+/// `Σ importance · (Δ − Δ̂)²` of each of the given rows, for each candidate. All rows get the candidate's `bits`; its
+/// classes are ignored.
 ///
 /// # Errors
 /// [`crate::Error::NonFinite`] where a weight is NaN or infinite.

@@ -50,11 +50,12 @@ pub struct Quantized {
 
 /// Quantizes one site, on rayon's pool. Returns `None` where the rows that base and fine-tune share are equal.
 ///
-/// `moments` are E\[x²\] of the input channels. `factor` is called if the site gets codes; see [`crate::compress::FactorFn`].
+/// `moments` are E\[x²\] of the input channels. `factor` is called if the site gets codes; see
+/// [`crate::compress::FactorFn`].
 ///
 /// # Errors
-/// [`crate::Error::NonFinite`] where a weight is NaN or infinite; [`crate::Error::Argument`] where the factor is not one; those
-/// of `factor`.
+/// [`crate::Error::NonFinite`] where a weight is NaN or infinite; [`crate::Error::Argument`] where the factor is not
+/// one; those of `factor`.
 pub fn quantize(
     pair: &Pair<'_>,
     moments: Option<&[f32]>,

@@ -21,8 +21,8 @@ pub struct Class {
     pub rows: Vec<u32>,
 }
 
-/// How a site is quantized. The default is 2 bits, one scale per row, and nothing else but sparse entries where those are
-/// smaller.
+/// How a site is quantized. The default is 2 bits, one scale per row, and nothing else but sparse entries where those
+/// are smaller.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Bits per code of rows in no class: 1, 2, 3, 4 or 8.
@@ -35,8 +35,8 @@ pub struct Settings {
     pub one_scale: bool,
     /// Whether input channels have scales too.
     pub column_scales: bool,
-    /// Whether scales are chosen so that the projection of each quantized row onto the original row equals the original,
-    /// at a larger error than least squares.
+    /// Whether scales are chosen so that the projection of each quantized row onto the original row equals the
+    /// original, at a larger error than least squares.
     pub unbiased: bool,
     /// The number of salient channels.
     pub salient: usize,

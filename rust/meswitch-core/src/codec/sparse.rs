@@ -1,5 +1,5 @@
-//! Sparse entries of a difference that is mostly 0, as fine-tuning with a small learning rate in 16 bits leaves it: most
-//! changes are rounded away.
+//! Sparse entries of a difference that is mostly 0, as fine-tuning with a small learning rate in 16 bits leaves it:
+//! most changes are rounded away.
 
 use rayon::prelude::*;
 
@@ -7,8 +7,8 @@ use super::Pair;
 use crate::error::Result;
 use crate::kernels::sparse::decode;
 
-/// The most entries per change, in order of preference. Four entries hold 12 bits, more than most changes of 16-bit weights
-/// have.
+/// The most entries per change, in order of preference. Four entries hold 12 bits, more than most changes of 16-bit
+/// weights have.
 const MAX_ENTRIES: [usize; 2] = [4, 1];
 
 /// The exponent of the largest stored value. 8-bit floats reach thirty octaves down from there.
@@ -28,8 +28,9 @@ pub struct SparseDelta {
 }
 
 impl SparseDelta {
-    /// The entries of a site with the smallest error that fit in less than `limit` bytes, their exponent, and the squared error.
-    /// `None` where none fit. `changed` and `largest` are the number and the largest magnitude of the changes.
+    /// The entries of a site with the smallest error that fit in less than `limit` bytes, their exponent, and the
+    /// squared error. `None` where none fit. `changed` and `largest` are the number and the largest magnitude of the
+    /// changes.
     ///
     /// # Errors
     /// [`crate::Error::NonFinite`].
@@ -89,7 +90,8 @@ struct Band {
 }
 
 impl Band {
-    /// Adds a row. Each change becomes the nearest value, then the value nearest to what is left, at most `depth` in all.
+    /// Adds a row. Each change becomes the nearest value, then the value nearest to what is left, at most `depth` in
+    /// all.
     fn add_row(&mut self, row: &[f32], inverse: f32, depth: usize) {
         let mut last = 0;
         for (column, delta) in row.iter().enumerate().filter(|(_, delta)| **delta != 0.0) {

@@ -44,13 +44,13 @@ pub struct Progress<'a> {
 
 impl Assembly<'_> {
     /// Writes the directory. `sizes` are the sites in execution order, each with its number of weights; `specs` are all
-    /// tensors that may be written, by full name; `site` writes the site of that index. `progress` is called before every
-    /// site and stops the job by returning false. With a `key`, which must stand for everything that decides the result,
-    /// finished sites survive an interruption: a call with the same key continues after them.
+    /// tensors that may be written, by full name; `site` writes the site of that index. `progress` is called before
+    /// every site and stops the job by returning false. With a `key`, which must stand for everything that decides the
+    /// result, finished sites survive an interruption: a call with the same key continues after them.
     ///
     /// # Errors
-    /// Those of `site`; [`Error::Io`], [`Error::Interrupted`]. Only these two leave finished sites behind; nothing else is
-    /// ever left.
+    /// Those of `site`; [`Error::Io`], [`Error::Interrupted`]. Only these two leave finished sites behind; nothing else
+    /// is ever left.
     pub(crate) fn write(
         &self,
         key: Option<&str>,
@@ -115,13 +115,14 @@ impl Assembly<'_> {
     }
 
     /// Writes a directory of given sites, one for every parameter of the base. Sizes and checksums of `entries` are
-    /// ignored; `tensors` returns one site's tensors, in the order of [`SiteEntry::tensor_specs`]. `progress` is called before
-    /// every site and stops the job by returning false. A directory at `out` is replaced when the new one is complete.
+    /// ignored; `tensors` returns one site's tensors, in the order of [`SiteEntry::tensor_specs`]. `progress` is called
+    /// before every site and stops the job by returning false. A directory at `out` is replaced when the new one is
+    /// complete.
     ///
     /// # Errors
     /// Before anything is written: [`Error::Architecture`] where sites and base do not match, [`Error::Format`] where a
-    /// number of a site is out of range. Later: [`Error::NonFinite`] for a NaN or an infinity in a tensor, [`Error::Argument`]
-    /// for a tensor of another size, [`Error::Interrupted`], [`Error::Io`], and those of `tensors`.
+    /// number of a site is out of range. Later: [`Error::NonFinite`] for a NaN or an infinity in a tensor,
+    /// [`Error::Argument`] for a tensor of another size, [`Error::Interrupted`], [`Error::Io`], and those of `tensors`.
     pub fn write_given(
         &self,
         entries: &[SiteEntry],

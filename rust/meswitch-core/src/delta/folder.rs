@@ -110,8 +110,8 @@ impl Drop for Folder {
     }
 }
 
-/// Renames `new` to `target`, which exists, and removes the old one. Where the file system can exchange two names, a reader
-/// finds one of the two at any time.
+/// Renames `new` to `target`, which exists, and removes the old one. Where the file system can exchange two names, a
+/// reader finds one of the two at any time.
 fn replace(new: &Path, target: &Path) -> Result<()> {
     if exchange(new, target).is_ok() {
         return fs::remove_dir_all(new).map_err(Error::io(new));

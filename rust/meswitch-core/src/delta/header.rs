@@ -53,15 +53,15 @@ pub(super) fn max_header_bytes(specs: &[TensorSpec]) -> usize {
     (8 + 64 + room).next_multiple_of(ALIGNMENT)
 }
 
-/// Where the tensors, `size` bytes in all, start in the file: right after the header, or after the room reserved for it if
-/// the difference is below 1/256 of their size.
+/// Where the tensors, `size` bytes in all, start in the file: right after the header, or after the room reserved for it
+/// if the difference is below 1/256 of their size.
 pub(super) fn tensors_start(header: usize, reserved: usize, size: usize) -> usize {
     let start = (header + 8).next_multiple_of(ALIGNMENT);
     if (reserved - start) * 256 > size { start } else { reserved }
 }
 
-/// The size of manifest and tensors, from entries without errors and checksums. It is never too small, and too large only by
-/// digits of numbers. `possible` are the tensors that [`super::Writer::create`] is given.
+/// The size of manifest and tensors, from entries without errors and checksums. It is never too small, and too large
+/// only by digits of numbers. `possible` are the tensors that [`super::Writer::create`] is given.
 ///
 /// # Errors
 /// [`crate::Error::Format`] where a number of an entry is out of range.

@@ -42,8 +42,8 @@ impl TryFrom<FinishedFields> for Finished {
     }
 }
 
-/// The journal: a line with a key, which identifies the job, then a line for every finished site. A line is a checksum and
-/// JSON.
+/// The journal: a line with a key, which identifies the job, then a line for every finished site. A line is a checksum
+/// and JSON.
 pub(super) struct Journal {
     path: PathBuf,
     file: File,

@@ -90,8 +90,8 @@ impl Manifest {
     /// Reads a manifest's text.
     ///
     /// # Errors
-    /// [`Error::Checksum`] where bytes have changed. [`Error::Format`] for anything but a manifest of a known version whose
-    /// sites are free of contradictions.
+    /// [`Error::Checksum`] where bytes have changed. [`Error::Format`] for anything but a manifest of a known version
+    /// whose sites are free of contradictions.
     pub fn parse(text: &[u8]) -> Result<Self> {
         let broken = |what: String| Error::Format(format!("expected {what} in {MANIFEST}"));
         let body = checked_body(text)?;

@@ -14,9 +14,9 @@ use crate::layout::legacy;
 impl Delta {
     /// The delta of a site as a matrix.
     ///
-    /// It borrows the mapped tensors. Only codes of format versions 1 and 2 are copied, into today's layout. Indices are
-    /// read and checked, codes and scales are not read. Rows that only the fine-tune has are not part of the matrix; see
-    /// [`SiteEntry::added`].
+    /// It borrows the mapped tensors. Only codes of format versions 1 and 2 are copied, into today's layout. Indices
+    /// are read and checked, codes and scales are not read. Rows that only the fine-tune has are not part of the
+    /// matrix; see [`SiteEntry::added`].
     ///
     /// # Errors
     /// [`Error::Argument`] where there is no such site, or where it has no matrix because it is shared or replaced;

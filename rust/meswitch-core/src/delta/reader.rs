@@ -49,7 +49,8 @@ impl Delta {
         check_files(path, &manifest)?;
         let tensors_path = path.join(TENSORS);
         let file = File::open(&tensors_path).map_err(Error::io(&tensors_path))?;
-        // SAFETY: the mapping is read-only. Writers of delta directories replace them by renaming and never write in place.
+        // SAFETY: the mapping is read-only. Writers of delta directories replace them by renaming and never write in
+        // place.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&tensors_path))?;
         let (header_bytes, extents) = check_header(&map, &manifest)?;
         let sites = manifest.sites.iter().enumerate().map(|(index, site)| (site.name.clone(), index)).collect();
@@ -80,8 +81,8 @@ impl Delta {
         self.manifest_bytes + self.map.len() as u64
     }
 
-    /// The range of a tensor's bytes in `delta.safetensors`: the first, and the one after the last. `None` where there is no
-    /// such tensor.
+    /// The range of a tensor's bytes in `delta.safetensors`: the first, and the one after the last. `None` where there
+    /// is no such tensor.
     #[must_use]
     pub fn extent(&self, site: &str, role: &str) -> Option<(usize, usize)> {
         self.extents.get(&format!("{site}/{role}")).copied()

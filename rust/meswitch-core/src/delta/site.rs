@@ -234,8 +234,8 @@ impl SiteEntry {
         fields.try_into()
     }
 
-    /// Output and input channels of the delta's matrix, without added rows; `None` where the numbers overflow or do not fit
-    /// together.
+    /// Output and input channels of the delta's matrix, without added rows; `None` where the numbers overflow or do not
+    /// fit together.
     #[must_use]
     pub fn matrix_shape(&self) -> Option<(usize, usize)> {
         let (rows, columns) = match self.shape.as_slice() {

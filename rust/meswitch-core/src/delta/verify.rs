@@ -17,8 +17,8 @@ impl Delta {
     /// Reads every byte, compares it with its checksum, and checks that indices are in range.
     ///
     /// # Errors
-    /// [`Error::Checksum`] naming the first file or tensor that has changed, [`Error::Format`] for indices out of range,
-    /// [`Error::Io`] where a file cannot be read.
+    /// [`Error::Checksum`] naming the first file or tensor that has changed, [`Error::Format`] for indices out of
+    /// range, [`Error::Io`] where a file cannot be read.
     pub fn verify(&self) -> Result<()> {
         for (name, entry) in &self.manifest().files {
             let found = if name == TENSORS {
@@ -75,8 +75,8 @@ impl Delta {
         Ok(())
     }
 
-    /// Compares a base with the one that the delta was made against: a sample of three kilobytes per tensor, or with `whole`
-    /// all of its content.
+    /// Compares a base with the one that the delta was made against: a sample of three kilobytes per tensor, or with
+    /// `whole` all of its content.
     ///
     /// # Errors
     /// [`Error::BaseMismatch`] where they differ, [`Error::Checkpoint`] where a tensor cannot be read.
@@ -114,8 +114,8 @@ fn check_rising(bytes: &[u8], limit: usize) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// Checks that the rows of sparse entries follow each other over all entries, and that columns are in range. The error is
-/// what was expected.
+/// Checks that the rows of sparse entries follow each other over all entries, and that columns are in range. The error
+/// is what was expected.
 fn check_entries(starts: &[u8], gaps: &[u8], columns: usize) -> std::result::Result<(), String> {
     let mut starts = indices(starts);
     let mut start = match starts.next() {

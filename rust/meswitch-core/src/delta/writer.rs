@@ -41,8 +41,8 @@ impl Writer {
         Ok(Self { path, file, header: Header::new(), reserved, first, files: BTreeMap::new() })
     }
 
-    /// Takes over a site that an earlier writer has written next in the file. Returns false, and changes nothing, where the
-    /// file's bytes are not those of the entry's checksums.
+    /// Takes over a site that an earlier writer has written next in the file. Returns false, and changes nothing, where
+    /// the file's bytes are not those of the entry's checksums.
     ///
     /// # Errors
     /// [`Error::Format`] where a number of the entry is out of range.
@@ -124,7 +124,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes header and manifest and flushes all files to disk. Returns the manifest, and the size of manifest and tensors.
+    /// Writes header and manifest and flushes all files to disk. Returns the manifest, and the size of manifest and
+    /// tensors.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -168,8 +169,8 @@ fn moved_start(file: &File, reserved: usize) -> Option<usize> {
     (length > 0 && length < reserved - 8).then_some(8 + length)
 }
 
-/// The name of a copy whose tensors start right after the header. Until it is flushed, the file that a killed writer can
-/// resume from stays as it was.
+/// The name of a copy whose tensors start right after the header. Until it is flushed, the file that a killed writer
+/// can resume from stays as it was.
 const MOVED: &str = ".delta.safetensors";
 
 fn write_moved(path: &Path, head: &[u8], tensors: &mut File) -> io::Result<()> {

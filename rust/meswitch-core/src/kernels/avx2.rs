@@ -1,5 +1,5 @@
-//! Lookup tables read with AVX2: `vpshufb` looks up 32 bytes at once in a table of sixteen. The low and the high bytes of
-//! the sums are looked up separately.
+//! Lookup tables read with AVX2: `vpshufb` looks up 32 bytes at once in a table of sixteen. The low and the high bytes
+//! of the sums are looked up separately.
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
@@ -21,8 +21,8 @@ pub(super) unsafe fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, stride:
     }
 }
 
-/// Adds one token's sums to all lines. For each vector of codes, the first eight rows of both 128-bit lanes are summed apart
-/// from the last eight. `PREFETCH`: no earlier token has read these codes.
+/// Adds one token's sums to all lines. For each vector of codes, the first eight rows of both 128-bit lanes are summed
+/// apart from the last eight. `PREFETCH`: no earlier token has read these codes.
 ///
 /// # Safety
 /// As [`add`]; `out` must have room for all rows of the lines.
@@ -86,7 +86,8 @@ unsafe fn flush([first, last]: [__m256i; 2], step: __m256, out: *mut f32) {
     }
 }
 
-/// Writes the tables of each byte, low and high bytes apart: of `COLUMNS` activations, `TERMS` of which belong to each half.
+/// Writes the tables of each byte, low and high bytes apart: of `COLUMNS` activations, `TERMS` of which belong to each
+/// half.
 ///
 /// # Safety
 /// The processor must have AVX2.

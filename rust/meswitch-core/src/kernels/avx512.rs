@@ -1,5 +1,5 @@
-//! Lookup tables read with AVX-512: `vpermw` looks up 32 words at once in a table of 32, which is one half's sixteen sums
-//! twice. So the bit above an index does not matter, and no mask is needed.
+//! Lookup tables read with AVX-512: `vpermw` looks up 32 words at once in a table of 32, which is one half's sixteen
+//! sums twice. So the bit above an index does not matter, and no mask is needed.
 
 #![allow(clippy::needless_range_loop)] // lines and tokens index several arrays at once
 

@@ -34,8 +34,9 @@ pub(super) struct Input<'a> {
 }
 
 impl<'a> Input<'a> {
-    /// Prepares `x [tokens, columns]`. `low_rank` is `V · x` where the caller has it. Unless `exact`, lookup tables are set
-    /// up where scales allow them, or taken out of `reusable` where those have the same tokens, column scales and key.
+    /// Prepares `x [tokens, columns]`. `low_rank` is `V · x` where the caller has it. Unless `exact`, lookup tables are
+    /// set up where scales allow them, or taken out of `reusable` where those have the same tokens, column scales and
+    /// key.
     pub(super) fn new(
         matrix: &'a Matrix<'a>,
         token_rows: &'a [u32],

@@ -1,8 +1,8 @@
 //! `y += Δ̂ · x` for the tokens of several experts at once, alone or together with the base's own product.
 //!
-//! Every thread takes a share of the rows and goes through it in blocks: the base's product, then each expert's delta, then
-//! the result is written once. Weights with the same input go through one call, one after another on every thread. Threads
-//! never wait for each other within a call.
+//! Every thread takes a share of the rows and goes through it in blocks: the base's product, then each expert's delta,
+//! then the result is written once. Weights with the same input go through one call, one after another on every thread.
+//! Threads never wait for each other within a call.
 
 use std::ops::Range;
 
@@ -31,8 +31,8 @@ pub struct Product<'a> {
 }
 
 /// Multiplies a delta with `x [tokens, columns]`. Calls `add(token, first row, values)` for runs of rows, from many
-/// threads and in any order; each `(token, row)` comes exactly once. Unless `exact`, products use lookup tables where the
-/// scales allow it.
+/// threads and in any order; each `(token, row)` comes exactly once. Unless `exact`, products use lookup tables where
+/// the scales allow it.
 pub fn delta_linear(matrix: &Matrix<'_>, x: &[f32], exact: bool, add: &(dyn Fn(usize, usize, &[f32]) + Sync)) {
     let columns = matrix.columns.max(1);
     let tokens: Vec<u32> = (0..(x.len() / columns) as u32).collect();
@@ -45,12 +45,12 @@ pub fn delta_linear(matrix: &Matrix<'_>, x: &[f32], exact: bool, add: &(dyn Fn(u
     });
 }
 
-/// `y[t] += Δ̂ · x[t]` for the tokens of several experts on one weight. Unless `exact`, products use lookup tables where the
-/// scales allow it. Returns when all threads are done.
+/// `y[t] += Δ̂ · x[t]` for the tokens of several experts on one weight. Unless `exact`, products use lookup tables
+/// where the scales allow it. Returns when all threads are done.
 ///
 /// # Safety
-/// `x` and `y` must have every row that `products` name: of as many elements as the matrices have columns in `x`, and rows
-/// in `y`. Nothing else may access `y` meanwhile.
+/// `x` and `y` must have every row that `products` name: of as many elements as the matrices have columns in `x`, and
+/// rows in `y`. Nothing else may access `y` meanwhile.
 pub unsafe fn add_products(products: &[Product<'_>], x: Rows, y: Rows, exact: bool) {
     // SAFETY: the caller guarantees the rows of `x`.
     let read = |token: u32, out: &mut [f32]| unsafe { x.read(token as usize, out) };
@@ -78,9 +78,9 @@ pub struct Site<'a> {
 /// deltas use lookup tables where the scales allow it. Returns when all threads are done.
 ///
 /// # Safety
-/// [`dense::has_base_kernel`] must hold. All weights must have the same number of columns and tokens, and each matrix its
-/// weight's shape. `x` and every `y` must have a row for each token, of as many elements as the weight has columns and rows.
-/// Nothing else may access a `y` meanwhile.
+/// [`dense::has_base_kernel`] must hold. All weights must have the same number of columns and tokens, and each matrix
+/// its weight's shape. `x` and every `y` must have a row for each token, of as many elements as the weight has columns
+/// and rows. Nothing else may access a `y` meanwhile.
 pub unsafe fn linear(sites: &[Site<'_>], x: Rows) {
     // SAFETY: the caller guarantees the rows of `x`.
     let read = |token: u32, out: &mut [f32]| unsafe { x.read(token as usize, out) };
@@ -181,9 +181,9 @@ impl<'a> Job<'a> {
         self.batches.iter().map(work).sum::<usize>() + self.rows * columns * tokens
     }
 
-    /// Runs one thread's share of the rows in blocks. The buffer of sums has room for all the base's tokens, then for the
-    /// largest batch's. `reusable` are the inputs that this thread made for another weight of the same activations; returns
-    /// the inputs it made for this one.
+    /// Runs one thread's share of the rows in blocks. The buffer of sums has room for all the base's tokens, then for
+    /// the largest batch's. `reusable` are the inputs that this thread made for another weight of the same activations;
+    /// returns the inputs it made for this one.
     fn run_share(
         &self,
         index: usize,

@@ -1,8 +1,8 @@
 //! `Σ (code − zero) · x` of packed rows, by lookup tables: the kernel of a decode step.
 //!
-//! All instruction sets do the same arithmetic: for every half byte of 64 rows, one of sixteen sums is looked up and added
-//! in 16-bit integers, which is exact; a segment's total is multiplied by its step. So every instruction set gives the same
-//! bits, and a token gives the same bits alone and among others.
+//! All instruction sets do the same arithmetic: for every half byte of 64 rows, one of sixteen sums is looked up and
+//! added in 16-bit integers, which is exact; a segment's total is multiplied by its step. So every instruction set
+//! gives the same bits, and a token gives the same bits alone and among others.
 
 use super::backend::{Backend, backend};
 #[cfg(target_arch = "aarch64")]
@@ -38,8 +38,8 @@ impl<'a> CodeLines<'a> {
     }
 }
 
-/// Prefetches codes ahead of the address that is read: far ahead into L2 and nearer into L1. One run of sequential reads is
-/// shorter than memory's latency, and few cache lines can be in flight to L1.
+/// Prefetches codes ahead of the address that is read: far ahead into L2 and nearer into L1. One run of sequential
+/// reads is shorter than memory's latency, and few cache lines can be in flight to L1.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(super) fn prefetch(codes: *const u8) {
@@ -96,7 +96,8 @@ impl<'a> TokenTables<'a> {
     }
 }
 
-/// Adds `step · Σ sums` of a segment to the first `lines.count · 64` elements of each token's row of `out [tokens, stride]`.
+/// Adds `step · Σ sums` of a segment to the first `lines.count · 64` elements of each token's row of
+/// `out [tokens, stride]`.
 pub(super) fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, stride: usize, out: &mut [f32]) {
     add_with(backend(), lines, tokens, stride, out);
 }

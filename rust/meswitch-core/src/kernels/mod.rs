@@ -1,9 +1,10 @@
 //! Products with deltas on the CPU.
 //!
-//! A [`Matrix`] is the delta of one weight. [`delta_linear`] multiplies it with activations; [`dense_rows`] writes it as
-//! floats. Functions that take [`Rows`] work in place on memory that the caller lends.
+//! A [`Matrix`] is the delta of one weight. [`delta_linear`] multiplies it with activations; [`dense_rows`] writes it
+//! as floats. Functions that take [`Rows`] work in place on memory that the caller lends.
 //!
-//! Code for the best instruction set is chosen once per process (see [`backend`]). Every instruction set gives the same bits.
+//! Code for the best instruction set is chosen once per process (see [`backend`]). Every instruction set gives the same
+//! bits.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -38,8 +39,8 @@ pub use unpack::{add_row, dense_rows, merged};
 
 /// Defines a function that compiles one body for every instruction set and calls the one in use.
 ///
-/// The body is portable code, which the compiler vectorises for each set of features. Bodies must keep their partial sums
-/// in a fixed order, and the compiler fuses no multiply-adds; so every instruction set gives the same bits.
+/// The body is portable code, which the compiler vectorises for each set of features. Bodies must keep their partial
+/// sums in a fixed order, and the compiler fuses no multiply-adds; so every instruction set gives the same bits.
 macro_rules! by_backend {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:path) => {
         $(#[$doc])*

@@ -1,5 +1,5 @@
-//! Lookup tables read with NEON: `tbl` looks up sixteen bytes at once in a table of sixteen. The low and the high bytes of the
-//! sums are looked up separately.
+//! Lookup tables read with NEON: `tbl` looks up sixteen bytes at once in a table of sixteen. The low and the high bytes
+//! of the sums are looked up separately.
 
 #![allow(clippy::needless_range_loop)] // lines and vectors index several arrays at once
 
@@ -29,7 +29,8 @@ pub(super) unsafe fn add(lines: &CodeLines<'_>, tokens: TokenTables<'_>, stride:
     }
 }
 
-/// Adds one token's sums to one line. Of each vector of codes, the first eight rows are summed apart from the last eight.
+/// Adds one token's sums to one line. Of each vector of codes, the first eight rows are summed apart from the last
+/// eight.
 ///
 /// # Safety
 /// As [`add`]; `out` must have room for 64 elements.
@@ -79,7 +80,8 @@ fn words(bytes: uint8x16_t) -> int16x8_t {
     vreinterpretq_s16_u8(bytes)
 }
 
-/// Writes the tables of each byte, low and high bytes apart: of `COLUMNS` activations, `TERMS` of which belong to each half.
+/// Writes the tables of each byte, low and high bytes apart: of `COLUMNS` activations, `TERMS` of which belong to each
+/// half.
 ///
 /// # Safety
 /// The processor must have NEON.

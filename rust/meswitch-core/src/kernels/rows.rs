@@ -30,8 +30,8 @@ impl Rows {
     /// Describes rows that start at `address`, `stride` elements from one to the next.
     ///
     /// # Safety
-    /// While this or a copy is used, the memory of every row that is accessed must be valid, aligned to its elements, and
-    /// not written by anything else.
+    /// While this or a copy is used, the memory of every row that is accessed must be valid, aligned to its elements,
+    /// and not written by anything else.
     #[must_use]
     pub unsafe fn new(address: usize, stride: usize, dtype: ElementType) -> Self {
         Self { address, stride, dtype }
@@ -184,8 +184,8 @@ fn sum_bf16(base: &[u16], values: &[f32], out: &mut [u16]) {
     sum_bf16_portable(base, values, out);
 }
 
-/// [`sum_bf16`] with the processor's own rounding: a third of the instructions. Stores bypass the caches, because a merged
-/// weight is larger than they are and is read only after all of it is written.
+/// [`sum_bf16`] with the processor's own rounding: a third of the instructions. Stores bypass the caches, because a
+/// merged weight is larger than they are and is read only after all of it is written.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn sum_bf16_avx512(base: &[u16], values: &[f32], out: &mut [u16]) {

@@ -1,7 +1,7 @@
 //! Sparse deltas: the nonzero entries of each row.
 //!
-//! An entry is two bytes: the distance of its column from the previous entry's, and a value. Entries of one column add up.
-//! An entry with the value 0 bridges a gap of more than 255 columns.
+//! An entry is two bytes: the distance of its column from the previous entry's, and a value. Entries of one column add
+//! up. An entry with the value 0 bridges a gap of more than 255 columns.
 
 use half::f16;
 
@@ -37,8 +37,8 @@ static VALUES: [f32; 256] = {
 };
 
 impl<'a> SparseEntries<'a> {
-    /// Checks that the rows' ranges are rising and cover all entries. Columns are not checked: kernels stop at the first
-    /// that is out of range.
+    /// Checks that the rows' ranges are rising and cover all entries. Columns are not checked: kernels stop at the
+    /// first that is out of range.
     ///
     /// # Errors
     /// [`Error::Format`].

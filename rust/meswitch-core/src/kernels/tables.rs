@@ -2,9 +2,9 @@
 //! row's product with one token.
 //!
 //! Half a byte holds four 1-bit codes, two 2-bit codes, one 4-bit code, or half an 8-bit code. A table entry is
-//! `Σ (factor · code − zero) · x` over its columns, rounded to a 16-bit multiple of a step that the 64 bytes of a segment
-//! share. The step is the smallest with which no row's total over a segment leaves 16 bits, whatever its codes. So kernels
-//! add in 16 bits, exactly; rounding leaves a relative error of about 1/400 of a product, at worst 1/250.
+//! `Σ (factor · code − zero) · x` over its columns, rounded to a 16-bit multiple of a step that the 64 bytes of a
+//! segment share. The step is the smallest with which no row's total over a segment leaves 16 bits, whatever its codes.
+//! So kernels add in 16 bits, exactly; rounding leaves a relative error of about 1/400 of a product, at worst 1/250.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -23,8 +23,8 @@ use crate::layout::{planes, row_bytes};
 const SEGMENT_BYTES: usize = 64;
 /// Values of half a byte.
 pub(super) const HALF_VALUES: usize = 16;
-/// The largest total of a row over a segment, in steps: what 16 bits hold, less half a step for the rounding of every half
-/// byte, and as much again for the rounding of the step itself.
+/// The largest total of a row over a segment, in steps: what 16 bits hold, less half a step for the rounding of every
+/// half byte, and as much again for the rounding of the step itself.
 const MAX_TOTAL: f32 = 32_767.0 - 2.0 * SEGMENT_BYTES as f32;
 /// Steps up to this have no finite inverse; such activations count as zero.
 const MIN_STEP: f32 = 1e-35;
@@ -33,8 +33,8 @@ pub(super) const ROUND: f32 = 12_582_912.0;
 
 /// A byte's lookup table: sixteen sums of its low half, then sixteen of its high half.
 ///
-/// AVX2 and NEON look up bytes: there it holds the low bytes of the low half's sums, then their high bytes, then the same of
-/// the high half.
+/// AVX2 and NEON look up bytes: there it holds the low bytes of the low half's sums, then their high bytes, then the
+/// same of the high half.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Sums(pub(super) [i16; 2 * HALF_VALUES]);
@@ -104,8 +104,8 @@ impl Tables {
         }
     }
 
-    /// All tokens' tables for a segment, made of the activations `x` on the first call. First calls must come in the order
-    /// of segments, with the same `x` and `backend`.
+    /// All tokens' tables for a segment, made of the activations `x` on the first call. First calls must come in the
+    /// order of segments, with the same `x` and `backend`.
     pub(super) fn segment(&mut self, index: usize, x: &[f32], backend: Backend) -> TokenTables<'_> {
         let segment = self.segments[index];
         let (first, bytes) = (segment.bytes_before * self.tokens, segment.end - segment.start);
@@ -190,8 +190,8 @@ impl Levels {
         levels
     }
 
-    /// Writes the tables of a segment's activations and returns their step. Columns beyond the last count as 0; activations
-    /// that are not finite give zeros and a NaN step.
+    /// Writes the tables of a segment's activations and returns their step. Columns beyond the last count as 0;
+    /// activations that are not finite give zeros and a NaN step.
     fn fill(&self, backend: Backend, x: &[f32], sums: &mut [MaybeUninit<Sums>]) -> f32 {
         let step = magnitude(x) * self.max_level / MAX_TOTAL;
         if !step.is_finite() {

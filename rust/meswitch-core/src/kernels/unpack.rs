@@ -29,7 +29,8 @@ pub fn dense_rows(matrix: &Matrix<'_>, start: usize, out: &mut [f32]) {
     }
 }
 
-/// Writes rows `rows` of `base` plus the delta to the first rows of `out`, on all threads. A 16-bit result is rounded once.
+/// Writes rows `rows` of `base` plus the delta to the first rows of `out`, on all threads. A 16-bit result is rounded
+/// once.
 ///
 /// # Safety
 /// `base` must have those rows and `out` as many, each of as many elements as the matrix has columns. Nothing else may

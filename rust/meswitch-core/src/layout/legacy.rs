@@ -1,8 +1,8 @@
 //! The code layout of format versions 1 and 2, converted to today's when a delta is read.
 //!
-//! Packed rows lie one after another. A row is a sequence of runs, each 64 bytes wide but the last, which is as wide as its
-//! columns need, rounded up to 4 bytes. In a run of `w` bytes, bits `b*p .. b*p+b` of byte `j` hold the code of the run's
-//! column `p*w + j`. A 3-bit row is the 2-bit row of the low bits, then the 1-bit row of the high bits.
+//! Packed rows lie one after another. A row is a sequence of runs, each 64 bytes wide but the last, which is as wide as
+//! its columns need, rounded up to 4 bytes. In a run of `w` bytes, bits `b*p .. b*p+b` of byte `j` hold the code of the
+//! run's column `p*w + j`. A 3-bit row is the 2-bit row of the low bits, then the 1-bit row of the high bits.
 
 /// Bytes of a whole run.
 const RUN_BYTES: usize = 64;

@@ -1,4 +1,5 @@
-//! Malformed delta directories: each is refused with the error that names what is wrong, and none makes the reader panic.
+//! Malformed delta directories: each is refused with the error that names what is wrong, and none makes the reader
+//! panic.
 //!
 //! Every directory is made from a sound one by one change, and checksums and sizes are then corrected, so that only the
 //! check for that change can refuse it.

@@ -1,8 +1,9 @@
 //! Products with AVX-512, in 32-bit floats or with the processor's bfloat16 instruction.
 //!
-//! bfloat16 is the upper half of a 32-bit float, so a 32-bit word of two weights becomes two floats by a shift and a mask.
-//! `vdpbf16ps` multiplies both weights of a word at once. On some processors it runs at the rate of other products and is
-//! twice as fast, on others it is half as fast. So the two are timed against each other, once per process.
+//! bfloat16 is the upper half of a 32-bit float, so a 32-bit word of two weights becomes two floats by a shift and a
+//! mask. `vdpbf16ps` multiplies both weights of a word at once. On some processors it runs at the rate of other
+//! products and is twice as fast, on others it is half as fast. So the two are timed against each other, once per
+//! process.
 
 #![allow(clippy::needless_range_loop)] // rows and tokens index several arrays at once
 
@@ -80,7 +81,8 @@ impl VectorProduct for Bf16Product {
         lanes: &mut [[__m512; R]; N],
     ) {
         for n in 0..N {
-            // SAFETY: the caller guarantees `x` and the instructions; the types have one size, and every bit pattern is valid.
+            // SAFETY: the caller guarantees `x` and the instructions; the types have one size, and every bit pattern is
+            // valid.
             unsafe {
                 let x: __m512bh = std::mem::transmute(_mm512_loadu_si512(x[n].cast()));
                 for r in 0..R {
@@ -193,8 +195,8 @@ unsafe fn all_products<P: VectorProduct>(operands: &Operands<'_, P::X>, out: &mu
     }
 }
 
-/// Multiplies rows `rows` with `N` tokens, `R` rows at a time. Sums stay in lanes from one chunk of columns to the next, so
-/// a token's result has the same bits alone and among others.
+/// Multiplies rows `rows` with `N` tokens, `R` rows at a time. Sums stay in lanes from one chunk of columns to the
+/// next, so a token's result has the same bits alone and among others.
 ///
 /// # Safety
 /// The processor must have the instructions of `P`, and AVX-512 F.
@@ -244,8 +246,8 @@ unsafe fn strip_products<P: VectorProduct, const R: usize, const N: usize>(
     }
 }
 
-/// Adds the products of `R` rows and `N` tokens to sums in lanes. Weights are prefetched at two distances in bytes; 0 means
-/// not at all.
+/// Adds the products of `R` rows and `N` tokens to sums in lanes. Weights are prefetched at two distances in bytes; 0
+/// means not at all.
 ///
 /// # Safety
 /// The processor must have the instructions of `P`, and AVX-512 F and BW.
@@ -262,7 +264,8 @@ unsafe fn add_tile<P: VectorProduct, const R: usize, const N: usize>(
     let mut lanes = *sums;
     for column in (0..width).step_by(DENSE_COLUMNS) {
         let valid = u32::MAX >> (DENSE_COLUMNS - (width - column).min(DENSE_COLUMNS));
-        // SAFETY: the caller guarantees the instructions; masked loads read existing columns only; activations are padded.
+        // SAFETY: the caller guarantees the instructions; masked loads read existing columns only; activations are
+        // padded.
         unsafe {
             let mut vectors = [_mm512_setzero_si512(); R];
             for r in 0..R {
