@@ -133,7 +133,7 @@ class Ours(Side):
     def about(self) -> str:
         from meswitch import _native
 
-        threads, shared = _native.team()
+        threads, shared = _native.kernel_threads()
         team = "torch's" if shared else "rayon's"
         title = f"meswitch {importlib.metadata.version('meswitch')}"
         return f"{title}: {_native.backend()}, {threads} threads of {team}"
@@ -163,7 +163,7 @@ class Ours(Side):
             [table(bits, group, columns, *pair) for pair in zip(*of, strict=True)]
             for of in zip(words, scales, strict=True)
         ]
-        x, y = (self.x.data_ptr(), 1, columns, "float32"), (self.y.data_ptr(), 1, rows, "float32")
+        x, y = self.x, self.y
 
         def run(window: list[Any]) -> None:
             for of in window:
@@ -179,7 +179,7 @@ class Ours(Side):
         from meswitch.kernels import cpu as ops
 
         dense = torch.empty(CHECKED, table.in_features)
-        table.matrix(0).dense(0, CHECKED, dense.data_ptr())
+        table.matrix(0).dense(0, dense)
         ops.delta_linear(self.y.zero_(), self.x, Rows([0]), table)
         close("ours", self.y.numpy()[0, :CHECKED], dense.numpy() @ self.x.numpy()[0])
 

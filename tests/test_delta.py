@@ -76,7 +76,7 @@ def test_codes_of_older_versions_are_put_in_order(bits: int, rows: int, columns:
     codes = torch.randint(0, 2**bits, (rows, columns), generator=generator).to(torch.uint8)
     old, expected = old_rows(codes, bits), reference.pack(codes, bits)
     found = torch.full_like(expected, -1)
-    _native.tile((old.data_ptr(), old.nbytes), bits, columns, (found.data_ptr(), found.nbytes))
+    _native.tile(old, bits, columns, found)
     assert torch.equal(found, expected)
 
 
@@ -85,7 +85,7 @@ def test_codes_of_older_versions_fit_their_place() -> None:
     old, tiled = old_rows(codes, 2), reference.pack(codes, 2)
     for less, lacks in ((1, 0), (0, 4), (76 * 6, 0)):  # part of a row, a word, the rows of a cache line
         with pytest.raises(ValueError):
-            _native.tile((old.data_ptr(), old.nbytes - less), 2, 300, (tiled.data_ptr(), tiled.nbytes - lacks))
+            _native.tile(old.flatten().view(torch.uint8)[: old.nbytes - less], 2, 300, tiled[: len(tiled) - lacks // 4])
 
 
 def test_an_open_delta_outlives_its_directory(made: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, final
 
+from torch import Tensor
+
 __all__ = [
     "Checkpoint",
     "Delta",
@@ -15,17 +17,15 @@ __all__ = [
     "compress",
     "cpu_features",
     "energies",
+    "kernel_threads",
     "probe",
     "same",
-    "team",
     "tile",
     "weigh",
     "write",
 ]
 
-_Memory = tuple[int, int]
-_Part = tuple[int, float, int, _Memory | None, _Memory, _Memory]
-_Tensor = tuple[int, int, int, str]
+_Part = tuple[int, float, int, Tensor | None, Tensor, Tensor]
 
 @final
 class Checkpoint:
@@ -61,15 +61,14 @@ class Matrix:
         columns: int,
         exponent: int,
         parts: Sequence[_Part],
-        column_scales: _Memory | None,
-        salient: tuple[_Memory, _Memory] | None,
-        low_rank: tuple[_Memory, _Memory] | None,
-        sparse: tuple[_Memory, _Memory, _Memory] | None,
-        keep: object,
+        column_scales: Tensor | None,
+        salient: tuple[Tensor, Tensor] | None,
+        low_rank: tuple[Tensor, Tensor] | None,
+        sparse: tuple[Tensor, Tensor, Tensor] | None,
     ) -> Matrix: ...
-    def delta_embedding(self, y: _Tensor, tokens: Sequence[int], ids: Sequence[int], scale: float) -> None: ...
-    def merged(self, weight: _Tensor, start: int, out: _Tensor) -> None: ...
-    def dense(self, start: int, count: int, address: int) -> None: ...
+    def delta_embedding(self, y: Tensor, tokens: Sequence[int], ids: Sequence[int], scale: float) -> None: ...
+    def merged(self, weight: Tensor, start: int, out: Tensor) -> None: ...
+    def dense(self, start: int, out: Tensor) -> None: ...
 
 @final
 class Rows:
@@ -79,7 +78,7 @@ class Rows:
 class Table:
     def __new__(cls, rows: int, columns: int) -> Table: ...
     def set(self, slot: int, matrix: Matrix | None) -> None: ...
-    def delta_linear(self, y: _Tensor, x: _Tensor, rows: Rows, exact: bool) -> None: ...
+    def delta_linear(self, y: Tensor, x: Tensor, rows: Rows, exact: bool) -> None: ...
 
 def compress(
     base: Checkpoint,
@@ -123,10 +122,10 @@ def write(
     base_name: str,
     progress: Callable[[str, int, int], object],
 ) -> None: ...
-def tile(codes: _Memory, bits: int, columns: int, out: _Memory) -> None: ...
-def base_linear(x: _Tensor, sites: Sequence[tuple[Table, _Memory, Rows | None, int]]) -> None: ...
+def tile(codes: Tensor, bits: int, columns: int, out: Tensor) -> None: ...
+def base_linear(x: Tensor, sites: Sequence[tuple[Table, Tensor, Rows | None, Tensor]]) -> None: ...
 def base_linear_tokens() -> int: ...
 def backend() -> str: ...
 def backends() -> list[str]: ...
-def team() -> tuple[int, bool]: ...
+def kernel_threads() -> tuple[int, bool]: ...
 def cpu_features() -> dict[str, bool]: ...

@@ -198,7 +198,7 @@ class Delta:
 def _tiled(old: Tensor, bits: int, rows: int, columns: int) -> Tensor:
     """A copy of codes that lie row after row, as in versions 1 and 2."""
     codes = torch.empty(reference.part_bytes(bits, rows, columns) // 4, dtype=torch.int32)
-    _native.tile((old.data_ptr(), old.nbytes), bits, columns, (codes.data_ptr(), codes.nbytes))
+    _native.tile(old, bits, columns, codes)
     return codes
 
 

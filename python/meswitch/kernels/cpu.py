@@ -35,7 +35,7 @@ MERGE_TOKENS = 64
 FUSED_TOKENS = _native.base_linear_tokens()
 """The most rows of activations that the fused product takes; 0 where the processor has no kernel for it."""
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TILE_WEIGHTS = 1 << 24  # merged or unpacked at a time: 32 MiB at 16 bits
 _scratch = (
     threading.local()
@@ -198,25 +198,17 @@ def native_matrix(site: DeltaSite) -> _native.Matrix:
     """A site's tensors as the kernels read them, without a copy. Raises `FormatError` where they do not fit."""
     parts, column_scales, salient, sparse = [], None, None, None
     if isinstance(site, QuantizedSite):
+        columns = max(site.in_features, 1)
         parts = [
-            (
-                part.bits,
-                part.zero,
-                part.group_size or max(site.in_features, 1),
-                None if part.rows is None else _memory(part.rows),
-                _memory(part.codes),
-                _memory(part.scales),
-            )
+            (part.bits, part.zero, part.group_size or columns, part.rows, part.codes, part.scales)
             for part in site.parts
         ]
-        column_scales = None if site.column_scales is None else _memory(site.column_scales)
-        if site.salient is not None:
-            salient = (_memory(site.salient.index), _memory(site.salient.values))
-        if site.sparse is not None:
-            sparse = (_memory(site.sparse.starts), _memory(site.sparse.gaps), _memory(site.sparse.values))
-    low_rank = None if site.low_rank is None else (_memory(site.low_rank.u), _memory(site.low_rank.v))
+        column_scales = site.column_scales
+        salient = None if site.salient is None else (site.salient.index, site.salient.values)
+        sparse = None if site.sparse is None else (site.sparse.starts, site.sparse.gaps, site.sparse.values)
+    low_rank = None if site.low_rank is None else (site.low_rank.u, site.low_rank.v)
     return _native.Matrix(
-        site.out_features, site.in_features, site.exponent, parts, column_scales, salient, low_rank, sparse, site
+        site.out_features, site.in_features, site.exponent, parts, column_scales, salient, low_rank, sparse
     )
 
 
@@ -229,9 +221,8 @@ def delta_linear(y: Tensor, x: Tensor, rows: Rows, table: DeltaTable, *, exact: 
     change within 8 columns.
     Raises `ValueError` where shapes, dtypes or devices do not fit.
     """
-    native_y, native_x = _rows(y, table.out_features), _rows(x, table.in_features)
     if not exact or rows.most_tokens < EXACT_PREFILL_TOKENS:
-        table.native.delta_linear(native_y, native_x, rows.native, exact)
+        table.native.delta_linear(y, x, rows.native, exact)
         return
     x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for slot, tokens in rows.tokens.items():
@@ -260,14 +251,14 @@ def fused_linear(x: Tensor, sites: Sequence[tuple[Tensor, DeltaTable, Rows | Non
     products, given = [], []
     for weight, table, rows in sites:
         products.append(x.new_empty(*x.shape[:-1], table.out_features))
-        given.append((table.native, _memory(weight), None if rows is None else rows.native, products[-1].data_ptr()))
-    _native.base_linear(_rows(x, x.shape[-1]), given)
+        given.append((table.native, weight, None if rows is None else rows.native, products[-1]))
+    _native.base_linear(x, given)
     return products
 
 
 def can_merge(weight: Tensor) -> bool:
     """Whether `merged_linear` takes this weight: floats, whole, on the CPU."""
-    return weight.dtype in _NAMES and weight.is_cpu and weight.dim() == 2 and weight.is_contiguous()
+    return weight.dtype in _FLOATS and weight.is_cpu and weight.dim() == 2 and weight.is_contiguous()
 
 
 def merged_linear(x: Tensor, weight: Tensor, delta: _native.Matrix, bias: Tensor | None = None) -> Tensor:
@@ -278,11 +269,11 @@ def merged_linear(x: Tensor, weight: Tensor, delta: _native.Matrix, bias: Tensor
     `ValueError` where shapes or dtypes do not fit.
     """
     dtype = torch.float32 if _float32_is_quicker(weight.dtype) else weight.dtype
-    native, x_in_dtype = _rows(weight, weight.shape[1]), x.to(dtype)
+    x_in_dtype = x.to(dtype)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype)
     for start, count in _tiles(*weight.shape):
         tile = _tile(count, weight.shape[1], dtype)
-        delta.merged(native, start, _rows(tile, weight.shape[1]))
+        delta.merged(weight, start, tile)
         out = y[:, start : start + count]
         if bias is None:
             torch.mm(x_in_dtype, tile.T, out=out)
@@ -315,7 +306,7 @@ def _exact_prefill(y: Tensor, x: Tensor, tokens: list[int], delta: _native.Matri
     chosen = x[index].float()
     for start, count in _tiles(table.out_features, table.in_features):
         tile = _tile(count, table.in_features, torch.float32)
-        delta.dense(start, count, tile.data_ptr())
+        delta.dense(start, tile)
         y[index, start : start + count] += (chosen @ tile.T).to(y.dtype)
 
 
@@ -338,37 +329,14 @@ def delta_embedding(y: Tensor, ids: Tensor, rows: Rows, table: DeltaTable, *, sc
 
     `ids [T]` of integers, `y [T, in_features]`. Raises `ValueError` where shapes or dtypes do not fit.
     """
-    native_y = _rows(y, table.in_features)
     if ids.shape != (len(rows),):
         raise ValueError(f"expected {len(rows)} ids, found {tuple(ids.shape)}")
     for slot, tokens in rows.tokens.items():
         delta = table.matrix(slot)
         if delta is not None:
             own = ids.tolist() if len(tokens) == len(rows) else ids[tokens].tolist()
-            delta.delta_embedding(native_y, tokens, own, scale)
-
-
-def _rows(tensor: Tensor, width: int) -> tuple[int, int, int, str]:
-    """A tensor `[..., >= width]` as the kernels see it: address, rows, elements from one to the next, dtype."""
-    shape = tensor.shape
-    full = shape[-1] if shape else 0
-    if tensor.is_contiguous():
-        count, stride = (tensor.numel() // full if full else 0), full
-    elif len(shape) == 2 and tensor.stride(1) == 1:
-        count = shape[0]
-        stride = tensor.stride(0) if count > 1 else full  # the stride of a single row may be anything
-    else:
-        raise ValueError(f"expected rows of neighbouring elements, found strides {tensor.stride()}")
-    if full < width or not tensor.is_cpu:
-        raise ValueError(f"expected rows of {width} elements on the CPU, found {tuple(shape)} on {tensor.device}")
-    return tensor.data_ptr(), count, stride, _NAMES.get(tensor.dtype, str(tensor.dtype))
+            delta.delta_embedding(y, tokens, own, scale)
 
 
 def _is_fusable(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.is_contiguous()
-
-
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    if not tensor.is_contiguous():
-        raise ValueError("expected a site's tensors to be contiguous")
-    return tensor.data_ptr(), tensor.nbytes

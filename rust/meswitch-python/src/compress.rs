@@ -14,7 +14,7 @@ use pyo3::types::{PyBytes, PyDict};
 use serde_json::Value;
 
 use crate::delta::Checkpoint;
-use crate::detached;
+use crate::enter_pool;
 use crate::errors::to_python;
 
 /// Compresses a fine-tune into a delta directory.
@@ -43,7 +43,7 @@ pub fn compress(
     let settings = read_json(settings)?;
     let (base, finetune) = (&base.0, &finetune.0);
     let (mut raised, mut refused) = (None, None);
-    let outcome = detached(py, || {
+    let outcome = enter_pool(py, || {
         let job = Job { base, finetune, plans: &plans, out: &out, files: &files, settings, base_name };
         job.run(&mut |step| tell(&progress, step, &mut raised), &mut |site| {
             let Some(factor) = &factor else { return Ok(None) };
@@ -57,7 +57,7 @@ pub fn compress(
             })
         })
     });
-    raised.or(refused).map_or_else(|| outcome.map(drop).map_err(to_python), Err)
+    raised.or(refused).map_or_else(|| outcome.map(drop), Err)
 }
 
 /// Writes a delta directory of sites that are given.
@@ -84,7 +84,7 @@ pub fn write(
     let settings = read_json(settings)?;
     let base = &base.0;
     let (mut raised, mut refused) = (None, None);
-    let outcome = detached(py, || {
+    let outcome = enter_pool(py, || {
         let assembly = Assembly { base, out: &out, files: &files, settings, base_name };
         assembly.write_given(&entries, &mut |step| tell(&progress, step, &mut raised), &mut |entry| {
             let given = Python::attach(|py| tensors.call1(py, (&entry.name,))?.extract(py));
@@ -94,7 +94,7 @@ pub fn write(
             })
         })
     });
-    raised.or(refused).map_or_else(|| outcome.map(drop).map_err(to_python), Err)
+    raised.or(refused).map_or_else(|| outcome.map(drop), Err)
 }
 
 /// Calls Python's `progress`; false where it raised, or a signal did.
@@ -129,8 +129,7 @@ pub fn weigh(
 /// Whether a parameter is bit-equal in base and fine-tune.
 #[pyfunction]
 pub fn same(py: Python<'_>, base: &Checkpoint, finetune: &Checkpoint, name: &str) -> PyResult<bool> {
-    detached(py, || Ok(meswitch_core::compress::bit_equal(&base.0.view(name)?, &finetune.0.view(name)?)))
-        .map_err(to_python)
+    enter_pool(py, || Ok(meswitch_core::compress::bit_equal(&base.0.view(name)?, &finetune.0.view(name)?)))
 }
 
 /// `Σ importance · Δ²` of every row of a site, as little-endian float32; `moments` are its E[x²].
@@ -149,7 +148,7 @@ pub fn energies<'py>(
         let pair = Pair::new(name, base.0.view(name)?, finetune.0.view(name)?, transposed)?;
         codec::row_energies(&pair, moments.as_deref())
     };
-    Ok(bytes(py, &detached(py, work).map_err(to_python)?))
+    Ok(bytes(py, &enter_pool(py, work)?))
 }
 
 /// What each candidate (a plan's settings) leaves in each of some rows of a site: `Σ importance · (Δ − Δ̂)²`.
@@ -176,7 +175,7 @@ pub fn probe<'py>(
         }
         codec::probe(&pair, moments.as_deref(), &rows, &candidates)
     };
-    Ok(detached(py, work).map_err(to_python)?.iter().map(|errors| bytes(py, errors)).collect())
+    Ok(enter_pool(py, work)?.iter().map(|errors| bytes(py, errors)).collect())
 }
 
 fn bytes<'py>(py: Python<'py>, values: &[f32]) -> Bound<'py, PyBytes> {

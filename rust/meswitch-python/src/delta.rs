@@ -8,7 +8,7 @@ use meswitch_core::delta;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::detached;
+use crate::{enter, enter_pool};
 use crate::errors::to_python;
 
 /// A mapped Hugging Face checkpoint.
@@ -20,12 +20,12 @@ impl Checkpoint {
     #[new]
     #[allow(clippy::needless_pass_by_value)] // what Python hands over
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        py.detach(|| checkpoint::Checkpoint::open(&path)).map(Self).map_err(to_python)
+        enter(py, || checkpoint::Checkpoint::open(&path)).map(Self)
     }
 
     /// A hash of names, dtypes, shapes and three kilobytes of each tensor.
     fn sample(&self, py: Python<'_>) -> PyResult<String> {
-        py.detach(|| self.0.sample()).map_err(to_python)
+        enter(py, || self.0.sample())
     }
 
     /// The tensors on disk, by name in order.
@@ -59,7 +59,7 @@ impl Delta {
     #[new]
     #[allow(clippy::needless_pass_by_value)] // what Python hands over
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        detached(py, || delta::Delta::open(&path)).map(Self).map_err(to_python)
+        enter_pool(py, || delta::Delta::open(&path)).map(Self)
     }
 
     /// The manifest, in JSON.
@@ -80,7 +80,7 @@ impl Delta {
 
     /// Reads every byte and compares it with its checksum.
     fn verify(&self, py: Python<'_>) -> PyResult<()> {
-        detached(py, || self.0.verify()).map_err(to_python)
+        enter_pool(py, || self.0.verify())
     }
 
     /// Writes the directory anew with some tensors (by `SITE/ROLE`) replaced by others of the same size.
@@ -94,11 +94,11 @@ impl Delta {
         settings: &str,
     ) -> PyResult<()> {
         let settings = serde_json::from_str(settings).map_err(|error| PyValueError::new_err(error.to_string()))?;
-        detached(py, || delta::rewrite(&self.0, &out, &tensors, &errors, settings)).map_err(to_python)
+        enter_pool(py, || delta::rewrite(&self.0, &out, &tensors, &errors, settings))
     }
 
     /// Compares a base with the one the delta was made against: quickly, or all of its content.
     fn check_base(&self, py: Python<'_>, base: &Checkpoint, whole: bool) -> PyResult<()> {
-        detached(py, || self.0.check_base(&base.0, whole)).map_err(to_python)
+        enter_pool(py, || self.0.check_base(&base.0, whole))
     }
 }

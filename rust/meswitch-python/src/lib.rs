@@ -4,14 +4,32 @@ mod compress;
 mod delta;
 mod errors;
 mod matrix;
+mod table;
+mod tensor;
 
-use meswitch_core::kernels;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use meswitch_core::{Result, kernels};
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::marker::Ungil;
 use pyo3::prelude::*;
 
-/// Runs work that the core shares out by rayon while other Python threads go on, in a forked process too.
-fn detached<T: Send + Ungil>(py: Python<'_>, work: impl FnOnce() -> T + Send + Ungil) -> T {
-    py.detach(|| kernels::threads::with_rayon_pool(work))
+/// Runs work of the core while other Python threads go on. Its errors become Python's, and a panic a `RuntimeError`.
+fn enter<T: Send + Ungil>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send + Ungil) -> PyResult<T> {
+    // Unwind safe: whatever the work had borrowed to write is given up with the error.
+    match py.detach(|| catch_unwind(AssertUnwindSafe(work))) {
+        Ok(outcome) => outcome.map_err(errors::to_python),
+        Err(panic) => {
+            let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+            Err(PyRuntimeError::new_err(format!("a bug in meswitch: {text}")))
+        }
+    }
+}
+
+/// As `enter`, for work that the core shares out by rayon: in a forked process it runs on threads of its own.
+fn enter_pool<T: Send + Ungil>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send + Ungil) -> PyResult<T> {
+    enter(py, || kernels::threads::with_rayon_pool(work))
 }
 
 /// The Rust half of meswitch.
@@ -22,7 +40,9 @@ mod _native {
     #[pymodule_export]
     use super::delta::{Checkpoint, Delta};
     #[pymodule_export]
-    use super::matrix::{Matrix, Rows, Table, base_linear, base_linear_tokens, tile};
+    use super::matrix::{Matrix, tile};
+    #[pymodule_export]
+    use super::table::{Rows, Table, base_linear, base_linear_tokens};
 
     use super::*;
 
@@ -47,7 +67,7 @@ mod _native {
 
     /// How many threads kernels run on, and whether they are torch's own.
     #[pyfunction]
-    fn team() -> (usize, bool) {
+    fn kernel_threads() -> (usize, bool) {
         (kernels::threads::thread_count(), kernels::threads::uses_libgomp())
     }
 
