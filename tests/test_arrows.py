@@ -37,7 +37,8 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # What only some files may import: whole modules of others, and names of the native module.
 ONLY = {
-    "transformers.generation.continuous_batching": ("batching/", "engine/worker.py"),
+    "transformers.ContinuousBatchingConfig": ("batching/bridge.py",),
+    "transformers.generation.continuous_batching": ("batching/bridge.py",),
     "meswitch._native.Matrix": ("kernels/",),
     "meswitch._native.Rows": ("kernels/",),
     "meswitch._native.Table": ("kernels/",),
