@@ -105,6 +105,7 @@ def _check_prefixes(device: torch.device | str) -> None:
     _expect(batch.shares_prefixes, "layers of full attention share no prefixes")
     trial.add("first", prompt, RequestSlot(0, 1))
     trial.step()
+    trial.check_called()
     trial.add("other", prompt, RequestSlot(1, 2), forced=True)
     trial.add("again", prompt, RequestSlot(0, 1))
     counts = trial.step()
@@ -129,6 +130,8 @@ def _check_windows(device: torch.device | str) -> None:
     trial = _Trial(["sliding_attention", "full_attention"], 0.5, device)
     trial.add("long", list(range(20, 38)), RequestSlot(0, 1))
     trial.add("short", [5, 6, 7], RequestSlot())
+    trial.step()
+    trial.check_called()
     trial.finish()
     trial.check_logits()
     windows = {access.window for access in trial.accesses}
@@ -238,17 +241,20 @@ class _Trial:
             for new in self.batch.update():
                 self.tokens[new.request_id].append(new.token)
 
-    def check_logits(self) -> None:
-        """Every row against a plain forward pass of its own request, and every token against its row."""
+    def check_called(self) -> None:
+        """After a step: whether every function that was replaced has been called."""
         missing = self.replaced - self.called
         _expect(not missing, f"it does not call {', '.join(sorted(missing))} any more")
+
+    def check_logits(self) -> None:
+        """Every row against a plain forward pass of its own request, and every token against its row."""
         for access in self.accesses:
             _expect(access.key_counts.tolist() == access.keys, "requests have another number of keys than expected")
         with switched_attention(self.model, "eager"):
             for name, tokens in self.tokens.items():
-                prompt, rows = self.prompts[name], torch.stack(self.rows[name])
-                _expect(len(tokens) == len(rows) == 4, f"{len(tokens)} tokens came of 4")
-                ids = torch.tensor([prompt + tokens], device=self.device)
+                prompt, seen = self.prompts[name], self.rows[name]
+                _expect(len(tokens) == len(seen) == 4, f"{len(tokens)} tokens came of 4, of {len(seen)} rows of logits")
+                rows, ids = torch.stack(seen), torch.tensor([prompt + tokens], device=self.device)
                 expected = self.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
                 apart = float((rows - expected).abs().max() / expected.abs().max())
                 _expect(apart < 1e-3, f"logits of a packed step are {apart:.2g} off those of a plain forward pass")
