@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import wraps
@@ -24,7 +25,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler, Scheduler
 
 from families import config_of, save_random
-from meswitch.batching import compatibility
+from meswitch.batching import bridge, compatibility
 from meswitch.batching.attention import PAGED, paged_attention, plan_attention
 from meswitch.batching.bridge import INTERNALS
 from meswitch.batching.compatibility import check_transformers, run_checks
@@ -34,6 +35,7 @@ from meswitch.batching.step import CacheAccess, PagedStep
 from meswitch.engine.engine import Engine
 from meswitch.errors import TransformersVersionError, UnsupportedModelError
 
+METHODS = [where for where in CALLS if "." in where]
 OWNERS = {owner.__name__: owner for owner in INTERNALS}
 Patch = pytest.MonkeyPatch
 
@@ -57,7 +59,7 @@ def test_it_is_looked_at_once(monkeypatch: Patch) -> None:
     compatibility._checked.discard(("5.99.0", "cpu"))
 
 
-@pytest.mark.parametrize("where", CALLS)
+@pytest.mark.parametrize("where", METHODS)
 def test_a_function_that_is_gone_is_named(where: str, monkeypatch: Patch) -> None:
     owner, name = where.split(".")
     if name in ("__init__", "__call__"):
@@ -70,7 +72,7 @@ def test_a_function_that_is_gone_is_named(where: str, monkeypatch: Patch) -> Non
         check_signatures()
 
 
-@pytest.mark.parametrize("where", CALLS)
+@pytest.mark.parametrize("where", METHODS)
 def test_a_function_that_takes_more_is_named(where: str, monkeypatch: Patch) -> None:
     owner, name = where.split(".")
 
@@ -89,6 +91,14 @@ def test_what_stands_in_for_a_function_takes_all_of_its_arguments(where: str, mo
     monkeypatch.setattr(OWNERS[owner], name, wider)
     with pytest.raises(TransformersVersionError, match=rf"{where}.*takes more"):
         check_signatures()
+
+
+def test_a_name_that_cannot_be_imported_is_said(monkeypatch: Patch) -> None:
+    monkeypatch.delattr(transformers.generation.continuous_batching.utils, "find_head_dim")
+    specification = importlib.util.spec_from_file_location("another_bridge", bridge.__file__)
+    assert specification is not None and specification.loader is not None
+    with pytest.raises(TransformersVersionError, match="find_head_dim"):
+        specification.loader.exec_module(importlib.util.module_from_spec(specification))
 
 
 @pytest.mark.parametrize(("owner", "field"), FIELDS)
@@ -165,6 +175,16 @@ def other_order_of_rows(monkeypatch: Patch) -> None:
         return kwargs
 
     monkeypatch.setattr(ContinuousBatchingIOs, "get_model_kwargs", turned)
+
+
+def other_order_of_tokens(monkeypatch: Patch) -> None:
+    """The last request's tokens come first, and everything that transformers itself knows of agrees with that."""
+    forward = transformers.Gemma2ForCausalLM.forward
+
+    def turned(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+        return forward(self, input_ids.flip(1), **kwargs)
+
+    monkeypatch.setattr(transformers.Gemma2ForCausalLM, "forward", turned)
 
 
 def more_rows(monkeypatch: Patch) -> None:
@@ -347,9 +367,10 @@ def end_of_sequence_elsewhere(monkeypatch: Patch) -> None:
         (search_elsewhere, "search_prefix_match"),
         (mark_elsewhere, "mark_complete_blocks"),
         (both_elsewhere, "search_prefix_match"),
-        (other_order_of_a_batch, "none is scheduled"),
+        (other_order_of_a_batch, "not scheduled"),
         (other_requests_in_a_batch, "requests first"),
         (other_order_of_rows, "logits of a packed step are"),
+        (other_order_of_tokens, "tokens are not in the order"),
         (more_rows, "a row of logits for every request"),
         (sampler_left_out, "logits processors"),
         (sampler_not_asked, "of 0 rows of logits"),

@@ -78,18 +78,6 @@ def key_value_shape(config: Any) -> tuple[int, int]:
     return find_num_key_value_heads(config), find_head_dim(config)
 
 
-def logits_processors(
-    model: Any, settings: GenerationConfig, prompt_tokens: int, eos: Iterable[int], device: Any
-) -> LogitsProcessorList:
-    """The logits processors that `settings` ask for, for a prompt of `prompt_tokens` tokens ended by ids of `eos`."""
-    ids = sorted(eos)
-    settings._eos_token_tensor = torch.tensor(ids, device=device) if ids else None
-    processors: LogitsProcessorList = model._get_logits_processor(
-        settings, input_ids_seq_length=prompt_tokens, device=device
-    )
-    return processors
-
-
 # what subclasses decide
 
 
@@ -208,18 +196,7 @@ class PagedBatch:
         SCHEDULER_MAPPING[scheduler.__qualname__] = scheduler
         manager: ContinuousBatchingManager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
-            continuous_batching_config=ContinuousBatchingConfig(
-                scheduler_type=scheduler.__qualname__,
-                page_size=page_size,
-                num_blocks=blocks,
-                max_batch_tokens=max_batch_tokens,
-                max_requests_per_batch=min(256, max_batch_tokens),
-                max_memory_percent=1.0,
-                use_async_batching=False,
-                use_cuda_graph=False,
-                auto_switch_to_flash=False,
-                seed=0,
-            ),
+            continuous_batching_config=_settings(scheduler.__qualname__, page_size, blocks, max_batch_tokens),
         )
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([sampler]))
         processors.tensors_required = 1  # it counts only those it converted itself
@@ -380,6 +357,21 @@ class PagedBatch:
         return set(names)
 
 
+def _settings(scheduler: str, page_size: int, blocks: int, max_batch_tokens: int) -> ContinuousBatchingConfig:
+    return ContinuousBatchingConfig(
+        scheduler_type=scheduler,
+        page_size=page_size,
+        num_blocks=blocks,
+        max_batch_tokens=max_batch_tokens,
+        max_requests_per_batch=min(256, max_batch_tokens),
+        max_memory_percent=1.0,
+        use_async_batching=False,
+        use_cuda_graph=False,
+        auto_switch_to_flash=False,
+        seed=0,
+    )
+
+
 def _replace(owner: Any, name: str, value: Any) -> None:
     if not hasattr(owner, name):
         raise changed(f"{type(owner).__name__} has no {name}")
@@ -397,9 +389,10 @@ def _watch(owner: Any, name: str, label: str, called: set[str]) -> None:
 
 
 # Classes and functions whose signatures `signatures` compares with how they are called here.
-INTERNALS = (
+INTERNALS: tuple[Any, ...] = (
     *(FIFOScheduler, PagedAttentionCache, *ATTN_TYPE_TO_ALLOCATOR.values()),
     *(ContinuousBatchingLogitsProcessor, ContinuousBatchingLogitsProcessorList),
     *(ContinuousBatchProcessor, ContinuousBatchingIOs, ContinuousBatchingManager, OutputRouter, RequestState),
     *(ContinuousBatchingConfig, PreTrainedModel, GenerationMixin),
+    *(group_layers_by_attn_type, find_head_dim, find_num_key_value_heads, infer_max_single_request_tokens),
 )

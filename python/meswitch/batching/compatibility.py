@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, LogitsProcessorList
 
 from meswitch.batching.attention import PAGED, AttentionPlan, plan_attention, switched_attention
-from meswitch.batching.bridge import PagedBatch, changed, logits_processors
+from meswitch.batching.bridge import PagedBatch, changed
 from meswitch.batching.cache import cache_geometry, plan_cache
-from meswitch.batching.sampler import RequestSampler, SamplingState
+from meswitch.batching.sampler import RequestSampler, SamplingState, logits_processors
 from meswitch.batching.scheduler import ExpertScheduler, RequestSlot
 from meswitch.batching.signatures import check_signatures
 from meswitch.batching.step import CacheAccess
@@ -104,11 +104,12 @@ def _check_prefixes(device: torch.device | str) -> None:
     batch, prompt, longer = trial.batch, list(range(10, 19)), [*range(30, 47), 3]
     _expect(batch.shares_prefixes, "layers of full attention share no prefixes")
     trial.add("first", prompt, RequestSlot(0, 1))
-    trial.step()
+    _expect("first" in trial.step(), "a request is waiting, but is not scheduled")
     trial.check_called()
     trial.add("other", prompt, RequestSlot(1, 2), forced=True)
     trial.add("again", prompt, RequestSlot(0, 1))
     counts = trial.step()
+    _expect(counts.keys() == {"first", "other", "again"}, "requests are waiting, but are not scheduled")
     _expect(counts["other"] == len(prompt), "experts share prefixes: search_prefix_match is not asked as before")
     _expect(counts["again"] == 1, "an expert does not find its own prefix")
     first, other, again = (batch.pages(name) for name in ("first", "other", "again"))
@@ -119,7 +120,8 @@ def _check_prefixes(device: torch.device | str) -> None:
     _expect(not batch.pages("base") & (first | other), "the base shares pages with an expert")
     trial.add("longer", longer, RequestSlot())
     trial.step()
-    trial.finish()
+    while trial.step():
+        pass
     trial.check_logits()
     _check_admission(trial)
     _check_end_of_sequence(trial)
@@ -132,7 +134,8 @@ def _check_windows(device: torch.device | str) -> None:
     trial.add("short", [5, 6, 7], RequestSlot())
     trial.step()
     trial.check_called()
-    trial.finish()
+    while trial.step():
+        pass
     trial.check_logits()
     windows = {access.window for access in trial.accesses}
     _expect(windows == {_WINDOW, None}, f"attention is told the windows {windows} of a model with one of {_WINDOW}")
@@ -212,6 +215,8 @@ class _Trial:
         self.replaced = self.batch.watch(self.called)
 
     def _observe(self, ids: list[str], scores: Tensor) -> None:
+        step = [entry.state.request_id for entry in self.batch.scheduler.step if entry.has_new_token]
+        _expect(ids == step, "rows of logits are not in the order of the requests")
         for row, request_id in enumerate(ids):
             self.rows[request_id].append(scores[row].clone())
 
@@ -227,19 +232,23 @@ class _Trial:
         self.batch.add(request_id, prompt, 4, ())
 
     def step(self) -> dict[str, int]:
-        """One step; how many tokens each of its requests had."""
-        _expect(self.batch.prepare(), "requests are waiting, but none is scheduled")
-        counts = {entry.state.request_id: entry.query_length for entry in self.batch.scheduler.step}
+        """One step; how many tokens each of its requests had, nothing where no request is left."""
+        if not self.batch.prepare():
+            return {}
+        packed: list[Tensor] = []
+        embeddings = self.model.get_input_embeddings()
+        hook = embeddings.register_forward_pre_hook(lambda module, inputs: packed.append(inputs[0]))
         self.batch.run()
+        hook.remove()
+        counts, wanted = {}, []
+        for entry in self.batch.scheduler.step:
+            name, end = entry.state.request_id, entry.state.position_offset
+            counts[name] = entry.query_length
+            wanted += (self.prompts[name] + self.tokens[name])[end - entry.query_length : end]
+        _expect(packed[0].tolist() == [wanted], "a step's tokens are not in the order of its requests")
         for new in self.batch.update():
             self.tokens[new.request_id].append(new.token)
         return counts
-
-    def finish(self) -> None:
-        while self.batch.prepare():
-            self.batch.run()
-            for new in self.batch.update():
-                self.tokens[new.request_id].append(new.token)
 
     def check_called(self) -> None:
         """After a step: whether every function that was replaced has been called."""

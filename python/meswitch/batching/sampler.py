@@ -6,13 +6,13 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from meswitch.batching.bridge import LogitsProcessor
 
@@ -33,6 +33,18 @@ class SamplingState:
         if self.generator is not None and self.generator.device != device:
             self.generator = torch.Generator(device).manual_seed(self.generator.initial_seed())
         return self.generator
+
+
+def logits_processors(
+    model: Any, settings: GenerationConfig, prompt_tokens: int, eos: Iterable[int], device: torch.device | str
+) -> LogitsProcessorList:
+    """The logits processors that `settings` ask for, after a prompt of `prompt_tokens` tokens; ids of `eos` end it."""
+    ids = sorted(eos)
+    settings._eos_token_tensor = torch.tensor(ids, device=device) if ids else None
+    processors: LogitsProcessorList = model._get_logits_processor(
+        settings, input_ids_seq_length=prompt_tokens, device=device
+    )
+    return processors
 
 
 class RequestSampler(LogitsProcessor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import DeepseekV3Config, Gemma2Config, Gemma3nTextConfig, PreTrainedModel
 
@@ -56,6 +57,10 @@ CALLS = {
     "PreTrainedModel.set_attn_implementation": Call(2),
     "GenerationMixin.init_continuous_batching": Call(1, "generation_config continuous_batching_config"),
     "GenerationMixin._get_logits_processor": Call(2, "input_ids_seq_length device"),
+    "group_layers_by_attn_type": Call(1),
+    "find_head_dim": Call(1),
+    "find_num_key_value_heads": Call(1),
+    "infer_max_single_request_tokens": Call(1),
 }
 # Fields that decide whether a model can be served; the config classes stand for all that have such a field.
 FIELDS = (
@@ -70,10 +75,10 @@ FIELDS = (
 def check_signatures() -> None:
     """Raises `TransformersVersionError` where a function or a field that is used is gone, or is called in another
     way."""
-    owners = {owner.__name__: owner for owner in INTERNALS}
+    internals: dict[str, Any] = {internal.__name__: internal for internal in INTERNALS}
     for where, call in CALLS.items():
-        owner, name = where.split(".")
-        function = getattr(owners.get(owner), name, None)
+        owner, _, name = where.partition(".")
+        function = getattr(internals.get(owner), name, None) if name else internals[owner]
         if function is None:
             raise changed(f"there is no {where}")
         signature, keywords = inspect.signature(function), call.keywords.split()
