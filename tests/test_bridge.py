@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -397,7 +399,7 @@ def test_a_change_is_noticed(change: Callable[[Patch], None], says: str, monkeyp
         run_checks()
 
 
-def test_an_engine_does_not_start_on_another_transformers(tmp_path: Any, monkeypatch: Patch) -> None:
+def test_an_engine_does_not_start_on_another_transformers(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(compatibility, "_checked", set())
     monkeypatch.delattr(OutputRouter, "deliver_batch")
     with pytest.raises(TransformersVersionError, match="deliver_batch"):
@@ -430,7 +432,7 @@ def test_attention_refuses_what_it_does_not_know(more: dict[str, Any], says: str
         paged_attention(Layer(), *tensors, scaling=1.0, **given)
 
 
-def test_a_model_with_its_own_mask_is_refused_at_start(tmp_path: Any) -> None:
+def test_a_model_with_its_own_mask_is_refused_at_start(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"DogeAttention.*mask"):
         Engine(save_random(tmp_path, config_of("doge")))
 
@@ -462,6 +464,12 @@ def test_sampling_asks_the_device_for_nothing() -> None:
     processors = LogitsProcessorList([lambda ids, scores: scores + ids.sum()])  # type: ignore[list-item]
     sampler.states = {"a": SamplingState(processors, 40)}
     assert sampler.process(torch.empty(1, 50, device="meta"), [state]).is_meta
+
+
+@pytest.mark.parametrize("module", ["attention", "bridge", "cache", "sampler", "scheduler", "step"])
+def test_no_file_of_a_step_reads_a_tensor(module: str) -> None:
+    source = Path(bridge.__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    assert not re.search(r"\.(tolist|item|cpu|numpy)\(|\bis_cpu\b", source)
 
 
 def test_a_generator_moves_to_the_logits_with_its_seed() -> None:

@@ -146,7 +146,7 @@ def paged_attention(
     layer = module.layer_idx
     plan: AttentionPlan = paged_step.plan(layer)
     new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    keys, values = paged_step.update(layer, new_keys, new_values, plan.read, plan.write)
+    keys, values = paged_step.write_and_read(layer, new_keys, new_values, plan.read, plan.write)
     queries = query[0].transpose(0, 1)
     outputs = [
         attend(group, queries[group.token_range], keys[group.key_range], values[group.key_range], scaling, softcap)

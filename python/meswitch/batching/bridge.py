@@ -193,10 +193,11 @@ class PagedBatch:
     ) -> None:
         self.model = model
         self._plan_attention = plan_attention
-        SCHEDULER_MAPPING[scheduler.__qualname__] = scheduler
+        name = f"meswitch.{scheduler.__qualname__}"
+        SCHEDULER_MAPPING[name] = scheduler
         manager: ContinuousBatchingManager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
-            continuous_batching_config=_settings(scheduler.__qualname__, page_size, blocks, max_batch_tokens),
+            continuous_batching_config=_settings(name, page_size, blocks, max_batch_tokens),
         )
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([sampler]))
         processors.tensors_required = 1  # it counts only those it converted itself
@@ -305,7 +306,7 @@ class PagedBatch:
                 allocator.cache_dtype,
             )
             plans[allocator.index] = self._plan_attention(access)
-        kwargs[STEP] = PagedStep(self._cache.layer_to_allocator, plans)
+        kwargs[STEP] = kwargs["cache"] = PagedStep(self._cache.layer_to_allocator, plans)
         return kwargs
 
     # sizes, and what `compatibility` looks at

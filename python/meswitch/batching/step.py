@@ -42,7 +42,12 @@ class CacheAccess:
 
 
 class PagedStep:
-    """One step's plan of attention for each layer, and the cache to carry it out on."""
+    """One step's plan of attention for each layer, and the cache to carry it out on.
+
+    It is also what the model gets as its `cache`: from transformers 5.24 on, attention modules pass new keys and values
+    through `cache.update` before they call the attention function. Here that leaves them as they are, since the
+    function itself writes and reads, so that one function serves older and newer modules.
+    """
 
     def __init__(self, allocators: Mapping[int, Any], plans: Mapping[int, Any]) -> None:
         """`allocators`: transformers' part of the cache by layer; `plans`: by `index` of an allocator."""
@@ -52,8 +57,17 @@ class PagedStep:
         """What `plan_attention` made of the `CacheAccess` of the layer's kind."""
         return self._plans[self._allocators[layer].index]
 
-    def update(self, layer: int, keys: Tensor, values: Tensor, read: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
+    def write_and_read(
+        self, layer: int, keys: Tensor, values: Tensor, read: Tensor, write: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Writes the new tokens' `keys` and `values [tokens, key heads, width]` to `write`, and gives those at `read`
         (the new ones themselves where `read` is empty)."""
         updated: tuple[Tensor, Tensor] = self._allocators[layer].update(keys, values, layer, read, write)
         return updated
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, kwargs: Any = None) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens before the step, for models that number positions themselves; here every token has its own number."""
+        return 0
