@@ -8,24 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation.continuous_batching.utils import build_attention_mask
 
-from meswitch.batching.attention import Stretch, attend, stretches, visible
+from meswitch.batching.attention import AttentionGroup, attend, group_requests, visible
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 400)), min_size=1, max_size=40))
-def test_stretches_are_neighbours_alike(requests: list[tuple[int, int]]) -> None:
+def test_groups_are_neighbours_alike(requests: list[tuple[int, int]]) -> None:
     queries, keys = [asked for asked, _ in requests], [asked + past for asked, past in requests]
-    found = list(stretches(queries, keys))
-    assert [at for stretch in found for at in range(stretch.start, stretch.stop)] == list(range(len(requests)))
-    for stretch in found:
-        assert len(set(queries[stretch])) == 1
-        assert len(keys[stretch]) * max(keys[stretch]) <= 2 * sum(keys[stretch])
+    found = list(group_requests(queries, keys))
+    assert [at for group in found for at in range(group.start, group.stop)] == list(range(len(requests)))
+    for group in found:
+        assert len(set(queries[group])) == 1
+        assert len(keys[group]) * max(keys[group]) <= 2 * sum(keys[group])
 
 
 @given(st.integers(1, 9), st.integers(0, 30), st.integers(0, 30), st.none() | st.integers(2, 20))
 def test_what_a_token_sees_is_what_transformers_lets_it(queries: int, one: int, two: int, window: int | None) -> None:
     keys = [queries + (past if window is None else min(past, window - 1)) for past in (one, two)]
     least = torch.finfo(torch.float32).min
-    own = visible(queries, keys, window, torch.float32)
+    own = visible(queries, max(keys), torch.tensor(keys), window, torch.float32)
     for mask, count in zip(own, keys, strict=True):
         expected = torch.full((1, 1, queries, count), least)
         build_attention_mask(expected, [0, queries], [0, count], 1 if window is None else window)
@@ -50,8 +50,8 @@ def packed(requests: int, tokens: int, heads: int, seed: int) -> torch.Tensor:
     return torch.randn(requests * tokens, heads, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def stretch_of(requests: int, queries: int, keys: int, mask: torch.Tensor | None) -> Stretch:
-    return Stretch(requests, queries, keys, slice(0, requests * queries), slice(0, requests * keys), mask)
+def group_of(requests: int, queries: int, keys: int, mask: torch.Tensor | None) -> AttentionGroup:
+    return AttentionGroup(requests, queries, keys, slice(0, requests * queries), slice(0, requests * keys), mask)
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
@@ -65,8 +65,8 @@ def test_a_batch_is_each_request_alone(queries: int, keys: list[int], window: in
         packed(requests, longest, 2, 1),
         packed(requests, longest, 2, 2),
     )
-    mask = visible(queries, keys, window, torch.float32)
-    found = attend(stretch_of(requests, queries, longest, mask), query, key, value, 0.3, cap)
+    mask = visible(queries, max(keys), torch.tensor(keys), window, torch.float32)
+    found = attend(group_of(requests, queries, longest, mask), query, key, value, 0.3, cap)
     for at, count in enumerate(keys):
         own, first = slice(at * queries, (at + 1) * queries), at * longest
         q, k, v = (x.transpose(0, 1) for x in (query[own], key[first : first + count], value[first : first + count]))
@@ -78,6 +78,6 @@ def test_a_batch_is_each_request_alone(queries: int, keys: list[int], window: in
 @pytest.mark.parametrize("queries", [1, 600])
 def test_no_mask_means_every_key_up_to_its_own(queries: int, cap: float | None) -> None:
     parts = packed(2, queries, 4, 0), packed(2, 600, 2, 1), packed(2, 600, 2, 2)
-    mask = visible(queries, [600, 600], None, torch.float32)
-    found, expected = (attend(stretch_of(2, queries, 600, given), *parts, 0.3, cap) for given in (None, mask))
+    mask = visible(queries, 600, torch.tensor([600, 600]), None, torch.float32)
+    found, expected = (attend(group_of(2, queries, 600, given), *parts, 0.3, cap) for given in (None, mask))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -14,8 +14,8 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 from families import config_of
 from meswitch.batching.cache import cache_geometry, plan_cache
-from meswitch.batching.sampler import Draw, RequestSampler
-from meswitch.batching.scheduler import ExpertScheduler, Seat
+from meswitch.batching.sampler import RequestSampler, SamplingState
+from meswitch.batching.scheduler import ExpertScheduler, RequestSlot
 from meswitch.errors import BudgetError, UnsupportedModelError
 
 
@@ -49,9 +49,9 @@ def test_layers_that_continuous_batching_does_not_know() -> None:
         cache_geometry(config, torch.float32)
 
 
-def scheduler_with(cache: Any, seats: dict[str, Seat]) -> ExpertScheduler:
+def scheduler_with(cache: Any, slots: dict[str, RequestSlot]) -> ExpertScheduler:
     scheduler = ExpertScheduler(cache, None, 8)
-    scheduler.seats = seats
+    scheduler.slots = slots
     return scheduler
 
 
@@ -60,7 +60,9 @@ def test_prefixes_are_salted_by_expert() -> None:
     cache: Any = SimpleNamespace(
         search_prefix_match=lambda request_id, ids: searched.append(ids) or 0, cache_allocators={}
     )
-    scheduler_with(cache, {"base": Seat(), "a": Seat(0, 1), "b": Seat(1, 2), "a2": Seat(0, 1)})
+    scheduler_with(
+        cache, {"base": RequestSlot(), "a": RequestSlot(0, 1), "b": RequestSlot(1, 2), "a2": RequestSlot(0, 1)}
+    )
     for request in ("base", "a", "b", "a2"):
         cache.search_prefix_match(request, [5, 6, 7])
     base, a, b, again = searched
@@ -72,7 +74,7 @@ def test_prefixes_are_salted_by_expert() -> None:
 
 def test_rows_of_a_step() -> None:
     cache: Any = SimpleNamespace(search_prefix_match=None, cache_allocators={})
-    scheduler = scheduler_with(cache, {"a": Seat(0, 1), "base": Seat(), "b": Seat(1, 2)})
+    scheduler = scheduler_with(cache, {"a": RequestSlot(0, 1), "base": RequestSlot(), "b": RequestSlot(1, 2)})
     entries = [("a", 1, True), ("b", 3, False), ("base", 2, True)]
     scheduler.step = [
         SimpleNamespace(state=SimpleNamespace(request_id=name), query_length=length, has_new_token=new)  # type: ignore[misc]
@@ -86,20 +88,20 @@ def entry(name: str) -> Any:
     return SimpleNamespace(state=RequestState(request_id=name, initial_tokens=[1, 2]))
 
 
-def sample(draws: dict[str, Draw], scores: torch.Tensor) -> list[int]:
+def sample(states: dict[str, SamplingState], scores: torch.Tensor) -> list[int]:
     sampler = RequestSampler()
-    sampler.draws = draws
-    sampler.prepare_tensor_args([entry(name) for name in draws])
-    return sampler(scores.clone(), torch.zeros(len(draws), dtype=torch.int32)).argmax(dim=-1).tolist()
+    sampler.states = states
+    sampler.prepare_tensor_args([entry(name) for name in states])
+    return sampler(scores.clone(), torch.zeros(len(states), dtype=torch.int32)).argmax(dim=-1).tolist()
 
 
 def test_each_row_draws_for_itself() -> None:
     scores = torch.zeros(3, 50)
     scores[0, 7] = 1.0
 
-    def draw(seed: int | None) -> Draw:
+    def draw(seed: int | None) -> SamplingState:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return Draw(LogitsProcessorList(), 50, generator)
+        return SamplingState(LogitsProcessorList(), 50, generator)
 
     greedy, one, two = sample({"g": draw(None), "s": draw(3), "t": draw(4)}, scores)
     assert greedy == 7
@@ -109,5 +111,5 @@ def test_each_row_draws_for_itself() -> None:
 def test_tokens_that_a_model_does_not_know_are_never_chosen() -> None:
     scores = torch.zeros(2, 50)
     scores[:, 45] = 9.0
-    sampled = Draw(LogitsProcessorList(), 40, torch.Generator().manual_seed(0))
-    assert max(sample({"g": Draw(LogitsProcessorList(), 40), "s": sampled}, scores)) < 40
+    sampled = SamplingState(LogitsProcessorList(), 40, torch.Generator().manual_seed(0))
+    assert max(sample({"g": SamplingState(LogitsProcessorList(), 40), "s": sampled}, scores)) < 40

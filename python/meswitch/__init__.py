@@ -31,6 +31,7 @@ from meswitch.errors import (
     NonFiniteError,
     RequestError,
     RouterError,
+    TransformersVersionError,
     UnsupportedModelError,
 )
 
@@ -94,6 +95,7 @@ __all__ = [
     "RequestError",
     "RouterError",
     "TextStream",
+    "TransformersVersionError",
     "UnsupportedModelError",
     "__version__",
     "calibrate",

@@ -65,6 +65,10 @@ class UnsupportedModelError(MeswitchError):
     """A model, a site of one or an adapter that cannot be served correctly."""
 
 
+class TransformersVersionError(MeswitchError):
+    """The installed transformers does not do what continuous batching relies on."""
+
+
 class RequestError(MeswitchError, ValueError):
     """A request that cannot be run: an empty prompt, a bad number, a prompt too long."""
 

@@ -7,9 +7,8 @@ from math import lcm
 from typing import Any
 
 import torch
-from transformers.generation.continuous_batching.cache import ATTN_TYPE_TO_ALLOCATOR, group_layers_by_attn_type
-from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
+from meswitch.batching.bridge import FULL, SLIDING, changed, key_value_shape, layers_by_attention
 from meswitch.errors import BudgetError, UnsupportedModelError
 
 
@@ -22,15 +21,18 @@ class CachePlan:
     max_batch_tokens: int
     nbytes: int
 
+    def check(self, nbytes: int) -> None:
+        """Raises `TransformersVersionError` where the cache that was built takes more than planned."""
+        if nbytes > self.nbytes:
+            raise changed(f"a KV cache of {self.blocks} blocks takes {nbytes} bytes, planned were {self.nbytes}")
+
 
 def plan_cache(
     config: Any, dtype: torch.dtype, budget: int, *, max_batch_tokens: int, page_size: int = 32
 ) -> CachePlan:
-    """What fits `budget` bytes: the pages, two spare sectors, the read indices and the attention masks over
-    them.
+    """What fits `budget` bytes: the pages, two spare sectors, the read indices and the attention masks over them.
 
-    `config` is the text config of a model that continuous batching knows. Raises `BudgetError` with the least
-    budget.
+    `config` is the text config of a model that continuous batching knows. Raises `BudgetError` with the least budget.
     """
     size = cache_geometry(config, dtype, page_size)
     fixed = size.fixed(max_batch_tokens)
@@ -51,8 +53,8 @@ def plan_cache(
 class CacheGeometry:
     """Bytes and tokens of the units that transformers' paged cache is made of.
 
-    A sector belongs to one kind of attention at a time and holds `blocks_per_sector` blocks of it; a block
-    holds `page_size` tokens for every layer of that kind. `block_bytes` is a block over all layers.
+    A sector belongs to one kind of attention at a time and holds `blocks_per_sector` blocks of it; a block holds
+    `page_size` tokens for every layer of that kind. `block_bytes` is a block over all layers.
     """
 
     page_size: int
@@ -82,15 +84,15 @@ class CacheGeometry:
 
 
 def cache_geometry(config: Any, dtype: torch.dtype, page_size: int = 32) -> CacheGeometry:
-    """Raises `UnsupportedModelError` where the text config has layers that continuous batching does not
-    know."""
+    """Raises `UnsupportedModelError` where the text config has layers that continuous batching does not know."""
     try:
-        layers = [len(indices) for indices in group_layers_by_attn_type(config).values()]
-        page_bytes = 2 * find_num_key_value_heads(config) * find_head_dim(config) * dtype.itemsize * page_size
+        layers = [len(indices) for indices in layers_by_attention(config).values()]
+        heads, width = key_value_shape(config)
     except (ValueError, AttributeError) as error:
         raise UnsupportedModelError(
-            f"{config.model_type}: expected layers of {' and '.join(ATTN_TYPE_TO_ALLOCATOR)}, found: {error}"
+            f"{config.model_type}: expected layers of {FULL} and {SLIDING}, found: {error}"
         ) from error
+    page_bytes = 2 * heads * width * dtype.itemsize * page_size
     sector = lcm(*(count * page_bytes for count in layers), 128)
     blocks = tuple(sector // (count * page_bytes) for count in layers)
     return CacheGeometry(page_size, sector, blocks, config.num_hidden_layers * page_bytes, dtype.itemsize)

@@ -1,68 +1,88 @@
-"""Each request's own way to choose its next token."""
+"""Each request's own way to choose its next token.
+
+Nothing here asks the device for a number: a chosen token stays a tensor until transformers reads all of a step's at
+once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
-from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
-from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+from transformers import GenerationConfig, LogitsProcessorList
+
+from meswitch.batching.bridge import LogitsProcessor
 
 
 @dataclass
-class Draw:
-    """How a request chooses its next token. `vocabulary`: ids its own model knows; `generator`: none for
-    greedy."""
+class SamplingState:
+    """How a request chooses its next token.
+
+    `vocabulary`: how many ids its own model knows. `generator`: `None` for greedy; one on another device than the
+    logits is replaced by one there, from the same seed.
+    """
 
     processors: LogitsProcessorList
     vocabulary: int
     generator: torch.Generator | None = None
 
+    def generator_on(self, device: torch.device) -> torch.Generator | None:
+        if self.generator is not None and self.generator.device != device:
+            self.generator = torch.Generator(device).manual_seed(self.generator.initial_seed())
+        return self.generator
 
-class RequestSampler(ContinuousBatchingLogitsProcessor):
-    """Applies each request's own processors to its row, draws with its own generator, and leaves the drawn
-    token as the row's only finite score, so that the argmax that follows picks it. Plain greedy rows are left
-    alone."""
 
-    supported_kwargs: dict[str, type] = {}  # noqa: RUF012 - the base class's own declaration
-    ignored_kwargs: tuple[str, ...] = ()
+def logits_processors(
+    model: Any, settings: GenerationConfig, prompt_tokens: int, eos: Iterable[int], device: torch.device | str
+) -> LogitsProcessorList:
+    """The logits processors that `settings` ask for, after a prompt of `prompt_tokens` tokens; ids of `eos` end it."""
+    ids = sorted(eos)
+    settings._eos_token_tensor = torch.tensor(ids, device=device) if ids else None
+    processors: LogitsProcessorList = model._get_logits_processor(
+        settings, input_ids_seq_length=prompt_tokens, device=device
+    )
+    return processors
+
+
+class RequestSampler(LogitsProcessor):
+    """Applies each request's own processors to its row, draws with its own generator, and leaves the drawn token as the
+    row's only finite score, so that the argmax that follows picks it. Plain greedy rows are left alone.
+
+    `states`: by request id, from before a request is added until it is gone. `observe` sees the ids of the requests
+    and the logits before anything is changed.
+    """
 
     def __init__(self) -> None:
-        self.draws: dict[str, Draw] = {}
+        super().__init__()
+        self.states: dict[str, SamplingState] = {}
         self.observe: Callable[[list[str], Tensor], None] | None = None
-        self._states: list[RequestState] = []
 
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_with_new_token: Sequence[FutureRequestState]) -> Tensor:
-        self._states = [entry.state for entry in requests_with_new_token]
-        return torch.zeros(len(self._states), dtype=torch.int32)
-
-    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        """`scores float32 [rows, vocabulary]`; rows beyond the requests with a new token belong to nobody."""
+    def process(self, scores: Tensor, requests: Sequence[Any]) -> Tensor:
         if self.observe is not None:
-            self.observe([state.request_id for state in self._states], scores)
-        for row, state in enumerate(self._states):
-            draw = self.draws[state.request_id]
-            if draw.vocabulary < scores.shape[1]:
+            self.observe([request.request_id for request in requests], scores)
+        for row, request in enumerate(requests):
+            state = self.states[request.request_id]
+            if state.vocabulary < scores.shape[1]:
                 # A model may squash its logits after lm_head (soft-capping), and −inf with them.
-                scores[row, draw.vocabulary :] = -torch.inf
-            if draw.processors or draw.generator is not None:
-                token = _draw(draw, state, scores[row, : draw.vocabulary])
+                scores[row, state.vocabulary :] = -torch.inf
+            if state.processors or state.generator is not None:
+                token = _choose(state, request, scores[row, : state.vocabulary])
                 scores[row] = -torch.inf
-                scores[row, token] = 0.0
+                scores[row].index_fill_(0, token, 0.0)
         return scores
 
 
-def _draw(draw: Draw, state: RequestState, scores: Tensor) -> int:
-    ids: Any = torch.tensor([state.initial_tokens + state.generated_tokens])
-    processed = draw.processors(ids, scores[None].clone())
-    if draw.generator is None:
-        return int(processed.argmax())
+def _choose(state: SamplingState, request: Any, scores: Tensor) -> Tensor:
+    """The next token of a request with the logits `scores [vocabulary]`: `int64 [1]`."""
+    processed = scores[None].clone()
+    if state.processors:
+        ids: Any = torch.tensor([request.initial_tokens + request.generated_tokens], device=scores.device)
+        processed = state.processors(ids, processed)
+    generator = state.generator_on(scores.device)
+    if generator is None:
+        return processed.argmax().view(1)
     probabilities = processed.softmax(dim=-1)
-    return int(torch.multinomial(probabilities, 1, generator=draw.generator))
+    return torch.multinomial(probabilities, 1, generator=generator)[0]

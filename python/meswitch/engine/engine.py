@@ -101,20 +101,7 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start; sizes in bytes."""
-        worker = self._worker
-        return {
-            "requests": {
-                "waiting": len(worker.waiting),
-                "running": len(worker.live),
-                "finished": worker.finished,
-                "failed": worker.failed,
-            },
-            "steps": worker.steps,
-            "step_tokens": worker.step_tokens,
-            "kv": {"bytes": worker.plan.nbytes, "tokens": worker.kv_tokens},
-            "host": worker.pool.counters(),
-            "experts": self.experts,
-        }
+        return {**self._worker.counters(), "host": self._worker.pool.counters(), "experts": self.experts}
 
     def close(self) -> None:
         """Ends the engine's thread after the running step; requests still in flight fail."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, LogitsProcessorList
 
+from meswitch.batching.sampler import logits_processors
 from meswitch.engine.worker import Worker
 
 
@@ -17,8 +18,8 @@ class ServedModel:
     """Facts about the loaded base; immutable, so that any thread may read them.
 
     `vocabulary`: token ids that it reads; `outputs`: ids that it can answer with. `kv_tokens`: the most tokens that one
-    request may have in the KV cache of `kv_bytes`. `logits_processors(config, prompt_tokens)`: what a generation config
-    does to logits, as transformers builds it.
+    request may have in the KV cache of `kv_bytes`. `logits_processors(config, prompt_tokens, eos)`: what a generation
+    config does to logits, as transformers builds it.
     """
 
     folder: Path
@@ -27,17 +28,14 @@ class ServedModel:
     outputs: int
     kv_tokens: int
     kv_bytes: int
-    logits_processors: Callable[[GenerationConfig, int], LogitsProcessorList]
+    logits_processors: Callable[[GenerationConfig, int, set[int]], LogitsProcessorList]
 
     @classmethod
     def of(cls, worker: Worker) -> ServedModel:
         """The facts about the model of a worker that is ready."""
 
-        def logits_processors(config: GenerationConfig, prompt_tokens: int) -> LogitsProcessorList:
-            processors: LogitsProcessorList = worker.model._get_logits_processor(
-                config, input_ids_seq_length=prompt_tokens, device="cpu"
-            )
-            return processors
+        def processors(config: GenerationConfig, prompt_tokens: int, eos: set[int]) -> LogitsProcessorList:
+            return logits_processors(worker.model, config, prompt_tokens, eos, worker.settings.device)
 
         return cls(
             folder=worker.settings.base,
@@ -46,5 +44,5 @@ class ServedModel:
             outputs=worker.layers.outputs,
             kv_tokens=worker.kv_tokens,
             kv_bytes=worker.plan.nbytes,
-            logits_processors=logits_processors,
+            logits_processors=processors,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from meswitch.batching.sampler import Draw
+from meswitch.batching.sampler import SamplingState
 from meswitch.engine.model import ServedModel
 from meswitch.engine.prompt import PromptEncoder
 from meswitch.engine.request import Request
@@ -65,13 +65,14 @@ class Preparation:
             own = self._settings.generation_config(expert)
             own_stops = [own.stop_strings] if isinstance(own.stop_strings, str) else list(own.stop_strings or ())
             stops, eos = self._encoder.stops([*sampling.stop, *own_stops], expert)
-            config = sampling.generation_config(own, eos, chat=chat)
-            draw = Draw(
-                self._model.logits_processors(config, len(ids)),
+            config = sampling.generation_config(own, chat=chat)
+            state = SamplingState(
+                self._model.logits_processors(config, len(ids), eos),
                 self._model.outputs if expert is None else expert.outputs,
                 random_generator(seed) if config.do_sample else None,
             )
-            return Request(ids, expert, draw, limit, eos, TextDecoder(self._settings.tokenizer(expert), stops), route)
+            decoder = TextDecoder(self._settings.tokenizer(expert), stops)
+            return Request(ids, expert, state, limit, eos, decoder, route)
         except BaseException:
             self._release(expert)
             raise

@@ -8,7 +8,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from meswitch.batching.sampler import Draw
+from meswitch.batching.sampler import SamplingState
 from meswitch.engine.text import TextDecoder
 from meswitch.experts.catalogue import Expert
 
@@ -43,14 +43,14 @@ class Request:
         self,
         ids: list[int],
         expert: Expert | None,
-        draw: Draw,
+        sampling: SamplingState,
         limit: int,
         eos: set[int],
         decoder: TextDecoder,
         route: Any = None,
     ) -> None:
         self.id = f"request-{next(self._ids)}"
-        self.ids, self.expert, self.draw, self.limit, self.eos = ids, expert, draw, limit, eos
+        self.ids, self.expert, self.sampling, self.limit, self.eos = ids, expert, sampling, limit, eos
         self.decoder, self.route = decoder, route
         self.tokens: list[int] = []
         self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()

@@ -68,6 +68,6 @@ def base_embeddings(worker: Worker, settings: ExpertSettings) -> Callable[[list[
     from meswitch.router.embedding.pooling import embed
 
     def embeddings(prompts: list[str]) -> Tensor:
-        return worker.plainly(lambda: embed(worker.model, settings.required_tokenizer(None), prompts))
+        return worker.call_plain(lambda: embed(worker.model, settings.required_tokenizer(None), prompts))
 
     return embeddings

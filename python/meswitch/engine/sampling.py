@@ -63,7 +63,7 @@ class SamplingSettings:
             raise RequestError(f"stop: expected text that is not empty, or a list of it, found {stop!r}")
         return cls(**{**keywords, "stop": stops})
 
-    def generation_config(self, own: GenerationConfig, eos: set[int], *, chat: bool) -> GenerationConfig:
+    def generation_config(self, own: GenerationConfig, *, chat: bool) -> GenerationConfig:
         """`own`, an expert's config, with these settings in front. `do_sample` says whether tokens are drawn.
 
         Text prompts are greedy unless a setting asks to sample; chats follow the expert's own `do_sample`.
@@ -79,7 +79,6 @@ class SamplingSettings:
         for name, value in given.items():
             setattr(config, name, value)
         config.guidance_scale = None  # needs a second prompt
-        config._eos_token_tensor = torch.tensor(sorted(eos)) if eos else None
         return config
 
 

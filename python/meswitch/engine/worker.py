@@ -1,4 +1,11 @@
-"""The thread that owns the model: it loads the base, admits requests, runs every step and every job between steps."""
+"""The thread that owns the model: it loads the base, admits requests, runs every step and every job between steps.
+
+    callers ── submit, post, call ──> inbox ──> one turn: jobs, admission, a step
+
+Ownership: the model, the experts' pool and layers, the batch, `waiting` and `live` are this thread's. Other threads put
+functions into the inbox; beside that they read counters, and what is fixed once `ready` has a result. A caller acquires
+its request's expert; it is released here, when the request ends.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +21,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
-from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
-from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
-from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+from transformers import LogitsProcessorList
 
 from meswitch.batching import attention
-from meswitch.batching.bridge import _Silent, check_supported
+from meswitch.batching.bridge import PagedBatch
 from meswitch.batching.cache import CachePlan, cache_geometry, plan_cache
-from meswitch.batching.sampler import RequestSampler
-from meswitch.batching.scheduler import BASE, Seat
-from meswitch.batching.scheduler import NAME as SCHEDULER
+from meswitch.batching.compatibility import check_supported, check_transformers
+from meswitch.batching.sampler import RequestSampler, SamplingState
+from meswitch.batching.scheduler import BASE, ExpertScheduler, RequestSlot
+from meswitch.batching.step import NewToken
 from meswitch.engine.request import Request
 from meswitch.errors import BudgetError, MeswitchError, RequestError
 from meswitch.experts.pool import ExpertPool
@@ -39,12 +43,10 @@ T = TypeVar("T")
 _DEFAULT_KV_BYTES = 2**30
 
 
-def generation_config(**settings: Any) -> GenerationConfig:
-    return GenerationConfig(**settings)
-
-
 @dataclass
 class Settings:
+    """What an engine was made with, checked. Budgets are bytes."""
+
     base: Path
     dtype: Any
     exact: bool
@@ -56,7 +58,12 @@ class Settings:
 
 
 class Worker(threading.Thread):
-    """The thread that owns the model. Other threads reach it through `submit`, `post` and `call`."""
+    """The thread that owns the model. Other threads reach it through `submit`, `post` and `call`.
+
+    `ready` gets a result once the model is loaded, or what went wrong. `waiting`: requests that are not admitted yet;
+    `live`: by id, those in the batch. The counters `steps`, `step_tokens`, `finished` and `failed` may be read from any
+    thread.
+    """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(name="meswitch-engine", daemon=True)
@@ -78,7 +85,7 @@ class Worker(threading.Thread):
         return not self._closed and self._process == os.getpid()
 
     def post(self, job: Callable[[], None]) -> bool:
-        """Queues `job`; false when the engine is closed."""
+        """Queues `job`, to run between steps; false when the engine is closed."""
         if not self.open:
             return False
         with self._lock:
@@ -88,7 +95,7 @@ class Worker(threading.Thread):
             return True
 
     def call(self, function: Callable[[], T]) -> T:
-        """Runs `function` between steps and returns what it returns."""
+        """Runs `function` between steps and returns what it returns, or raises what it raises."""
         if threading.current_thread() is self:
             return function()
         future: Future[T] = Future()
@@ -105,11 +112,36 @@ class Worker(threading.Thread):
             raise closed()
         return future.result()
 
+    def call_plain(self, function: Callable[[], T]) -> T:
+        """`call` with the attention that the base has outside of continuous batching."""
+
+        def switched() -> T:
+            with attention.switched_attention(self.model, self._plain_attention):
+                return function()
+
+        return self.call(switched)
+
+    def counters(self) -> dict[str, Any]:
+        """Counts of requests and steps since the start, and the size of the KV cache."""
+        return {
+            "requests": {
+                "waiting": len(self.waiting),
+                "running": len(self.live),
+                "finished": self.finished,
+                "failed": self.failed,
+            },
+            "steps": self.steps,
+            "step_tokens": self.step_tokens,
+            "kv": {"bytes": self.plan.nbytes, "tokens": self.kv_tokens},
+        }
+
     def submit(self, requests: list[Request]) -> None:
+        """Hands over requests, and with them what they hold of their experts. Raises where the engine is closed."""
         if not self.post(lambda: self.waiting.extend(requests)):
             raise closed()
 
     def stop(self, timeout: float | None = None) -> None:
+        """Ends the thread after the running step, and waits for it."""
         if self.open:
             with self._lock:
                 self._closed = True
@@ -117,7 +149,7 @@ class Worker(threading.Thread):
         if self.is_alive() and threading.current_thread() is not self:
             self.join(timeout)
 
-    # on the thread
+    # on the thread: start and end
 
     def run(self) -> None:
         try:
@@ -139,54 +171,37 @@ class Worker(threading.Thread):
 
     def _load(self) -> None:
         settings = self.settings
+        check_transformers(settings.device)
         model = load_model(settings.base, settings.dtype or "auto", check=check_supported).to(settings.device)
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self.text_config = model.config.get_text_config(decoder=True)
         kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
         self.layers = ExpertLayers(model, kernels)
         self.pool = ExpertPool(self.layers, settings.base, self.text_config, budget=settings.host_budget)
         self._start_batching()
+        self._try_step()
 
     def _start_batching(self) -> None:
-        """transformers' manager resolves settings and builds the processor; its thread is never started."""
-        plan = self._plan_cache()
-        manager: ContinuousBatchingManager = self.model.init_continuous_batching(
-            generation_config=generation_config(do_sample=False, eos_token_id=-1),
-            continuous_batching_config=ContinuousBatchingConfig(
-                scheduler_type=SCHEDULER,
-                page_size=plan.page_size,
-                num_blocks=plan.blocks,
-                max_batch_tokens=plan.max_batch_tokens,
-                max_requests_per_batch=min(256, plan.max_batch_tokens),
-                max_memory_percent=1.0,
-                use_async_batching=False,
-                use_cuda_graph=False,
-                auto_switch_to_flash=False,
-                seed=0,
-            ),
-        )
+        self.plan = plan = self._plan_cache()
         self.sampler = RequestSampler()
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self.sampler]))
-        processors.tensors_required = 1  # it counts only those it converted itself
-        manager.logit_processor = processors
-        manager.output_router = _Silent()  # type: ignore[assignment]
-        capped = getattr(self.text_config, "attn_logit_softcapping", None) is not None
-        sdpa = self.model.config._attn_implementation == "sdpa"
-        self.plain_attention = "sdpa" if sdpa and not capped else "eager"
-        paged = sdpa or capped
-        if paged:  # before the processor, so that it sets up no masks
-            self.model.set_attn_implementation(attention.PAGED)
-        state = torch.get_rng_state()  # building a processor seeds the global generator
+        self._plain_attention = attention.plain_attention(self.model)
+        paged = attention.can_be_paged(self.model)
         try:
-            self.processor: Any = manager._create_batch_processor()
+            self.batch: Any = PagedBatch(
+                self.model,
+                page_size=plan.page_size,
+                blocks=plan.blocks,
+                max_batch_tokens=plan.max_batch_tokens,
+                scheduler=ExpertScheduler,
+                sampler=self.sampler,
+                attention=attention.PAGED if paged else None,
+                plan_attention=attention.plan_attention if paged else None,
+            )
         except MemoryError as error:
             raise BudgetError(f"kv_budget: {plan.nbytes} bytes do not fit this machine: {error}") from error
-        torch.set_rng_state(state)
-        self.scheduler: Any = self.processor.scheduler
-        if paged:
-            attention.hand_reads(self.processor.inputs_and_outputs)
-        self.kv_tokens = infer_max_single_request_tokens(self.processor.cache)
-        self.plan = plan
+        plan.check(self.batch.nbytes)
+        self.scheduler: Any = self.batch.scheduler
+        self.kv_tokens: int = self.batch.kv_tokens
 
     def _plan_cache(self) -> CachePlan:
         steps = self.settings.max_batch_tokens
@@ -197,27 +212,46 @@ class Worker(threading.Thread):
             budget = min(geometry.need(tokens, steps), max(_DEFAULT_KV_BYTES, geometry.need(512, steps)))
         return plan_cache(self.text_config, self.model.dtype, budget, max_batch_tokens=steps)
 
-    def plainly(self, function: Callable[[], T]) -> T:
-        """Runs `function` on the base as it is outside continuous batching, between steps."""
+    def _try_step(self) -> None:
+        """One token through the base, so that a model whose attention asks for more than paged attention gives is
+        refused at start."""
+        name = "start"
+        self.scheduler.slots[name] = RequestSlot()
+        self.sampler.states[name] = SamplingState(LogitsProcessorList(), self.layers.outputs)
+        self.batch.add(name, [0], 1, ())
+        self.batch.prepare()
+        self.batch.run()
+        self.batch.update()
+        del self.scheduler.slots[name], self.sampler.states[name]
 
-        def switched() -> T:
-            paged = self.model.config._attn_implementation
-            self.model.set_attn_implementation(self.plain_attention)
-            try:
-                return function()
-            finally:
-                self.model.set_attn_implementation(paged)
+    def _end(self, error: BaseException) -> None:
+        """Fails every request that is still open, runs what the inbox holds, and releases the model."""
+        with self._lock:
+            self._closed = self._ended = True
+        for request in [*self.live.values(), *self.waiting]:
+            request.fail(error)
+        self.live, self.waiting = {}, []
+        while not self.inbox.empty():
+            with contextlib.suppress(Exception):  # a job reports to its own caller
+                self.inbox.get_nowait()()
+        for request in self.waiting:  # submitted by one of those jobs
+            request.fail(error)
+        self.waiting = []
+        self.pool.close()
+        self.batch.close()
+        self.batch = self.model = self.scheduler = None
 
-        return self.call(switched)
+    # on the thread: one turn
 
     def _turn(self) -> None:
         """Jobs first, then who can be admitted, then one step."""
-        self._jobs(wait=not self.live and not self.waiting)
+        self._run_jobs(wait=not self.live and not self.waiting)
         self._admit()
         if self.live and not self._step() and not self.waiting:
-            self._jobs(wait=True, timeout=0.01)  # nothing could be scheduled: do not spin
+            self._run_jobs(wait=True, timeout=0.01)  # nothing could be scheduled: do not spin
 
-    def _jobs(self, *, wait: bool, timeout: float | None = None) -> None:
+    def _run_jobs(self, *, wait: bool, timeout: float | None = None) -> None:
+        """Runs what the inbox holds; `wait`: until there is something, at most `timeout` seconds."""
         while True:
             try:
                 job = self.inbox.get(block=wait, timeout=timeout)
@@ -230,105 +264,103 @@ class Worker(threading.Thread):
             wait = False
 
     def _admit(self) -> None:
-        """In order of arrival; behind one whose expert has no room yet, only the base's requests go on."""
+        """Admits in order of arrival; behind one whose expert has no room yet, only the base's requests go on."""
         waiting, self.waiting = self.waiting, []
         blocked = False
         for request in waiting:
             try:
                 if request.cancelled:
-                    self._drop(request)
+                    self._release_expert(request)
+                    request.fail(_cancelled())
                 elif request.expert is not None and (blocked or not self.pool.admit(request.expert)):
                     blocked = True
                     self.waiting.append(request)
                 else:
-                    self._start(request)
+                    self._add(request)
             except Exception as error:
                 if request.id in self.live:
-                    self._leave(request, cancel=True)
+                    self._remove(request, cancel=True)
                 else:
-                    self._let_go(request)
+                    self._release_expert(request)
                 self._fail(request, error)
 
-    def _start(self, request: Request) -> None:
-        expert = request.expert
-        seat = Seat() if expert is None else Seat(expert.slot or 0, expert.salt)
-        self.live[request.id] = request
-        self.scheduler.seats[request.id] = seat
-        self.sampler.draws[request.id] = request.draw
-        state = RequestState(
-            request_id=request.id,
-            initial_tokens=list(request.ids),
-            max_new_tokens=request.limit,
-            eos_token_id=sorted(request.eos),
-        )
-        self.scheduler.add_waiting_request(state)
-
     def _step(self) -> bool:
-        """One forward pass; false where nothing was scheduled. Its failure is its requests' alone."""
-        self.scheduler.step = []
+        """One forward pass; false where nothing was scheduled. If it fails, only its requests fail."""
         try:
-            if not self.processor.prepare_next_batch():
+            if not self.batch.prepare():
                 return False
-            self._place_rows()
-            self.processor._generation_step(self.model)
-            self.processor.update_batch()
+            self._activate_experts()
+            self.batch.run()
+            tokens = self.batch.update()
         except Exception as error:
             self._fail_step(error)
             return True
         finally:
             self.layers.step.end()
         self.steps += 1
-        for entry in self.scheduler.step:
-            if entry.has_new_token:
-                self._token(entry.state)
+        for new in tokens:
+            self._accept(new)
         return True
 
-    def _place_rows(self) -> None:
+    def _activate_experts(self) -> None:
+        """Tells the layers which expert each row of the step belongs to."""
         kept = self.scheduler.kept_slots()
         tokens = self.scheduler.token_slots()
         self.step_tokens += len(tokens)
         if any(slot != BASE for slot in tokens):
             self.layers.step.begin(tokens, kept)
 
-    def _token(self, state: RequestState) -> None:
-        request = self.live.get(state.request_id)
+    def _accept(self, new: NewToken) -> None:
+        """Turns a token into text; ends the request where it is its last, or completes a stop string."""
+        request = self.live.get(new.request_id)
         if request is None:
             return
         try:
-            request.accept(state.generated_tokens[-1])
+            request.accept(new.token)
         except Exception as error:  # a tokenizer that cannot decode
-            self._leave(request, cancel=True)
+            self._remove(request, cancel=True)
             self._fail(request, error)
             return
-        if state.status == RequestStatus.FINISHED or request.decoder.stopped:
-            self._leave(request, cancel=state.status != RequestStatus.FINISHED)
+        if new.finished or request.decoder.stopped:
+            self._remove(request, cancel=not new.finished)
             self.finished += 1
             request.finish("stop" if request.tokens[-1] in request.eos else "length")
 
     def _fail_step(self, error: Exception) -> None:
+        """Fails the requests of a step that raised, or all where it is not known whose step it was."""
         ids = [entry.state.request_id for entry in self.scheduler.step] or list(self.live)
-        cause = error if isinstance(error, MeswitchError) else None
+        own = error if isinstance(error, MeswitchError) else None
         for request_id in ids:
             request = self.live.get(request_id)
             if request is not None:
-                self._leave(request, cancel=True)
-                failure = cause or MeswitchError(f"a step failed: {type(error).__name__}: {error}")
-                if cause is None:
+                self._remove(request, cancel=True)
+                failure = own or MeswitchError(f"a step failed: {type(error).__name__}: {error}")
+                if own is None:
                     failure.__cause__ = error
                 self._fail(request, failure)
 
-    def _leave(self, request: Request, *, cancel: bool) -> None:
-        """Takes a request out of the scheduler and gives its expert back."""
+    # on the thread: one request
+
+    def _add(self, request: Request) -> None:
+        """Puts an admitted request into the batch."""
+        expert = request.expert
+        slot = RequestSlot() if expert is None else RequestSlot(expert.slot or 0, expert.salt)
+        self.live[request.id] = request
+        self.scheduler.slots[request.id] = slot
+        self.sampler.states[request.id] = request.sampling
+        self.batch.add(request.id, request.ids, request.limit, request.eos)
+
+    def _remove(self, request: Request, *, cancel: bool) -> None:
+        """Takes a request out of the batch and releases its expert; `cancel` where the batch has not finished it."""
         if cancel:
-            self.scheduler.set_request_cancellation(request.id)
-            self.scheduler.clear_cancelled_requests()
-        for by_id in (self.live, self.scheduler.seats, self.sampler.draws):
+            self.batch.cancel(request.id)
+        for by_id in (self.live, self.scheduler.slots, self.sampler.states):
             by_id.pop(request.id, None)
         if request.expert is not None:
             self.pool.unpin(request.expert)
-        self._let_go(request)
+        self._release_expert(request)
 
-    def _let_go(self, request: Request) -> None:
+    def _release_expert(self, request: Request) -> None:
         if request.expert is not None:
             self.pool.release(request.expert)
 
@@ -337,32 +369,16 @@ class Worker(threading.Thread):
         request.fail(error)
 
     def cancel(self, requests: Iterable[Request]) -> None:
+        """Ends requests that nobody wants any more. Those that still wait end when they would be admitted."""
         for request in requests:
             request.cancelled = True
             if request.id in self.live:
-                self._leave(request, cancel=True)
-                self._drop(request, held=False)
+                self._remove(request, cancel=True)
+                request.fail(_cancelled())
 
-    def _drop(self, request: Request, *, held: bool = True) -> None:
-        if held:
-            self._let_go(request)
-        request.fail(RequestError("the request was cancelled"))
 
-    def _end(self, error: BaseException) -> None:
-        """Nobody waits for an answer that will not come."""
-        with self._lock:
-            self._closed = self._ended = True
-        for request in [*self.live.values(), *self.waiting]:
-            request.fail(error)
-        self.live, self.waiting = {}, []
-        while not self.inbox.empty():
-            with contextlib.suppress(Exception):  # a job reports to its own caller
-                self.inbox.get_nowait()()
-        for request in self.waiting:
-            request.fail(error)
-        self.waiting = []
-        self.pool.close()
-        self.processor = self.model = self.scheduler = None
+def _cancelled() -> RequestError:
+    return RequestError("the request was cancelled")
 
 
 def closed() -> MeswitchError:
