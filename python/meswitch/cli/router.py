@@ -41,8 +41,7 @@ def router_train(
     with show_progress() as progress:
         made = train_router(base, data, out, kind=kind, threshold=threshold, seed=seed, progress=progress)
     if as_json:
-        numbers = {"temperature": made.temperature, "threshold": made.threshold}
-        print_json({"kind": made.kind, "experts": list(made.experts), **numbers})
+        print_json(made.summary())
     else:
         typer.echo(f"{out}: routes between {', '.join(made.experts)}")
 
