@@ -67,16 +67,16 @@ def read_router(path: Path, base_fingerprint: str | None) -> RouterContents:
     manifest = read_manifest(path)
     if manifest.get("kind") != KIND:
         raise RouterError(f"expected a router of kind {KIND!r}, found {manifest.get('kind')!r}: {path}")
-    found = manifest.get("base_fingerprint")
-    if base_fingerprint is not None and found != base_fingerprint:
+    stored_fingerprint = manifest.get("base_fingerprint")
+    if base_fingerprint is not None and stored_fingerprint != base_fingerprint:
         raise RouterError(
-            f"expected a router for base {base_fingerprint}, found one for {found}: {path}",
+            f"expected a router for base {base_fingerprint}, found one for {stored_fingerprint}: {path}",
             hint="train the router again on this base: meswitch router train",
         )
     tensors = _read_tensors(path / TENSORS, manifest.get("sha256"))
     experts, numbers = _read_fields(manifest, path / MANIFEST)
     _check_tensors(tensors, len(experts), path / TENSORS)
-    return RouterContents(experts, *numbers, tensors, found)
+    return RouterContents(experts, *numbers, tensors, stored_fingerprint)
 
 
 def _read_fields(manifest: dict[str, Any], file: Path) -> tuple[tuple[str, ...], tuple[float, float, float]]:
@@ -97,9 +97,9 @@ def _read_tensors(file: Path, digest: Any) -> dict[str, Tensor]:
         blob = file.read_bytes()
     except FileNotFoundError as error:
         raise RouterError(f"expected router.safetensors, found none: {file}") from error
-    found = hashlib.sha256(blob).hexdigest()
-    if found != digest:
-        raise RouterError(f"expected sha256 {digest}, found {found}: {file}", hint="the file was changed or cut short")
+    actual = hashlib.sha256(blob).hexdigest()
+    if actual != digest:
+        raise RouterError(f"expected sha256 {digest}, found {actual}: {file}", hint="the file was changed or cut short")
     try:
         return load_tensors(blob)
     except SafetensorError as error:
@@ -113,8 +113,8 @@ def _check_tensors(tensors: dict[str, Tensor], count: int, file: Path) -> None:
     for name, shape in _expected_shapes(tensors, count).items():
         tensor, dtype = tensors[name], torch.int64 if name == "labels" else torch.float32
         if tensor.shape != shape or tensor.dtype != dtype:
-            found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise RouterError(f"expected {name} to be {dtype} {list(shape)}, found {found}: {file}")
+            actual = f"{tensor.dtype} {list(tensor.shape)}"
+            raise RouterError(f"expected {name} to be {dtype} {list(shape)}, found {actual}: {file}")
         if not tensor.isfinite().all():
             raise RouterError(f"expected finite numbers, found others in {name}: {file}")
     labels = tensors["labels"]
