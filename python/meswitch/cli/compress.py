@@ -11,7 +11,7 @@ from rich.console import Console
 from meswitch.cli.arguments import Base, DeltaOutput, Json
 from meswitch.cli.choices import check_choice, usage_errors
 from meswitch.compression.presets import PRESETS
-from meswitch.terminal.progress import show_progress
+from meswitch.terminal.progress import show_imports, show_progress
 from meswitch.terminal.tables import format_share, format_size, make_table, print_json
 
 if TYPE_CHECKING:
@@ -116,12 +116,13 @@ def compress(
 
     Interrupted, the same command goes on after the last finished site.
     """
-    _check_distillation(distill, distill_method, calibrate)
-    options = _options(preset, bits, embedding_bits, method, bpw, target_size)
+    with show_imports():
+        _check_distillation(distill, distill_method, calibrate)
+        options = _options(preset, bits, embedding_bits, method, bpw, target_size)
     calibration, sensitivity = _measure(finetune, calibrate, options)
-    from meswitch.compression import job
-
     with show_progress(first="compressing") as progress:
+        from meswitch.compression import job
+
         report = job.compress(
             base, finetune, out, options, calibration=calibration, sensitivity=sensitivity, progress=progress
         )
@@ -172,9 +173,9 @@ def _measure(
                 "no --calibrate: the same relative error counts alike in every matrix, a weight a weight", err=True
             )
         return None, None
-    from meswitch.compression import calibration, sensitivity
-
     with show_progress(first="calibrating") as progress:
+        from meswitch.compression import calibration, sensitivity
+
         statistics = calibration.calibrate(finetune, data, progress=progress)
         if not options.chooses_per_site:
             return statistics, None
@@ -183,9 +184,9 @@ def _measure(
 
 def _distill(base: str, finetune: str, delta: Path, data: Path, method: str) -> dict[str, Any]:
     """Tunes the scales of the delta in place; what `Distillation.to_json` says."""
-    from meswitch.compression.distillation import job
-
     with show_progress(first="distilling") as progress:
+        from meswitch.compression.distillation import job
+
         done = job.distill(base, finetune, delta, delta, data, method=method, progress=progress)  # type: ignore[arg-type]
     return done.to_json()
 
@@ -220,9 +221,9 @@ def import_(
     \b
       meswitch import base/ math-lora/ -o experts/math
     """
-    from meswitch.compression.lora import import_adapter
-
     with show_progress(first="importing") as progress:
+        from meswitch.compression.lora import import_adapter
+
         report = import_adapter(base, adapter, out, progress=progress)
     if as_json:
         print_json(report.to_json())

@@ -93,8 +93,8 @@ def restore(
     \b
       meswitch restore base/ experts/math -o merged/
     """
-    from meswitch.delta import restoration
-
     with show_progress(first="restoring") as progress:
+        from meswitch.delta import restoration
+
         restoration.restore(base, delta, out, progress=progress)
     typer.echo(str(out))

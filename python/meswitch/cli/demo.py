@@ -9,6 +9,7 @@ import typer
 
 from meswitch.cli.arguments import Json
 from meswitch.cli.choices import check_choice
+from meswitch.terminal.progress import show_imports
 
 OwnBase = Annotated[
     str | None,
@@ -81,8 +82,9 @@ def demo(
         raise typer.BadParameter("--model and --experts go together", param_hint="--model")
     if model is None and data is not None:
         raise typer.BadParameter("the family brings its own data", param_hint="--data")
-    from meswitch.demo import tour
-    from meswitch.demo.family import FAMILIES
+    with show_imports():
+        from meswitch.demo import tour
+        from meswitch.demo.family import FAMILIES
 
     check_choice("--family", family, FAMILIES)
     tour.run(model, finetunes or None, family=family, data=data, out=out, json=as_json)

@@ -40,9 +40,9 @@ def evaluate(
     \b
       meswitch evaluate base/ experts/math --against math-finetune/ --data heldout.jsonl
     """
-    from meswitch.compression import evaluation
-
     with show_progress(first="evaluating") as progress:
+        from meswitch.compression import evaluation
+
         scores = evaluation.evaluate(
             base, delta, against, data, max_tokens=max_tokens, window=window, svd=svd, progress=progress
         ).to_json()

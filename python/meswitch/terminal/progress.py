@@ -40,6 +40,13 @@ def show_progress(
 
 
 @contextmanager
+def show_imports() -> Iterator[None]:
+    """Shows that torch and transformers are being imported, which takes seconds."""
+    with show_progress(first="loading libraries"):
+        yield
+
+
+@contextmanager
 def show_status(what: str) -> Iterator[None]:
     """A spinner on a terminal while something of unknown length runs."""
     if sys.stderr.isatty():
