@@ -84,6 +84,7 @@ def cross_validate(x: Tensor, y: Tensor, count: int, seed: int, progress: Progre
     """
     folds = _folds(y, seed)
     meter = ProgressMeter(progress, "fitting the router", _FOLDS * len(_PENALTIES))
+    meter.update(0)
     # A third of what the folds' prompts can span, in every fit: what is left must mean something on prompts never seen.
     k = min(_COMPONENTS, max(count, len(y) * (_FOLDS - 1) // _FOLDS // 3), x.shape[1])
     logits = torch.zeros(len(_PENALTIES), len(y), count, dtype=x.dtype)
