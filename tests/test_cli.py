@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,8 @@ from meswitch import cli
 from meswitch.errors import ExpertNotFoundError
 from meswitch.progress import Progress
 from meswitch.router.route import Route
-from meswitch.terminal.progress import progress_lines
+from meswitch.terminal import progress as terminal_progress
+from meswitch.terminal.progress import progress_lines, show_progress
 from meswitch.terminal.tables import format_size, write_text
 from test_adapter import save_adapter
 
@@ -78,6 +80,7 @@ def test_help_teaches() -> None:
         found = run(*name.split(), "--help")
         assert found.exit_code == 0 and f"meswitch {name}" in found.stdout, name
         assert "Usage" in found.stdout
+        assert run(*name.split(), "-h").stdout == found.stdout
 
 
 def test_version() -> None:
@@ -116,6 +119,7 @@ def test_version() -> None:
         ["generate", "base", "hi", "--expert", "auto"],
         ["generate", "base", "hi", "--max-new-tokens", "0"],
         ["generate", "base", "hi", "--temperature", "-1"],
+        ["generate", "base", "hi", "--kernels", "abacus"],
         ["router"],
         ["router", "train", "base", "-o", "x"],
         ["router", "train", "base", "-o", "x", "--data", "y", "--kind", "oracle"],
@@ -283,8 +287,11 @@ class Stub:
 
     asked: list[Any]
 
-    def __init__(self, base: str, experts: Any = None, router: Any = None) -> None:
+    kernels: str
+
+    def __init__(self, base: str, experts: Any = None, router: Any = None, kernels: str = "auto") -> None:
         type(self).asked = [(base, experts, router)]
+        type(self).kernels = kernels
 
     def __enter__(self) -> Stub:
         return self
@@ -334,6 +341,12 @@ def test_several_prompts_name_their_expert(stub: type[Stub]) -> None:
     assert found.exit_code == 0
     assert "> one\n[math] one, said base" in found.stdout and "> two\n[math] two, said base" in found.stdout
     assert stub.asked[1] == {"max_new_tokens": 256, "temperature": 0.5}
+
+
+@pytest.mark.parametrize("kernels", ["auto", "cpu", "torch"])
+def test_generate_passes_the_kernels_on(stub: type[Stub], kernels: str) -> None:
+    assert run("generate", "base", "hi", "--kernels", kernels).exit_code == 0
+    assert stub.kernels == kernels
 
 
 def test_generate_json(stub: type[Stub], tmp_path: Path) -> None:
@@ -446,6 +459,21 @@ def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr()
     assert said.out == "" and said.err.splitlines()[0].startswith("working: 25%, ") and "left" in said.err
     assert said.err.splitlines()[1].startswith("working: 100%, ") and "quiet" not in said.err
+
+
+def test_silent_work_still_prints_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal_progress, "progress_lines", lambda: progress_lines(every=0.02))
+    monkeypatch.setattr(terminal_progress, "_SECONDS_BETWEEN_REPEATS", 0.01)
+    with show_progress(first="loading") as show:
+        time.sleep(0.3)
+        show(Progress("working", 0, 2))
+        show(Progress("working", 2, 2))
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count("loading: 0%") > 1 and lines.count("working: 100%, 0 s") == 1
+    assert lines.count("working: 100%, 0 s, finishing") > 1
+    time.sleep(0.1)
+    assert capsys.readouterr().err == "", "the display is over"
 
 
 @pytest.mark.parametrize(

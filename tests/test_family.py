@@ -16,7 +16,7 @@ from meswitch.demo import tour
 from meswitch.demo.corpus import DOMAINS
 from meswitch.demo.family import family as make
 from meswitch.demo.paths import Family
-from meswitch.demo.tiny import Settings
+from meswitch.demo.tiny import TinySettings
 from meswitch.demo.training import Training
 from meswitch.progress import Progress
 
@@ -41,9 +41,9 @@ def nll(folder: Path, data: Path) -> float:
 @pytest.mark.parametrize("name", DOMAINS)
 def test_an_expert_knows_its_domain(family: Family, name: str) -> None:
     data = family.heldout[name]
-    own = nll(family.experts[name], data)
-    assert own < nll(family.base, data) - LEAST_GAIN[name]
-    assert own < min(nll(family.experts[other], data) for other in DOMAINS if other != name)
+    domain_nll = nll(family.experts[name], data)
+    assert domain_nll < nll(family.base, data) - LEAST_GAIN[name]
+    assert domain_nll < min(nll(family.experts[other], data) for other in DOMAINS if other != name)
 
 
 def test_models_are_ordinary_checkpoints(family: Family) -> None:
@@ -59,11 +59,11 @@ def test_models_are_ordinary_checkpoints(family: Family) -> None:
 
 def test_the_chat_template_is_the_form_it_learned(family: Family) -> None:
     tokenizer = AutoTokenizer.from_pretrained(family.experts["maths"])
-    said = [{"role": "user", "content": "What is 2 + 3?"}]
-    prompt = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    conversation = [{"role": "user", "content": "What is 2 + 3?"}]
+    prompt = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     assert prompt == "Question: What is 2 + 3?\nAnswer:"
-    said.append({"role": "assistant", "content": "5"})
-    assert tokenizer.apply_chat_template(said, tokenize=False) == f"{prompt} 5<|endoftext|>"
+    conversation.append({"role": "assistant", "content": "5"})
+    assert tokenizer.apply_chat_template(conversation, tokenize=False) == f"{prompt} 5<|endoftext|>"
 
 
 def test_answers_end(family: Family) -> None:
@@ -95,7 +95,7 @@ def test_train_and_held_out_are_apart(family: Family) -> None:
 
 # --- training -----------------------------------------------------------------------------------------------------
 
-MINUTE = Settings(
+MINUTE = TinySettings(
     vocabulary=512,
     hidden=32,
     intermediate=48,
@@ -119,7 +119,7 @@ def minute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_the_same_seed_trains_the_same_family(minute: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make("minute")
     monkeypatch.setenv("MESWITCH_CACHE", str(minute / "again"))
-    second = make("minute", progress=lambda at: None)
+    second = make("minute", progress=lambda report: None)
     files = sorted(path.relative_to(first.root) for path in first.root.rglob("*") if path.is_file())
     assert len(files) > 20
     for file in files:
@@ -128,8 +128,8 @@ def test_the_same_seed_trains_the_same_family(minute: Path, monkeypatch: pytest.
 
 
 def test_an_interrupted_training_leaves_nothing(minute: Path) -> None:
-    def interrupt(at: Progress) -> None:
-        if at.task == "training fine-tune maths":
+    def interrupt(progress: Progress) -> None:
+        if progress.task == "training fine-tune maths":
             raise KeyboardInterrupt
 
     (minute / "tiny-other.partial-1").mkdir()
@@ -139,36 +139,36 @@ def test_an_interrupted_training_leaves_nothing(minute: Path) -> None:
 
 
 def test_a_killed_training_is_swept_away_and_a_whole_one_found(minute: Path) -> None:
-    made = make("minute")
-    killed = made.root.with_name(made.root.name + ".partial-x")
-    made.root.rename(killed)
+    models = make("minute")
+    killed = models.root.with_name(models.root.name + ".partial-x")
+    models.root.rename(killed)
     stages: list[str] = []
-    assert make("minute", progress=lambda at: stages.append(at.task)) == made
-    assert stages and made.base.is_dir() and not killed.exists()
+    assert make("minute", progress=lambda report: stages.append(report.task)) == models
+    assert stages and models.base.is_dir() and not killed.exists()
     stages.clear()
-    assert make("minute", progress=lambda at: stages.append(at.task)) == made
+    assert make("minute", progress=lambda report: stages.append(report.task)) == models
     assert not stages
 
 
 def test_the_tour_of_own_models(minute: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = make("minute")
+    models = make("minute")
     data = tmp_path / "prompts.jsonl"
     lines = [
         {"prompt": f"{name} {number}", "completion": " and so on, and so on", "expert": name}
-        for name in made.experts
+        for name in models.experts
         for number in range(20)
     ]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    given: dict[str, Any] = {"model": made.base, "experts": made.experts, "data": data, "out": tmp_path / "out"}
+    given: dict[str, Any] = {"model": models.base, "experts": models.experts, "data": data, "out": tmp_path / "out"}
     stages: list[str] = []
-    found = tour.run(**given, json=True, progress=lambda at: stages.append(at.task))
+    found = tour.run(**given, json=True, progress=lambda report: stages.append(report.task))
     assert json.loads(capsys.readouterr().out) == found
     assert set(found["deltas"]) == set(tour.PRESETS) and found["router"]["confusion"]
     assert all(set(measured) == set(DOMAINS) for measured in found["evaluations"].values())
     assert len(found["serving"]["answers"]) == 6
 
     stages.clear()
-    again = tour.run(**given, progress=lambda at: stages.append(at.task))
+    again = tour.run(**given, progress=lambda report: stages.append(report.task))
     assert set(stages) == {"answering a mixed batch"}, "what was made once is found again"
     assert again["deltas"] == found["deltas"]
     printed = capsys.readouterr().out
@@ -176,12 +176,12 @@ def test_the_tour_of_own_models(minute: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_tour_without_data_weighs_and_serves(minute: Path, tmp_path: Path) -> None:
-    made = make("minute")
-    found = tour.run(made.base, {"maths": made.experts["maths"]}, out=tmp_path / "out")
+    models = make("minute")
+    found = tour.run(models.base, {"maths": models.experts["maths"]}, out=tmp_path / "out")
     assert found["router"] is None and not found["evaluations"]["default"]
     assert {answer["expert"] for answer in found["serving"]["answers"]} == {"maths"}
     with pytest.raises(ValueError, match="model and experts together"):
-        tour.run(made.base)
+        tour.run(models.base)
 
 
 def test_an_unknown_family_is_refused() -> None:

@@ -23,6 +23,6 @@ def test_example(
     assert block.count("\n") <= 20
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
-    said = capsys.readouterr().out
-    assert re.findall(r"^(\w+) ['\"]", said, re.MULTILINE) == ["maths", "code", "base"]
-    assert said.count("bits a weight") == 3
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(\w+) ['\"]", printed, re.MULTILINE) == ["maths", "code", "base"]
+    assert printed.count("bits a weight") == 3

@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM
 from families import config_of, save_finetune, save_random, tokenizer_of
 from meswitch.errors import DataError, RequestError, RouterError
 from meswitch.huggingface.checkpoint import Checkpoint
-from meswitch.router.embedding.pooling import embed
+from meswitch.router.base import LoadedBase, embed
 from meswitch.router.embedding.router import EmbeddingRouter
+from meswitch.router.kinds import KINDS
+from meswitch.router.protocol import BaseModel
 from meswitch.router.route import Example, Route, read_examples, report
 from meswitch.router.routers import evaluate_router, load_router, train_router
 
@@ -464,6 +466,30 @@ def test_a_router_knows_its_base(base: Path, tmp_path: Path) -> None:
     assert Checkpoint.open(other).sample() != Checkpoint.open(base).sample()
     with pytest.raises(RouterError, match="train the router again"):
         evaluate_router(other, tmp_path / "router", tmp_path / "train.jsonl")
+
+
+def test_a_router_takes_a_base_or_its_embed_alone(base: Path, tmp_path: Path) -> None:
+    router = train_router(base, labelled(tmp_path / "train.jsonl", 8), tmp_path / "router")
+    model, prompts = load(base), ["def g(y): return y[0]", "31 + 41 ="]
+    expected = router.route(prompts, partial(embed, model, tokenizer_of()))
+    assert router.route(prompts, LoadedBase(model, tokenizer_of())) == expected
+
+
+def test_training_reports_prompts_and_fits(base: Path, tmp_path: Path) -> None:
+    reports: list[tuple[str, int, int]] = []
+    train_router(
+        base,
+        labelled(tmp_path / "train.jsonl", 8),
+        tmp_path / "router",
+        progress=lambda progress: reports.append((progress.task, progress.done, progress.total)),
+    )
+    assert ("reading prompts", 16, 16) in reports and reports[-1] == ("fitting the router", 25, 25)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_has_what_each_kind_asks_of_it(kind: str) -> None:
+    for method in KINDS[kind].base_methods:
+        assert callable(getattr(BaseModel, method)) and callable(getattr(LoadedBase, method))
 
 
 @pytest.mark.parametrize("kind", ["prompt", "oracle"])

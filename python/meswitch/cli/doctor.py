@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import typer
 
 from meswitch import __version__
-from meswitch.cli.app import Json, app
+from meswitch.cli.arguments import Json
 from meswitch.errors import MeswitchError
 from meswitch.terminal.tables import print_json
 
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+_MISSING = "not installed"
 
-@app.command()
+
 def doctor(as_json: Json = False) -> None:
     """Say what is installed here and what is used of it.
 
@@ -22,24 +25,41 @@ def doctor(as_json: Json = False) -> None:
     \b
       meswitch doctor
     """
-    found = _examine()
+    report = _examine()
     if as_json:
-        print_json(found)
+        print_json(report)
     else:
-        for name, value in found.items():
-            for key, entry in value.items() if isinstance(value, dict) else [("", value)]:
-                text = ", ".join(entry) if isinstance(entry, list) else str(entry)
-                typer.echo(f"{f'{name} {key}'.strip():<22} {text or '-'}")
-    if found["problems"]:
+        _print_report(report)
+    if report["problems"]:
         raise typer.Exit(1)
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    """A line an entry, those of a group under its name."""
+    for name, value in report.items():
+        for key, entry in value.items() if isinstance(value, dict) else [("", value)]:
+            text = ", ".join(entry) if isinstance(entry, list) else str(entry)
+            typer.echo(f"{f'{name} {key}'.strip():<22} {text or '-'}")
 
 
 def _examine() -> dict[str, Any]:
     import platform
 
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
-    versions = {name: _version(name) for name in packages}
-    problems = [f"{name} is not installed" for name in packages if versions[name] == "not installed"]
+    versions = {name: _package_version(name) for name in _PACKAGES}
+    native, native_problem = _examine_native()
+    problems = [f"{name} is not installed" for name in _PACKAGES if versions[name] == _MISSING]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "version": {"meswitch": __version__, **versions},
+        "cpu": {"count": os.cpu_count(), **native},
+        "torch": _examine_torch(),
+        "problems": problems + ([native_problem] if native_problem else []),
+    }
+
+
+def _examine_native() -> tuple[dict[str, Any], str | None]:
+    """Instruction sets of the native module, and what keeps it from loading, if anything."""
     native: dict[str, Any] = {"backend": None, "backends": [], "features": []}
     try:
         from meswitch import _native
@@ -49,18 +69,11 @@ def _examine() -> dict[str, Any]:
         native["backend"] = getattr(_native, "backend", lambda: None)()
         native["backends"] = getattr(_native, "backends", list)()
     except (ImportError, MeswitchError) as error:
-        problems.append(f"meswitch._native does not load: {error}")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "version": {"meswitch": __version__, **versions},
-        "cpu": {"count": os.cpu_count(), **native},
-        "torch": _torch(),
-        "problems": problems,
-    }
+        return native, f"meswitch._native does not load: {error}"
+    return native, None
 
 
-def _torch() -> dict[str, Any]:
+def _examine_torch() -> dict[str, Any]:
     try:
         import torch
     except ImportError as error:
@@ -69,10 +82,8 @@ def _torch() -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "cuda": torch.cuda.is_available(), "devices": devices}
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
+def _package_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return _MISSING

@@ -16,19 +16,19 @@ Conversation = list[dict[str, str]]  # {"role", "content"}
 
 
 def conversations(split: Split) -> dict[str, list[Conversation]]:
-    """The conversations of each domain, in the order of its documents.
+    """The conversations of each domain, in the order of its documents; a document may give none or several.
 
     >>> split = Split({"maths": ["Question: What is 2 + 3?\\nAnswer: 5"]}, [])
     >>> [message["content"] for message in conversations(split)["maths"][0]]
     ['What is 2 + 3?', '5']
     """
-    told: dict[str, Callable[[str], Iterator[tuple[str, str]]]] = {
+    readers: dict[str, Callable[[str], Iterator[tuple[str, str]]]] = {
         "code": _functions,
         "maths": _problems,
         "prose": _passages,
     }
     return {
-        name: [_conversation(*pair) for text in texts for pair in told[name](text)]
+        name: [_conversation(*pair) for text in texts for pair in readers[name](text)]
         for name, texts in split.documents.items()
     }
 
@@ -50,8 +50,8 @@ def _functions(source: str) -> Iterator[tuple[str, str]]:
         if 2 <= len(lines) - head <= 30:
             indent = len(lines[0]) - len(lines[0].lstrip())
             lines = [line[indent:] for line in lines]
-            asked = "\n".join(lines[:head])
-            yield f"Write the Python function that begins so:\n\n{asked}", "\n".join(lines)
+            opening = "\n".join(lines[:head])
+            yield f"Write the Python function that begins so:\n\n{opening}", "\n".join(lines)
 
 
 def _problems(text: str) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@
         prompts.jsonl  heldout_prompts.jsonl       lines {"prompt", "expert"}
         family.json                                the settings, and how long it took
 
-The key is a hash of the settings. Training goes into a temporary folder that is renamed when whole, under a lock, so
+The key is a hash of the settings. Training goes into a temporary folder that is renamed at the end, under a lock, so
 an interrupted run leaves nothing behind that looks finished and two runs at once train once.
 """
 
@@ -28,19 +28,20 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from meswitch.demo import smol, tiny
 from meswitch.demo.paths import Family
+from meswitch.demo.smol import SmolSettings
+from meswitch.demo.tiny import TinySettings
 from meswitch.progress import ProgressCallback
 from meswitch.terminal.progress import show_progress
 
 RECIPE = 1  # counts up whenever the same settings would train something else
-FAMILIES: dict[str, tiny.Settings | smol.Settings] = {"tiny": tiny.Settings(), "smol": smol.Settings()}
+FAMILIES: dict[str, TinySettings | SmolSettings] = {"tiny": TinySettings(), "smol": SmolSettings()}
 
 
 def cache_folder() -> Path:
     """`$MESWITCH_CACHE`, or `meswitch` in the user's cache folder."""
-    if own := os.environ.get("MESWITCH_CACHE"):
-        return Path(own).expanduser()
+    if folder := os.environ.get("MESWITCH_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meswitch"
 
 
@@ -48,7 +49,7 @@ def family(name: str = "tiny", *, seed: int = 0, progress: ProgressCallback | No
     """The family of this name, trained now unless the cache has it.
 
     Without `progress`, training shows itself on stderr.
-    Raises `ValueError` for a name that is none, `DataError` where Python came without its source files.
+    Raises `ValueError` for an unknown name, `DataError` where Python came without its source files.
     """
     if name not in FAMILIES:
         raise ValueError(f"expected a family, one of {', '.join(FAMILIES)}, found: {name}")
@@ -59,16 +60,16 @@ def family(name: str = "tiny", *, seed: int = 0, progress: ProgressCallback | No
         root.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{root}.lock"):
             if not root.exists():
-                with _whole_or_nothing(root) as partial, show_progress(progress, keep=True) as shown:
+                with _new_folder(root) as folder, show_progress(progress, keep=True) as show:
                     started = time.monotonic()
-                    settings.train(Family(partial), seed, shown)
-                    _report(partial, settings, seed, time.monotonic() - started)
+                    settings.train(Family(folder), seed, show)
+                    _write_report(folder, settings, seed, time.monotonic() - started)
     return Family(root)
 
 
 @contextmanager
-def _whole_or_nothing(root: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `root` at the end; what earlier runs left half-done goes away."""
+def _new_folder(root: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `root` at the end; what interrupted runs left beside it is removed."""
     for stale in root.parent.glob(f"{root.name}.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{root.name}.partial-", dir=root.parent))
@@ -80,6 +81,6 @@ def _whole_or_nothing(root: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _report(root: Path, settings: tiny.Settings | smol.Settings, seed: int, seconds: float) -> None:
+def _write_report(root: Path, settings: TinySettings | SmolSettings, seed: int, seconds: float) -> None:
     report = {"recipe": RECIPE, "seed": seed, **asdict(settings), "seconds": round(seconds, 1)}
     (root / "family.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

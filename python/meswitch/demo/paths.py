@@ -12,12 +12,13 @@ from meswitch.demo.corpus import DOMAINS
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family lies."""
+    """The folders and files of a family under `root`; `family.py` says what is in them."""
 
     root: Path
 
     @property
     def base(self) -> Path:
+        """The base model."""
         return self.root / "base"
 
     @property
@@ -37,14 +38,16 @@ class Family:
 
     @property
     def chat(self) -> bool:
-        """Whether its models are asked in conversations."""
-        told: dict[str, Any] = json.loads((self.root / "family.json").read_text(encoding="utf-8"))
-        return bool(told.get("chat", False))
+        """Whether its models are prompted with conversations."""
+        report: dict[str, Any] = json.loads((self.root / "family.json").read_text(encoding="utf-8"))
+        return bool(report.get("chat", False))
 
     @property
     def prompts(self) -> Path:
+        """Labelled prompts from the text that the fine-tunes were trained on."""
         return self.root / "prompts.jsonl"
 
     @property
     def heldout_prompts(self) -> Path:
+        """Labelled prompts from text that no model of the family saw."""
         return self.root / "heldout_prompts.jsonl"

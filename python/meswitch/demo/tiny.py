@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from meswitch.demo.paths import Family
 
+_ENCODED_AT_ONCE = 64  # documents
 END, PAD = "<|endoftext|>", "<|pad|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -35,8 +36,11 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a family is made of; lengths in tokens."""
+class TinySettings:
+    """What the tiny family is made of; lengths in tokens.
+
+    The field names count: the family's folder is named by a hash of them (`family.family`).
+    """
 
     vocabulary: int = 2048
     hidden: int = 256
@@ -49,33 +53,25 @@ class Settings:
     base: Training = Training(((64, 8, 650), (512, 2, 130)), rate=1.5e-3, embedding=20.0, decay=0.1)
     tune: Training = Training(((64, 16, 50), (128, 8, 40)), rate=5e-4, embedding=10.0)
 
-    def train(self, made: Family, seed: int, progress: ProgressCallback) -> None:
+    def train(self, family: Family, seed: int, progress: ProgressCallback) -> None:
         """Writes everything of the family but its `family.json`."""
-        _train_family(made, self, seed, progress)
+        text = corpus(seed=seed, progress=progress)
+        _write_texts(family, text.train, text.heldout)
+        tokenizer = _train_tokenizer(text.train, self, progress)
+        streams = _encode({**text.train.documents, "other": text.other}, tokenizer, progress)
+        base = _fresh_model(tokenizer, self, seed)
+        data = batches(streams, self.mixture, self.base, np.random.default_rng(seed))
+        train(base, data, self.base, ProgressMeter(progress, "training base", self.base.steps))
+        save(base, tokenizer, family.base)
+        for number, domain in enumerate(DOMAINS, start=1):
+            model = copy.deepcopy(base).float()
+            data = batches({domain: streams[domain]}, (1.0,), self.tune, np.random.default_rng([seed, number]))
+            train(model, data, self.tune, ProgressMeter(progress, f"training fine-tune {domain}", self.tune.steps))
+            save(model, tokenizer, family.experts[domain])
 
 
-def _train_family(made: Family, settings: Settings, seed: int, progress: ProgressCallback) -> None:
-    progress(Progress("reading the corpus", 0, 1))
-    text = corpus(seed=seed)
-    progress(Progress("reading the corpus", 1, 1))
-    tokenizer = _train_tokenizer(text.train, settings, progress)
-    streams = {domain: _stream(tokenizer, text.train.documents[domain]) for domain in DOMAINS}
-    _write_texts(made, text.train, text.heldout)
-    everything = {**streams, "other": _stream(tokenizer, text.other)}
-
-    base = _fresh_model(tokenizer, settings, seed)
-    drawn = batches(everything, settings.mixture, settings.base, np.random.default_rng(seed))
-    train(base, drawn, settings.base, ProgressMeter(progress, "training base", settings.base.steps))
-    save(base, tokenizer, made.base)
-    for number, domain in enumerate(DOMAINS, start=1):
-        model = copy.deepcopy(base).float()
-        drawn = batches({domain: streams[domain]}, (1.0,), settings.tune, np.random.default_rng([seed, number]))
-        train(model, drawn, settings.tune, ProgressMeter(progress, f"training fine-tune {domain}", settings.tune.steps))
-        save(model, tokenizer, made.experts[domain])
-
-
-def _train_tokenizer(train: Split, settings: Settings, progress: ProgressCallback) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer; numbers are read digit by digit."""
+def _train_tokenizer(train: Split, settings: TinySettings, progress: ProgressCallback) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; each digit of a number is a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -105,28 +101,36 @@ def _train_tokenizer(train: Split, settings: Settings, progress: ProgressCallbac
     )
 
 
-def _stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> IntArray:
-    """The documents' tokens, each closed by the end token: `int64 [n]`."""
+def _encode(
+    texts: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast, progress: ProgressCallback
+) -> dict[str, IntArray]:
+    """The tokens of each list of documents, every document closed by the end token: `int64 [n]`."""
+    meter = ProgressMeter(progress, "encoding text", sum(map(len, texts.values())))
     end = tokenizer.convert_tokens_to_ids(END)
-    encoded = tokenizer.backend_tokenizer.encode_batch(documents)
-    return np.concatenate([np.array([*document.ids, end], dtype=np.int64) for document in encoded])
+    streams = {}
+    for name, documents in texts.items():
+        arrays = []
+        for start in range(0, len(documents), _ENCODED_AT_ONCE):
+            batch = documents[start : start + _ENCODED_AT_ONCE]
+            encoded = tokenizer.backend_tokenizer.encode_batch(batch)
+            arrays += [np.array([*document.ids, end], dtype=np.int64) for document in encoded]
+            meter.advance(len(batch))
+        streams[name] = np.concatenate(arrays)
+    return streams
 
 
-def _write_texts(made: Family, train: Split, heldout: Split) -> None:
+def _write_texts(family: Family, train: Split, heldout: Split) -> None:
     for side, files, prompts in (
-        (heldout, made.heldout, made.heldout_prompts),
-        (train, made.calibration, made.prompts),
+        (heldout, family.heldout, family.heldout_prompts),
+        (train, family.calibration, family.prompts),
     ):
         for name, path in files.items():
-            path.parent.mkdir(exist_ok=True)
             write_lines(path, [{"text": text} for text in side.documents[name]])
         write_lines(prompts, [{"prompt": prompt, "expert": name} for prompt, name in side.prompts])
 
 
-# --- models -------------------------------------------------------------------------------------------------------
-
-
-def _fresh_model(tokenizer: PreTrainedTokenizerFast, settings: Settings, seed: int) -> LlamaForCausalLM:
+def _fresh_model(tokenizer: PreTrainedTokenizerFast, settings: TinySettings, seed: int) -> LlamaForCausalLM:
+    """A model in float32 with weights drawn by `seed`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -25,33 +25,39 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Training:
-    """Phases (window in tokens, windows a step, steps), and the rates of AdamW."""
+    """How a model is trained: phases of (window in tokens, windows a step, steps), and the settings of AdamW.
+
+    The field names count: a family's folder is named by a hash of them (`family.family`).
+    """
 
     phases: tuple[tuple[int, int, int], ...]
-    rate: float
+    rate: float  # AdamW's highest
     embedding: float  # how much faster the embedding learns: few of its rows have a gradient in a step
-    decay: float = 0.0
-    mixed: bool = False  # products in bfloat16, where the processor has them; what is learnt stays float32
+    decay: float = 0.0  # weight decay of matrices
+    mixed: bool = False  # products in bfloat16, where the processor has them; parameters stay float32
 
     @property
     def steps(self) -> int:
+        """Of all phases together."""
         return sum(steps for _, _, steps in self.phases)
 
 
 def batches(
     streams: dict[str, IntArray], shares: tuple[float, ...], training: Training, rng: np.random.Generator
 ) -> Iterator[IntArray]:
-    """Batches `int64 [rows, window + 1]`, each row from a random place of a stream that is drawn by its share."""
+    """Batches `int64 [rows, window + 1]`, each row from a random place of a stream chosen by its share."""
     texts = list(streams.values())
     share = np.array(shares) / sum(shares)
     for window, rows, steps in training.phases:
         for _ in range(steps):
-            drawn = (texts[k] for k in rng.choice(len(texts), size=rows, p=share))
-            starts = ((text, rng.integers(len(text) - window)) for text in drawn)
+            chosen = (texts[k] for k in rng.choice(len(texts), size=rows, p=share))
+            starts = ((text, rng.integers(len(text) - window)) for text in chosen)
             yield np.stack([text[start : start + window + 1] for text, start in starts])
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """A `.jsonl` file of these objects, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
@@ -61,12 +67,13 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
     tokenizer.save_pretrained(folder)
 
 
-def train(model: LlamaForCausalLM, drawn: Iterator[IntArray], training: Training, meter: ProgressMeter) -> None:
-    """AdamW over the batches: a short warm-up, then a cosine to a tenth."""
+def train(model: LlamaForCausalLM, data: Iterator[IntArray], training: Training, meter: ProgressMeter) -> None:
+    """AdamW over the batches of `data`, in place: a short warm-up, then a cosine to a tenth."""
+    meter.update(0)
     optimizer = _optimizer(model, training)
     rates = [group["lr"] for group in optimizer.param_groups]
     model.train()
-    for step, batch in enumerate(drawn):
+    for step, batch in enumerate(data):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _schedule(step, training.steps)
         ids = torch.from_numpy(batch)

@@ -1,4 +1,4 @@
-"""A route: which expert a prompt goes to. With the labelled prompts a router learns from, and the report on one."""
+"""A route: which expert a prompt goes to. Also the labelled prompts a router learns from, and the report on one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from meswitch.huggingface.text import json_lines, string_field
 BASE = "base"
 """The label of prompts that no expert should get."""
 
-_BINS = 10
+_CONFIDENCE_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Route:
 
     @property
     def likeliest(self) -> str:
-        """The label with the highest score, whether or not the prompt was sent there."""
+        """The label with the highest score, whether or not the prompt goes there."""
         return max(self.scores, key=self.scores.__getitem__)
 
 
@@ -80,30 +80,31 @@ def report(examples: Sequence[Example], routes: Sequence[Route]) -> dict[str, An
         "accuracy": _share([e.expert == r.expert for e, r in pairs]),
         "abstained": _share([r.abstained for r in routes]),
         "expected_calibration_error": _calibration_error(pairs),
-        "per_expert": {label: _row(label, pairs) for label in labels},
+        "per_expert": {label: _label_row(label, pairs) for label in labels},
         "confusion": confusion,
-        "misrouted": [
-            {
-                "prompt": e.prompt,
-                "expert": e.expert,
-                "sent": r.expert,
-                "score": r.scores[r.likeliest],
-                "abstained": r.abstained,
-            }
-            for e, r in pairs
-            if e.expert != r.expert
-        ],
+        "misrouted": [_misroute(e, r) for e, r in pairs if e.expert != r.expert],
     }
 
 
-def _row(label: str, pairs: Sequence[tuple[Example, Route]]) -> dict[str, Any]:
-    own = [r for e, r in pairs if e.expert == label]
-    sent = [e for e, r in pairs if r.expert == label]
+def _misroute(example: Example, route: Route) -> dict[str, Any]:
     return {
-        "prompts": len(own),
-        "recall": _share([r.expert == label for r in own]) if own else None,
-        "precision": _share([e.expert == label for e in sent]) if sent else None,
-        "abstained": _share([r.abstained for r in own]) if own else None,
+        "prompt": example.prompt,
+        "expert": example.expert,
+        "sent": route.expert,
+        "score": route.scores[route.likeliest],
+        "abstained": route.abstained,
+    }
+
+
+def _label_row(label: str, pairs: Sequence[tuple[Example, Route]]) -> dict[str, Any]:
+    """Counts and shares of one label: of its own prompts, and of the prompts sent to it."""
+    routes = [r for e, r in pairs if e.expert == label]
+    received = [e for e, r in pairs if r.expert == label]
+    return {
+        "prompts": len(routes),
+        "recall": _share([r.expert == label for r in routes]) if routes else None,
+        "precision": _share([e.expert == label for e in received]) if received else None,
+        "abstained": _share([r.abstained for r in routes]) if routes else None,
     }
 
 
@@ -115,6 +116,7 @@ def _calibration_error(pairs: Sequence[tuple[Example, Route]]) -> float:
     bins: dict[int, list[tuple[float, bool]]] = {}
     for example, route in pairs:
         score = route.scores[route.likeliest]
-        bins.setdefault(min(int(score * _BINS), _BINS - 1), []).append((score, route.likeliest == example.expert))
+        number = min(int(score * _CONFIDENCE_BINS), _CONFIDENCE_BINS - 1)
+        bins.setdefault(number, []).append((score, route.likeliest == example.expert))
     gaps = [abs(sum(score - hit for score, hit in group)) for group in bins.values()]
     return sum(gaps) / max(len(pairs), 1)

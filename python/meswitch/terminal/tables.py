@@ -16,33 +16,42 @@ def print_json(value: Any) -> None:
 
 
 def write_text(text: str) -> None:
-    """To stdout at once, with what its encoding cannot say replaced."""
+    """To stdout at once, with characters that its encoding lacks replaced."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
 
 
 def stdout_console() -> Console:
-    """A console on stdout that does not cut names to a width where nobody looks."""
+    """A console on stdout, 200 characters wide where that is no terminal, so that names are not cut."""
     return Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True)
 
 
-def make_table(*titles: str) -> Table:
-    """A plain table; a title that ends with ` >` makes its column right-aligned."""
-    table = Table(box=None, pad_edge=False)
-    for title in titles:
-        right = title.endswith(" >")
-        table.add_column(title.removesuffix(" >"), justify="right" if right else "left", no_wrap=True)
+def make_table(*columns: str, title: str | None = None) -> Table:
+    """A plain table; a column whose name ends with ` >` is right-aligned."""
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        right = column.endswith(" >")
+        table.add_column(column.removesuffix(" >"), justify="right" if right else "left", no_wrap=True)
     return table
 
 
 def format_number(value: float | None, form: str) -> str:
-    """A number, `-` for none.
+    """A number, `-` for `None`.
 
     >>> format_number(0.5, "{:.1%}"), format_number(None, "{:.1%}")
     ('50.0%', '-')
     """
     return "-" if value is None else form.format(value)
+
+
+def format_share(share: float | None) -> str:
+    """A fraction as a percentage with one decimal, `-` for `None`.
+
+    >>> format_share(0.985), format_share(None)
+    ('98.5%', '-')
+    """
+    return format_number(share, "{:.1%}")
 
 
 def format_size(count: float) -> str:

@@ -1,7 +1,9 @@
 """The embedding router: the base's own hidden states, a linear head, and two reasons to abstain.
 
-pooling   prompts to embeddings, through the first half of the base's layers
-head      principal components, logistic regression, distances, cross-validation
-router    `EmbeddingRouter`: fit, route, add an expert
-disk      the router's folder, checked as it is read
+    router   `EmbeddingRouter`: fit, route, add an expert
+    space    standardised principal components of embeddings, and distances in them
+    head     logistic regression, and what cross-validation says of prompts that a head has not seen
+    disk     what the router's folder holds, checked as it is read
+
+Prompts become embeddings in `router.base`.
 """

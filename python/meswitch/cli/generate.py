@@ -1,0 +1,139 @@
+"""`meswitch generate`: answers to prompts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from meswitch.cli.arguments import Base, Json
+from meswitch.cli.choices import check_choice
+from meswitch.terminal.progress import quiet_transformers, show_status
+from meswitch.terminal.tables import print_json, write_text
+
+Prompts = Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts; - reads one from stdin.")]
+ExpertsFolder = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="A folder of delta directories, or one delta directory (default: the base alone).",
+        show_default=False,
+    ),
+]
+ExpertName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|auto|base",
+        help="Which expert answers; auto asks the router (default: auto with --router, else base).",
+        show_default=False,
+    ),
+]
+RouterFolder = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="A trained router (default: no router).", show_default=False)
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Randomness of the answer, from 0; 0 is greedy (default: greedy).", show_default=False),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="The same seed samples the same text (default: another one each time).", show_default=False),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Stop at this text; may be given several times (default: at the expert's own end).", show_default=False
+    ),
+]
+KernelsName = Annotated[
+    str,
+    typer.Option(
+        "--kernels",
+        metavar="auto|cpu|torch",
+        help="What multiplies with the deltas. cpu: compressed weights, native code. torch: weights unpacked a tile at"
+        " a time, any device. auto: the one that suits the device.",
+    ),
+]
+
+
+def generate(
+    base: Base,
+    prompts: Prompts,
+    experts: ExpertsFolder = None,
+    expert: ExpertName = None,
+    router: RouterFolder = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    kernels: KernelsName = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer prompts with an expert or the base.
+
+    With --router and no --expert the router chooses. Several prompts run as one batch.
+
+    \b
+      meswitch generate base/ --experts experts/ --expert math "What is 17 * 23?"
+      meswitch generate base/ --experts experts/ --router router/ "What is 17 * 23?" "def quicksort(" --json
+    """
+    if expert == "auto" and router is None:
+        raise typer.BadParameter("auto needs --router", param_hint="--expert")
+    from meswitch.engine import Engine
+    from meswitch.kernels.select import BACKENDS
+
+    check_choice("--kernels", kernels, BACKENDS)
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    optional = {"temperature": temperature, "seed": seed, "stop": stop or None}
+    sampling = {"max_new_tokens": max_new_tokens} | {k: value for k, value in optional.items() if value is not None}
+    with quiet_transformers(), show_status("loading the base"):
+        engine = Engine(base, experts=_delta_directories(experts), router=router, kernels=kernels)
+    with quiet_transformers(), engine:
+        if len(texts) == 1 and not as_json:
+            _print_stream(engine.stream(texts[0], expert, **sampling))
+            return
+        with show_status("generating"):
+            answers = engine.generate(texts, expert, **sampling)
+    _print_answers(texts, answers, as_json=as_json)
+
+
+def _delta_directories(folder: Path | None) -> Path | list[Path] | None:
+    """A delta directory given where a folder of them is expected stands for itself."""
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder of delta directories, found none: {folder}")
+    return [folder] if folder is not None and (folder / "meswitch.json").is_file() else folder
+
+
+def _print_stream(stream: Any) -> None:
+    for piece in stream:
+        write_text(piece)
+    write_text("\n")
+    answer = stream.answer
+    if answer is not None:
+        typer.echo(f"[{answer.expert}, {answer.finish_reason}]", err=True)
+
+
+def _print_answers(prompts: list[str], answers: list[Any], *, as_json: bool) -> None:
+    pairs = list(zip(prompts, answers, strict=True))
+    if as_json:
+        print_json([_answer_to_json(prompt, answer) for prompt, answer in pairs])
+        return
+    for prompt, answer in pairs:
+        write_text(f"> {prompt}\n[{answer.expert}] {answer.text}\n\n")
+
+
+def _answer_to_json(prompt: str, answer: Any) -> dict[str, Any]:
+    route = answer.route
+    return {
+        "prompt": prompt,
+        "expert": answer.expert,
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "route": None
+        if route is None
+        else {"expert": route.expert, "scores": route.scores, "abstained": route.abstained},
+    }
