@@ -55,7 +55,7 @@ def test_it_is_looked_at_once(monkeypatch: Patch) -> None:
     monkeypatch.setattr(compatibility, "run_checks", looked.append)
     check_transformers()
     assert not looked
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(compatibility.transformers, "__version__", "5.99.0")
     check_transformers()
     assert looked
     compatibility._checked.discard(("5.99.0", "cpu"))

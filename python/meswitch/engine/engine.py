@@ -22,6 +22,7 @@ from meswitch.errors import RequestError
 from meswitch.experts.settings import ExpertSettings
 from meswitch.huggingface.checkpoint import resolve
 from meswitch.kernels.select import usable_device
+from meswitch.router.protocol import Router
 from meswitch.sizes import parse_bytes
 
 
@@ -48,7 +49,7 @@ class Engine:
         self,
         base: str | Path,
         experts: str | Path | Iterable[str | Path] | Mapping[str, str | Path] | None = None,
-        router: Any = None,
+        router: Router | str | Path | None = None,
         device: str = "cpu",
         dtype: str | torch.dtype | None = None,
         exact: bool = False,

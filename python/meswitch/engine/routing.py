@@ -12,6 +12,8 @@ from torch import Tensor
 from meswitch.engine.worker import Worker
 from meswitch.errors import RequestError, RouterError
 from meswitch.experts.settings import ExpertSettings
+from meswitch.router.base import embed
+from meswitch.router.protocol import Router
 
 
 def expert_of_each(expert: str | Sequence[str] | None, count: int, *, routed: bool) -> list[str]:
@@ -30,7 +32,7 @@ class Routing:
     `embed` computes the base's embeddings of prompts; it may be called from any thread.
     """
 
-    def __init__(self, router: Any, embed: Callable[[list[str]], Tensor]) -> None:
+    def __init__(self, router: Router | None, embed: Callable[[list[str]], Tensor]) -> None:
         self._router, self._embed = router, embed
 
     @property
@@ -54,7 +56,7 @@ class Routing:
         return resolved
 
 
-def open_router(router: Any, base: Path) -> Any:
+def open_router(router: Router | str | Path | None, base: Path) -> Router | None:
     """The router in a folder, which must have been made for `base`; any other object as it is."""
     if not isinstance(router, str | os.PathLike):
         return router
@@ -65,7 +67,6 @@ def open_router(router: Any, base: Path) -> Any:
 
 def base_embeddings(worker: Worker, settings: ExpertSettings) -> Callable[[list[str]], Tensor]:
     """What a router calls for the base's embeddings of prompts: they are computed between two steps, by no expert."""
-    from meswitch.router.embedding.pooling import embed
 
     def embeddings(prompts: list[str]) -> Tensor:
         return worker.call_plain(lambda: embed(worker.model, settings.required_tokenizer(None), prompts))
