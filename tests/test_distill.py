@@ -24,8 +24,9 @@ from meswitch.compression.distillation.hidden import Stream
 from meswitch.compression.distillation.job import Distillation, distill
 from meswitch.compression.distillation.learner import Learner, Rows, Weight, relative_error
 from meswitch.compression.distillation.products import QuickGradients
-from meswitch.compression.distillation.windows import TEXT, UNKNOWN, Windows, text_weight
+from meswitch.compression.distillation.windows import TEXT, Windows, text_weight
 from meswitch.compression.job import compress
+from meswitch.compression.likelihood import NO_TARGET
 from meswitch.compression.options import CompressOptions
 from meswitch.delta.directory import Delta
 from meswitch.delta.restoration import restore
@@ -249,7 +250,7 @@ def test_the_start_of_a_window_is_context(tmp_path: Path, method: Any) -> None:
 def test_what_follows() -> None:
     ids = torch.arange(32).reshape(2, 16)
     windows = Windows(ids, ids)
-    assert windows.following(torch.tensor([1])).tolist() == [*range(19, 32), UNKNOWN]
+    assert windows.following(torch.tensor([1])).tolist() == [*range(19, 32), NO_TARGET]
 
 
 def test_what_text_weighs() -> None:
@@ -280,7 +281,7 @@ def test_text_itself_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
             move.copy_(torch.zeros_like(move) if move.grad is None else -step * move.grad)
         wanted, found = job._answers(windows.train[some], rounded=False)
         following = windows.following(some)
-        likely = found[following != UNKNOWN].gather(1, following[following != UNKNOWN, None])
+        likely = found[following != NO_TARGET].gather(1, following[following != NO_TARGET, None])
         return float(((wanted.exp() * (wanted - found)).sum() - 0.5 * likely.sum()) / len(found))
 
     step = 0.01 / squares
@@ -438,8 +439,8 @@ def test_divergence_by_pieces_of_the_head(tmp_path: Path, tokens: int) -> None:
     found = decoder.logits(y, Weight(site, ours, learner)(rounded=False)).log_softmax(-1)
     direct = torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
     assert heads.compare(x, y) == pytest.approx(float(direct.detach()), rel=1e-4)
-    following = torch.tensor([3, UNKNOWN, 0, 104, 50, 3, UNKNOWN])
-    unlikely = torch.nn.functional.nll_loss(found, following, ignore_index=UNKNOWN, reduction="sum")
+    following = torch.tensor([3, NO_TARGET, 0, 104, 50, 3, NO_TARGET])
+    unlikely = torch.nn.functional.nll_loss(found, following, ignore_index=NO_TARGET, reduction="sum")
     weight = TEXT * (direct.detach() / 7).sqrt()
     expected = torch.autograd.grad((direct + weight * unlikely) / 7, list(learner.moved.values()))
     assert heads.descend(x, y, following) == pytest.approx(float(direct.detach()) / 7, rel=1e-5)

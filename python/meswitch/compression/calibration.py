@@ -24,13 +24,13 @@ from meswitch.huggingface.decoder import Decoder
 from meswitch.huggingface.models import load_model
 from meswitch.huggingface.names import ParameterNames
 from meswitch.huggingface.text import (
+    FORWARD_TOKENS,
     batches,
     check_vocabulary,
     draw_windows,
 )
 from meswitch.progress import ProgressCallback, ProgressMeter
 
-_BATCH_TOKENS = 2048
 _UNSEEN = 0.05  # of the tokens to come, at the least
 
 
@@ -100,8 +100,8 @@ def _streamed(
     decoder: Decoder, checkpoint: Checkpoint, windows: list[Tensor], meter: ProgressMeter
 ) -> dict[str, Tensor]:
     """Moments by the model's names and by those of its files, a block at a time."""
-    sums, outer = _Sums(), decoder.outer(checkpoint.tensor)
-    stacks, rows = list(batches(windows, _BATCH_TOKENS)), torch.cat(windows).unique()
+    sums, outer = _SecondMomentSums(), decoder.outer(checkpoint.tensor)
+    stacks, rows = list(batches(windows, FORWARD_TOKENS)), torch.cat(windows).unique()
     table = checkpoint.tensor(decoder.embedding)[rows].to(decoder.dtype)
     with sums.watch(decoder.around.named_modules()):
         hidden = [decoder.enter(outer, rows, table, ids) for ids in stacks]
@@ -125,9 +125,9 @@ def _streamed(
 
 def _whole(model: Any, checkpoint: Checkpoint, windows: list[Tensor], meter: ProgressMeter) -> dict[str, Tensor]:
     """The same of a model that cannot be streamed."""
-    sums, head = _Sums(), model.get_output_embeddings()
+    sums, head = _SecondMomentSums(), model.get_output_embeddings()
     with sums.watch(model.named_modules(), head), torch.inference_mode():
-        for ids in batches(windows, _BATCH_TOKENS):
+        for ids in batches(windows, FORWARD_TOKENS):
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             meter.advance(ids.numel())
     moments = sums.means()
@@ -156,7 +156,7 @@ def frequencies(counts: Tensor) -> Tensor:
     return torch.where(unseen, missing / unseen.sum(), seen / total * (1 - missing))
 
 
-class _Sums:
+class _SecondMomentSums:
     """x² (float64) and the tokens seen, added up before every linear module that is watched."""
 
     def __init__(self) -> None:

@@ -23,12 +23,20 @@ import torch
 from torch import Tensor
 
 from meswitch.compression import low_rank
+from meswitch.compression.likelihood import nll_sum, prediction_sums
 from meswitch.delta.directory import Delta
 from meswitch.delta.model import expert_model
 from meswitch.errors import DataError, FormatError, NonFiniteError
 from meswitch.huggingface.checkpoint import Checkpoint, resolve
 from meswitch.huggingface.models import load_model
-from meswitch.huggingface.text import batches, check_vocabulary, load_tokenizer, read_texts, token_windows
+from meswitch.huggingface.text import (
+    FORWARD_TOKENS,
+    batches,
+    check_vocabulary,
+    load_tokenizer,
+    read_texts,
+    token_windows,
+)
 from meswitch.progress import ProgressCallback, ProgressMeter
 from meswitch.site import QuantizedSite
 
@@ -160,7 +168,7 @@ class _Run:
         self.meter = ProgressMeter(progress, "evaluating", models * sum(map(len, windows)))
 
     def batches(self, vocabulary: int) -> Iterator[Tensor]:
-        return batches(self.windows, min(2048, _LOGITS // vocabulary))
+        return batches(self.windows, min(FORWARD_TOKENS, _LOGITS // vocabulary))
 
     def mean(self, total: float, what: str) -> float:
         if not math.isfinite(total):
@@ -195,7 +203,7 @@ def _compare(run: _Run, finetune: Any, expert: Any, data: str | Path) -> tuple[S
         run.meter.advance(batch.numel())
         for start in range(0, len(targets), _ROWS):
             rows = slice(start, start + _ROWS)
-            totals += _sums(wanted[rows].log_softmax(-1), found[rows].log_softmax(-1), targets[rows])
+            totals += prediction_sums(wanted[rows].log_softmax(-1), found[rows].log_softmax(-1), targets[rows])
     names = ("the fine-tune", "the expert", "the expert against the fine-tune", "the expert")
     means = [run.mean(float(total), name) for total, name in zip(totals, names, strict=True)]
     return Score(means[0]), Score(means[1]), max(means[2], 0.0), means[3]
@@ -211,22 +219,6 @@ def _rival(run: _Run, base: Checkpoint, delta: Delta, against: Checkpoint, finet
     return Svd(score, kl, agreement, statistics.median(ranks) if ranks else None, delta.nbytes - saved)
 
 
-def _sums(wanted: Tensor, found: Tensor, targets: Tensor) -> Tensor:
-    """Of log-probabilities `[n, vocabulary]`: both negative log-likelihoods, KL and agreements, each summed."""
-    index = targets[:, None]
-    share = wanted.exp()
-    # 0 · -∞ counts as 0: a token that both rule out adds nothing.
-    kl = torch.where(share > 0, share * (wanted - found), 0.0)
-    return torch.stack(
-        [
-            -wanted.gather(1, index).sum(dtype=torch.float64),
-            -found.gather(1, index).sum(dtype=torch.float64),
-            kl.sum(dtype=torch.float64),
-            (wanted.argmax(-1) == found.argmax(-1)).sum(dtype=torch.float64),
-        ]
-    )
-
-
 def _score_base(run: _Run, base: Any) -> Score | None:
     vocabulary = base.get_input_embeddings().num_embeddings
     if max(int(ids.max()) for ids in run.windows) >= vocabulary:
@@ -237,7 +229,7 @@ def _score_base(run: _Run, base: Any) -> Score | None:
         logits = _logits(base, batch)
         for start in range(0, len(targets), _ROWS):
             rows = slice(start, start + _ROWS)
-            total += float(torch.nn.functional.cross_entropy(logits[rows], targets[rows], reduction="sum"))
+            total += float(nll_sum(logits[rows].log_softmax(-1), targets[rows]))
         run.meter.advance(batch.numel())
     return Score(run.mean(total, "the base"))
 

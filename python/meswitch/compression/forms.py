@@ -13,6 +13,7 @@ from meswitch.compression.plan import Plan
 from meswitch.compression.presets import Rule
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.reference import BITS, part_bytes, row_bytes
+from meswitch.site import matrix_shape
 
 _SAMPLE = {"block": 2**19, "embedding": 2**20, "head": 2**20}  # weights measured of a site, at least 64 rows
 _RANKS = (0, 2, 4, 8, 16, 32)
@@ -104,7 +105,7 @@ class OpenSite:
         self._arguments = (base.native, finetune.native, self.name, plan.transposed, seen)
         self.energy = _floats(_native.energies(*self._arguments))
         self._rows = len(self.energy)
-        self._columns = prod(shape[:-1]) if plan.transposed else shape[-1]
+        self._columns = matrix_shape(shape, transposed=plan.transposed)[1]
         self._whole = self.parameters * element
         self._added = (self.parameters - self._rows * self._columns) * element
         known = costs.sensitivity.get(self.name)

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from meswitch.compression.calibration import weight_applied_first
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.decoder import Decoder
-from meswitch.huggingface.text import batches
+from meswitch.huggingface.text import FORWARD_TOKENS, batches
 
-_BATCH_TOKENS = 2048
 _DAMPING = 0.01  # of the mean channel's second moment, to every channel
 
 
@@ -34,7 +33,7 @@ class Hessians:
         self._checkpoint = checkpoint
         self._decoder = decoder = Decoder(checkpoint.path, checkpoint.names())
         self._outer = decoder.outer(checkpoint.tensor)
-        self._stacks, self._tokens = list(batches(list(windows), _BATCH_TOKENS)), sum(map(len, windows))
+        self._stacks, self._tokens = list(batches(list(windows), FORWARD_TOKENS)), sum(map(len, windows))
         self._block_of = {there: at for at in range(len(decoder)) for there in decoder.names(at).values()}
         if decoder.head != decoder.embedding:
             self._block_of[decoder.head] = len(decoder)

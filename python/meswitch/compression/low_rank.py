@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meswitch.errors import ArchitectureError
 from meswitch.huggingface.checkpoint import Checkpoint
-from meswitch.site import DeltaSite, LowRank, LowRankSite
+from meswitch.site import DeltaSite, LowRank, LowRankSite, to_matrix
 
 _TOP = 8  # the power of two near which the largest entries of u and v are stored: far from both ends of float16
 _POWER = 6  # power iterations of the SVD, and below its oversampling: within 0.5 % of the best even for pure noise
@@ -95,7 +95,10 @@ def equal_bytes(site: DeltaSite, base: Checkpoint, finetune: Checkpoint) -> LowR
             hint="give the fine-tune that the delta was made of",
         )
     known, rank = site.out_features, equal_rank(site)
-    ours, theirs = (_matrix(site, checkpoint.tensor(site.name))[:known] for checkpoint in (base, finetune))
+    ours, theirs = (
+        to_matrix(checkpoint.tensor(site.name).float(), transposed=site.transposed)[:known]
+        for checkpoint in (base, finetune)
+    )
     u, s, v = _svd(theirs - ours, rank)
     root = s.sqrt()
     factors = Factors.of(u * root, root[:, None] * v.T)
@@ -110,11 +113,6 @@ def equal_bytes(site: DeltaSite, base: Checkpoint, finetune: Checkpoint) -> LowR
         exponent=factors.exponent,
         nbytes=factors.nbytes + added,
     )
-
-
-def _matrix(site: DeltaSite, parameter: Tensor) -> Tensor:
-    matrix = parameter.float().reshape(-1, parameter.shape[-1] if parameter.dim() else 1)
-    return matrix.T if site.transposed else matrix
 
 
 def _svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

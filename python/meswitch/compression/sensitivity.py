@@ -51,7 +51,7 @@ def measure_sensitivity(
     windows = draw_windows(folder, data, max_tokens=max_tokens, window=window, seed=seed, purpose=purpose)
     checkpoint = Checkpoint(folder)
     model = load_model(checkpoint.path).eval().requires_grad_(False)
-    sums = _Sums(model)
+    sums = _GradientSums(model)
     generator = torch.Generator().manual_seed(seed)
     meter = ProgressMeter(progress, "measuring what errors cost", sum(map(len, windows)))
     for ids in windows:
@@ -62,7 +62,7 @@ def measure_sensitivity(
     return ParameterNames(model).with_file_names(rows, checkpoint.names())
 
 
-class _Sums:
+class _GradientSums:
     """Hooks at every linear module and embedding of a model, and what they have added up over windows."""
 
     def __init__(self, model: Any) -> None:
@@ -129,9 +129,9 @@ class _Sums:
         self._add(self._inputs, name, x.square().sum())
         if module is self._head:
             return
-        y.register_hook(self._backward(name, x))
+        y.register_hook(self._output_gradient_hook(name, x))
 
-    def _backward(self, name: str, x: Tensor) -> Callable[[Tensor], None]:
+    def _output_gradient_hook(self, name: str, x: Tensor) -> Callable[[Tensor], None]:
         def add(g: Tensor) -> None:
             g = g.reshape(-1, g.shape[-1]).float()
             width = max(1, _PRODUCT // x.shape[-1])

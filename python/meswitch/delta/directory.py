@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,18 @@ from torch import Tensor
 
 from meswitch import _native, reference
 from meswitch.huggingface.checkpoint import DTYPES, Checkpoint
-from meswitch.site import LowRank, LowRankSite, Part, QuantizedSite, ReplacedSite, Salient, SharedSite, Site, Sparse
+from meswitch.site import (
+    LowRank,
+    LowRankSite,
+    Part,
+    QuantizedSite,
+    ReplacedSite,
+    Salient,
+    SharedSite,
+    Site,
+    Sparse,
+    matrix_shape,
+)
 
 MANIFEST, TENSORS = "meswitch.json", "delta.safetensors"
 
@@ -138,7 +148,9 @@ class Delta:
             return SharedSite(**common)
         if kind == "replaced":
             return ReplacedSite(**common, value=self._tensor(name, "whole", dtype, entry["shape"]))
-        rows, columns = _matrix_shape(entry)
+        rows, columns = matrix_shape(
+            entry["shape"], transposed=entry.get("transposed", False), added_rows=entry.get("added", 0)
+        )
         if entry.get("added", 0):
             common["added"] = self._tensor(name, "added", dtype, (entry["added"], columns))
         common["exponent"] = entry.get("exponent", 0)
@@ -198,15 +210,6 @@ def _tiled(old: Tensor, bits: int, rows: int, columns: int) -> Tensor:
     codes = torch.empty(reference.part_bytes(bits, rows, columns) // 4, dtype=torch.int32)
     _native.tile((old.data_ptr(), old.nbytes), bits, columns, (codes.data_ptr(), codes.nbytes))
     return codes
-
-
-def _matrix_shape(entry: dict[str, Any]) -> tuple[int, int]:
-    """Output and input channels of the delta's matrix, without added rows."""
-    shape = entry["shape"] or [1]
-    rows, columns = prod(shape[:-1]), shape[-1]
-    if entry.get("transposed", False):
-        rows, columns = columns, rows
-    return rows - entry.get("added", 0), columns
 
 
 def _as_checkpoint(base: str | Path | Checkpoint) -> Checkpoint:

@@ -20,6 +20,9 @@ from transformers import AutoTokenizer
 from meswitch.errors import CheckpointError, DataError
 
 _FORMS = '{"text"}, {"prompt"[, "completion"]} or {"messages"}'
+FORWARD_TOKENS = 2048
+"""Tokens of one forward pass, where text is only run through a model: enough to keep the processor busy."""
+
 _CHARACTERS_A_TOKEN = 4  # about; what a passage is cut to
 
 

@@ -155,7 +155,7 @@ class Blocks:
     def _fit_table(self, descend: Callable[..., int]) -> int:
         """The embedding's rows against the fine-tune's."""
         table = self._table_error()
-        return descend(lambda numbers: _backward(table(rounded=False)), lambda: float(table(rounded=True)))
+        return descend(lambda numbers: _backpropagate(table(rounded=False)), lambda: float(table(rounded=True)))
 
     def _fit_tied(self, descend: Callable[..., int]) -> int:
         """The table as embedding and as head: its rows' error, and KL on the fine-tune's own last hidden states."""
@@ -167,7 +167,7 @@ class Blocks:
 
         def loss(numbers: Tensor) -> float:
             x = fine.end(self._theirs, numbers)
-            return _backward(table(rounded=False)) + heads.descend(x, x, self._windows.following(numbers))
+            return _backpropagate(table(rounded=False)) + heads.descend(x, x, self._windows.following(numbers))
 
         return descend(loss, lambda: float(table(rounded=True)) + self._compare(heads, seen, seen))
 
@@ -203,7 +203,7 @@ class Blocks:
             return _nats(missed, metric)[:, self._windows.context :].mean()
 
         def loss(numbers: Tensor) -> float:
-            return _backward(error(numbers, _values(weights, rounded=False)))
+            return _backpropagate(error(numbers, _values(weights, rounded=False)))
 
         def score() -> float:
             values, parts = _values(weights, rounded=True), self._heldout.split(self._recipe.batch)
@@ -231,6 +231,6 @@ def _values(weights: dict[str, Weight], *, rounded: bool) -> dict[str, Tensor]:
     return {name: weight(rounded) for name, weight in weights.items()}
 
 
-def _backward(loss: Tensor) -> float:
+def _backpropagate(loss: Tensor) -> float:
     loss.backward()
     return float(loss.detach())

@@ -33,7 +33,7 @@ class Sensitivity:
         ids = ids[: max(1, _TOKENS // ids.shape[1])]
         self._parts = torch.arange(len(ids)).split(batch)
         self._places = self._forward(ids, folder)
-        self._backward()
+        self._replace_by_gradients()
 
     def metric(self, place: int) -> Tensor:
         """F, damped, `float32 [hidden, hidden]`, of the hidden states before block `place` (or after the last)."""
@@ -56,7 +56,7 @@ class Sensitivity:
                 places[at + 1, part] = decoder.run(at, values, places[at, part])
         return places
 
-    def _backward(self) -> None:
+    def _replace_by_gradients(self) -> None:
         """The gradients take the places of the hidden states, the last first."""
         decoder, places = self._decoder, self._places
         for part in self._parts:

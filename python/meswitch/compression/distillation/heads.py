@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from meswitch.compression.distillation.learner import Learner, Weight
-from meswitch.compression.distillation.windows import UNKNOWN, text_weight
+from meswitch.compression.distillation.windows import text_weight
+from meswitch.compression.likelihood import NO_TARGET, kl_by_vocabulary_pieces
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.decoder import Decoder
 from meswitch.site import Site
@@ -54,7 +55,7 @@ class Heads:
             divergences, wanted, found = self._sums(x, y, rounded=False)
         divergence = share * float(divergences.sum(dtype=torch.float64))
         weight = text_weight(divergence)
-        text = weight * (following != UNKNOWN)[:, None]
+        text = weight * (following != NO_TARGET)[:, None]
         for at, rows in enumerate(self._pieces):
             with torch.no_grad():
                 target = (self._logits_of_finetune(at, x) - wanted[:, None]).exp_()
@@ -67,16 +68,11 @@ class Heads:
 
     def _sums(self, x: Tensor, y: Tensor, *, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
         """KL, and the logarithms of both sums of exponentials, of each token."""
-        peak = torch.full((len(x),), -torch.inf)
-        mass, gap, found = torch.zeros(len(x)), torch.zeros(len(x)), peak.clone()
-        for at in range(len(self._pieces)):
-            wanted, logits = self._logits_of_finetune(at, x), self._logits_of_expert(at, y, rounded=rounded)
-            found = torch.logaddexp(found, logits.logsumexp(-1))
-            higher = torch.maximum(peak, wanted.amax(-1))
-            fade, share = (peak - higher).exp(), (wanted - higher[:, None]).exp()
-            mass, gap, peak = mass * fade + share.sum(-1), gap * fade + (share * (wanted - logits)).sum(-1), higher
-        total = mass.log() + peak
-        return gap / mass - total + found, total, found
+        pieces = (
+            (self._logits_of_finetune(at, x), self._logits_of_expert(at, y, rounded=rounded))
+            for at in range(len(self._pieces))
+        )
+        return kl_by_vocabulary_pieces(pieces, len(x))
 
     def _logits_of_finetune(self, at: int, x: Tensor) -> Tensor:
         rows = self._pieces[at]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from meswitch import reference
 from meswitch.huggingface.checkpoint import Checkpoint
-from meswitch.site import DeltaSite, Part, QuantizedSite, ReplacedSite, SharedSite, Site
+from meswitch.site import DeltaSite, Part, QuantizedSite, ReplacedSite, SharedSite, Site, from_matrix
 
 _PIECE = 2**24  # weights rebuilt at a time where not all are needed at once
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # of float16
@@ -73,7 +73,7 @@ class Rows:
         self._count, self._known = len(wanted), wanted[wanted < site.out_features]
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # where they lie in the part, and here; their codes
         for part in learner.parts:
-            own = torch.arange(site.out_features) if part.rows is None else part.rows.long()
+            own = reference.part_rows(part, site.out_features)
             there = torch.isin(own, self._known).nonzero()[:, 0]
             codes = reference.unpack(part.codes, part.bits, len(part.scales), site.in_features, there)
             self._parts.append((there, torch.searchsorted(self._known, own[there]), codes))
@@ -88,8 +88,7 @@ class Rows:
             scales = learner.value(f"scales.{at}", rounded) * unit
             scales = scales if len(there) == len(scales) else scales[there]
             if scales.shape[1] > 1:
-                assert part.group_size is not None
-                scales = scales.repeat_interleave(part.group_size, dim=1)[:, : site.in_features]
+                scales = reference.expand_scales(scales, part.group_size, site.in_features)
             piece = _Levels.apply(codes, part.zero, scales, columns)
             delta = piece if len(here) == self._count else delta.index_add(0, here, piece)
         if site.low_rank is not None:
@@ -129,12 +128,12 @@ class Weight:
         if self._rows is None:
             return ground
         delta = self._rows.delta(rounded)
-        return ground + (delta.T if self._site.transposed else delta).reshape(ground.shape)
+        return ground + from_matrix(delta, ground.shape, transposed=self._site.transposed)
 
     def _ground(self) -> Tensor:
         site, wanted = self._site, self._wanted
         start = site.value if isinstance(site, ReplacedSite) else self._base.tensor(site.name)
-        known = site.out_features if len(site.shape) == 2 and not site.transposed else len(start)
+        known = site.base_rows
         old = slice(known) if wanted is None else wanted[wanted < known]
         # A copy: what is mapped must not be written to.
         rows = start[old].to(torch.float32, copy=True)

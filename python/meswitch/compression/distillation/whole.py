@@ -15,7 +15,8 @@ from torch.func import functional_call
 
 from meswitch.compression.distillation.descent import Recipe, descend
 from meswitch.compression.distillation.learner import Learner, Weight, learners
-from meswitch.compression.distillation.windows import UNKNOWN, Windows, text_weight
+from meswitch.compression.distillation.windows import Windows, text_weight
+from meswitch.compression.likelihood import kl_sum, nll_sum
 from meswitch.delta.directory import Delta
 from meswitch.delta.model import expert_model
 from meswitch.delta.restoration import rebuild
@@ -69,8 +70,8 @@ class Whole:
         asked = len(numbers) * windows.asked
         for some in numbers.split(self._most(windows.train)):
             wanted, found = self._answers(windows.train[some], rounded=False)
-            divergence = _divergence(wanted, found)
-            unlikely = nn.functional.nll_loss(found, windows.following(some), ignore_index=UNKNOWN, reduction="sum")
+            divergence = kl_sum(wanted, found)
+            unlikely = nll_sum(found, windows.following(some))
             weight = text_weight(float(divergence.detach()) / len(found))
             ((divergence + weight * unlikely) / asked).backward()
             total += float(divergence.detach()) / asked
@@ -81,7 +82,7 @@ class Whole:
         """KL in nats per held-out token, with the scales as stored."""
         heldout = self._windows.heldout
         parts = heldout.split(min(self._most(heldout), max(1, 2048 // heldout.shape[1])))
-        found = sum(float(_divergence(*self._answers(part, rounded=True))) for part in parts)
+        found = sum(float(kl_sum(*self._answers(part, rounded=True))) for part in parts)
         return max(found / (len(heldout) * self._windows.asked), 0.0)
 
     def _most(self, batch: Tensor) -> int:
@@ -96,11 +97,6 @@ class Whole:
         weights = {name: weight(rounded) for name, weight in self._weights.items()}
         logits = functional_call(self._expert, weights, kwargs=inputs).logits[:, asked]
         return wanted, logits.flatten(0, 1).float().log_softmax(-1)
-
-
-def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """KL(fine-tune ‖ expert), summed over tokens."""
-    return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
 
 
 def _untie(expert: Any, delta: Delta, base: Checkpoint) -> None:

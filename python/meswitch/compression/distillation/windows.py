@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from meswitch.compression.likelihood import NO_TARGET
 from meswitch.errors import DataError
 from meswitch.huggingface.text import check_vocabulary, load_tokenizer, read_texts, shuffled_passages, token_windows
 
 TEXT = 0.2  # what the likelihood of the text itself weighs beside a KL of one nat
-UNKNOWN = -1  # the token after a window's last
 _HELDOUT_TOKENS = 2048  # more would cost more than it tells
 _PASSAGE_CHARACTERS = 8192
 
@@ -69,7 +69,7 @@ class Windows:
 
     def following(self, numbers: Tensor) -> Tensor:
         """What follows the tokens that somebody is asked about, in some windows to train on: `int64 [n · asked]`."""
-        return nn.functional.pad(self.train[numbers], (0, 1), value=UNKNOWN)[:, 1 + self.context :].flatten()
+        return nn.functional.pad(self.train[numbers], (0, 1), value=NO_TARGET)[:, 1 + self.context :].flatten()
 
     def check(self, vocabulary: int, data: str | Path) -> None:
         """Raises `DataError` for a token that the models have no row for."""
