@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from meswitch.compression.distillation.heads import Heads
 from meswitch.compression.distillation.hidden import Stream
 from meswitch.compression.distillation.job import Distillation, distill
 from meswitch.compression.distillation.learner import Learner, Rows, Weight, relative_error
+from meswitch.compression.distillation.options import DistillOptions
 from meswitch.compression.distillation.products import QuickGradients
 from meswitch.compression.distillation.windows import TEXT, Windows, text_weight
 from meswitch.compression.job import compress
@@ -36,8 +38,12 @@ from meswitch.huggingface.decoder import Decoder
 from meswitch.progress import Progress
 from meswitch.site import QuantizedSite, ReplacedSite, SharedSite, Site
 
-FAST: dict[str, Any] = {"steps": 16, "window": 16, "batch": 8, "rate": 0.02}
 both = pytest.mark.parametrize("method", ["whole", "blocks"])
+
+
+def options(**changes: Any) -> DistillOptions:
+    """A distillation of seconds."""
+    return DistillOptions(**{"steps": 16, "window": 16, "batch": 8, "rate": 0.02, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +117,7 @@ def divergence(base: Path, delta: Path, finetune: Path) -> float:
 )
 def test_the_scales_learn_and_the_codes_stay(tmp_path: Path, family: str, preset: str, grow: int, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path, family, preset, grow=grow)
-    done = distill(base, finetune, delta, out, data, method=method, **FAST)
+    done = distill(base, finetune, delta, out, data, options(method=method))
     assert done.kl_after < done.kl_before
     stages = 1 if method == "whole" else 2 + (preset in ("default", "small")) * (1 if family == "llama" else 0.5) * 2
     assert (done.method, done.steps, done.tokens) == (method, 16 * stages, 16 * stages * 8 * 16)
@@ -131,7 +137,7 @@ def test_the_scales_learn_and_the_codes_stay(tmp_path: Path, family: str, preset
 
 def test_the_manifest_tells_the_new_errors_and_what_was_done(tmp_path: Path) -> None:
     base, finetune, delta, out, data = case(tmp_path, grow=3)
-    done = distill(base, finetune, delta, out, data, **FAST)
+    done = distill(base, finetune, delta, out, data, options())
     after = Delta.open(out)
     settings = after.manifest["settings"]
     assert settings["preset"] == "small"
@@ -192,7 +198,7 @@ def test_stored_scales_neither_vanish_nor_overflow(tmp_path: Path) -> None:
 @both
 def test_never_worse(tmp_path: Path, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path, preset="default")
-    done = distill(base, finetune, delta, out, data, method=method, **{**FAST, "steps": 2, "rate": 1e4})
+    done = distill(base, finetune, delta, out, data, options(method=method, steps=2, rate=1e4))
     assert done.kl_after <= done.kl_before
     for site, again in zip(coded(Delta.open(delta)), coded(Delta.open(out)), strict=True):  # nothing was learned
         for one, other in zip(site.parts, again.parts, strict=True):
@@ -210,7 +216,7 @@ def test_the_rate_suits_what_is_missed(tmp_path: Path, method: Any) -> None:
         finetune = save_finetune(folder / "finetune", base, seed=1, strength=strength)
         compress(base, finetune, folder / "delta", "small")
         done = distill(
-            base, finetune, folder / "delta", folder / "out", text(folder), method=method, **{**FAST, "rate": None}
+            base, finetune, folder / "delta", folder / "out", text(folder), options(method=method, rate=None)
         )
         assert done.kl_after < 0.6 * done.kl_before
 
@@ -243,7 +249,7 @@ def test_the_start_of_a_window_is_context(tmp_path: Path, method: Any) -> None:
         with torch.no_grad():
             logs.append(model(input_ids=windows.heldout).logits[:, 2:].log_softmax(-1))
     expected = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
-    done = distill(base, finetune, delta, out, data, method=method, **FAST)
+    done = distill(base, finetune, delta, out, data, options(method=method))
     assert done.kl_before == pytest.approx(expected, rel=1e-3)
 
 
@@ -291,13 +297,13 @@ def test_text_itself_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @both
 def test_the_same_seed_gives_the_same_scales_in_place_too(tmp_path: Path, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path)
-    few, stages = {**FAST, "steps": 4, "method": method}, 1 if method == "whole" else 4
+    few, stages = options(steps=4, method=method), 1 if method == "whole" else 4
     told: list[tuple[int, int]] = []
-    one = distill(base, finetune, delta, out, data, **few, progress=lambda at: told.append((at.done, at.total)))
+    one = distill(base, finetune, delta, out, data, few, progress=lambda at: told.append((at.done, at.total)))
     assert told == [(128 * step, 512 * stages) for step in range(1, 4 * stages + 1)]
-    other = distill(base, finetune, delta, tmp_path / "other", data, **few, seed=1)
+    other = distill(base, finetune, delta, tmp_path / "other", data, replace(few, seed=1))
     assert other.kl_after != one.kl_after
-    two = distill(base, finetune, delta, delta, data, **few)
+    two = distill(base, finetune, delta, delta, data, few)
     assert (one.kl_before, one.kl_after) == (two.kl_before, two.kl_after)
     for file in ("delta.safetensors", "meswitch.json"):
         assert (out / file).read_bytes() == (delta / file).read_bytes()
@@ -311,7 +317,7 @@ def test_a_head_that_only_one_side_ties(tmp_path: Path, tied: str, method: Any) 
     config = config_of("llama", tie_word_embeddings=tied == "finetune")
     save_random(finetune, config, seed=3)
     compress(base, finetune, tmp_path / "delta", "small")
-    done = distill(base, finetune, tmp_path / "delta", tmp_path / "out", text(tmp_path), method=method, **FAST)
+    done = distill(base, finetune, tmp_path / "delta", tmp_path / "out", text(tmp_path), options(method=method))
     assert done.kl_after < done.kl_before
     before, after = Delta.open(tmp_path / "delta").sites, Delta.open(tmp_path / "out").sites
     head = "lm_head.weight"
@@ -322,7 +328,7 @@ def test_a_head_that_only_one_side_ties(tmp_path: Path, tied: str, method: Any) 
 def test_nothing_to_train(tmp_path: Path, method: Any) -> None:
     base = save_random(tmp_path / "base", config_of("llama"))
     compress(base, base, tmp_path / "delta")
-    done = distill(base, base, tmp_path / "delta", tmp_path / "out", text(tmp_path), method=method, **FAST)
+    done = distill(base, base, tmp_path / "delta", tmp_path / "out", text(tmp_path), options(method=method))
     assert (done.steps, done.tokens, done.kl_after) == (0, 0, done.kl_before)
     Delta.open(tmp_path / "out").verify(base)
 
@@ -332,21 +338,21 @@ def test_what_is_refused(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("too short for two windows")
     with pytest.raises(DataError, match="expected text of at least 32 tokens to distil on, found 25"):
-        distill(base, finetune, delta, out, short, **FAST)
+        distill(base, finetune, delta, out, short, options())
     with pytest.raises(BaseMismatchError):
-        distill(save_random(tmp_path / "else", config_of("llama"), seed=8), finetune, delta, out, data, **FAST)
+        distill(save_random(tmp_path / "else", config_of("llama"), seed=8), finetune, delta, out, data, options())
     grown = save_finetune(tmp_path / "grown", base, seed=2, grow=4)
     with pytest.raises(FormatError, match="vocabulary of 268, found 264"):
-        distill(base, grown, delta, out, data, **FAST)
+        distill(base, grown, delta, out, data, options())
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
     with pytest.raises(FormatError, match="found something else"):
-        distill(base, finetune, delta, tmp_path / "taken", data, **FAST)
+        distill(base, finetune, delta, tmp_path / "taken", data, options())
     with pytest.raises(ValueError, match="expected a method of auto, whole, blocks, found 'half'"):
-        distill(base, finetune, delta, out, data, method="half", **FAST)  # type: ignore[arg-type]
+        distill(base, finetune, delta, out, data, options(method="half"))
     for wrong in ({"steps": 0}, {"window": 1}, {"batch": 0}, {"rate": 0.0}, {"heldout_share": 1.0}):
         with pytest.raises(ValueError, match="expected at least 1 step"):
-            distill(base, finetune, delta, out, data, **{**FAST, **wrong})
+            distill(base, finetune, delta, out, data, options(**wrong))
     assert not out.exists()
 
 
@@ -358,7 +364,7 @@ def test_a_fine_tune_that_says_nan(tmp_path: Path, method: Any) -> None:
     model.save_pretrained(tmp_path / "broken")
     tokenizer_of().save_pretrained(tmp_path / "broken")
     with pytest.raises(NonFiniteError, match="expected fine-tune and expert to answer in finite numbers"):
-        distill(base, tmp_path / "broken", delta, out, data, method=method, **FAST)
+        distill(base, tmp_path / "broken", delta, out, data, options(method=method))
 
 
 class Interrupt(Exception):
@@ -368,22 +374,22 @@ class Interrupt(Exception):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, family: str) -> None:
     base, finetune, delta, out, data = case(tmp_path, family, num_hidden_layers=3)
-    given: dict[str, Any] = {**FAST, "method": "blocks", "steps": 4}
+    given = options(method="blocks", steps=4)
     steps: list[int] = []
-    whole = distill(base, finetune, delta, tmp_path / "whole", data, **given, progress=lambda at: steps.append(at.done))
+    whole = distill(base, finetune, delta, tmp_path / "whole", data, given, progress=lambda at: steps.append(at.done))
 
     def stop(at: Progress) -> None:
         if at.done > 2.5 * 4 * 8 * 16:  # amid the third stage
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        distill(base, finetune, delta, out, data, **given, progress=stop)
+        distill(base, finetune, delta, out, data, given, progress=stop)
     assert not out.exists()
     [folder] = tmp_path.glob(".*")
     assert folder.name == ".distilled.distilling"
     left = {path.name for path in folder.iterdir()}
     again: list[int] = []
-    rest = distill(base, finetune, delta, out, data, **given, progress=lambda at: again.append(at.done))
+    rest = distill(base, finetune, delta, out, data, given, progress=lambda at: again.append(at.done))
     assert again == [steps[3], steps[7], *steps[8:]]  # two stages at once, the others step by step
     assert {**rest.to_json(), "seconds": 0} == {**whole.to_json(), "seconds": 0}
     assert (out / "delta.safetensors").read_bytes() == (tmp_path / "whole" / "delta.safetensors").read_bytes()
@@ -392,35 +398,35 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, family: str) ->
 
 def test_what_another_run_left_is_not_taken(tmp_path: Path) -> None:
     base, finetune, delta, out, data = case(tmp_path)
-    given: dict[str, Any] = {**FAST, "method": "blocks", "steps": 4}
+    given = options(method="blocks", steps=4)
 
     def stop(at: Progress) -> None:
         if at.done > 2 * 4 * 8 * 16:
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        distill(base, finetune, delta, out, data, **given, progress=stop)
+        distill(base, finetune, delta, out, data, given, progress=stop)
     steps: list[int] = []
-    distill(base, finetune, delta, out, data, **{**given, "seed": 1}, progress=lambda at: steps.append(at.done))
+    distill(base, finetune, delta, out, data, replace(given, seed=1), progress=lambda at: steps.append(at.done))
     assert len(steps) == 4 * 4
 
 
 def test_fused_moe_experts_are_distilled_whole(tmp_path: Path) -> None:
     base, finetune, delta, out, data = case(tmp_path, "mixtral")
     with pytest.raises(UnsupportedModelError, match="expected a tensor of the checkpoint for every parameter"):
-        distill(base, finetune, delta, out, data, method="blocks", **FAST)
+        distill(base, finetune, delta, out, data, options(method="blocks"))
     assert not out.exists() and not list(tmp_path.glob(".*"))
-    assert distill(base, finetune, delta, out, data, method="whole", **FAST).method == "whole"
+    assert distill(base, finetune, delta, out, data, options(method="whole")).method == "whole"
 
 
 def test_auto_is_what_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, finetune, delta, out, data = case(tmp_path)
-    few = {**FAST, "steps": 1}
-    assert distill(base, finetune, delta, out, data, **few).method == "whole"
+    few = options(steps=1)
+    assert distill(base, finetune, delta, out, data, few).method == "whole"
     weights = Delta.open(delta).parameters
     for free, method in ((26 * weights, "whole"), (26 * weights - 1, "blocks")):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        assert distill(base, finetune, delta, out, data, **few).method == method
+        assert distill(base, finetune, delta, out, data, few).method == method
 
 
 # --- pieces -------------------------------------------------------------------------------------------------------

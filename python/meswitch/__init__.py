@@ -37,6 +37,7 @@ from meswitch.errors import (
 if TYPE_CHECKING:
     from meswitch.compression.calibration import Calibration, calibrate
     from meswitch.compression.distillation.job import distill
+    from meswitch.compression.distillation.options import DistillOptions
     from meswitch.compression.evaluation import evaluate
     from meswitch.compression.job import compress
     from meswitch.compression.lora import import_adapter
@@ -56,6 +57,7 @@ _HOMES = {
     "Calibration": "compression.calibration",
     "CompressOptions": "compression.options",
     "Delta": "delta.directory",
+    "DistillOptions": "compression.distillation.options",
     "Engine": "engine.engine",
     "Progress": "progress",
     "TextStream": "engine.stream",
@@ -84,6 +86,7 @@ __all__ = [
     "CudaUnavailableError",
     "DataError",
     "Delta",
+    "DistillOptions",
     "Engine",
     "ExpertNameError",
     "ExpertNotFoundError",

@@ -113,9 +113,10 @@ def compress(
     result = made.to_json()
     if distill and calibrate is not None:
         from meswitch.compression.distillation.job import distill as tune
+        from meswitch.compression.distillation.options import DistillOptions
 
         with show_progress() as progress:
-            tuned = tune(base, finetune, out, out, calibrate, method=distill_method, progress=progress)  # type: ignore[arg-type]
+            tuned = tune(base, finetune, out, out, calibrate, DistillOptions(distill_method), progress=progress)  # type: ignore[arg-type]
             result["distilled"] = tuned.to_json()
     if as_json:
         print_json(result)

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
@@ -29,6 +29,7 @@ from meswitch.compression.distillation.blocks import Blocks
 from meswitch.compression.distillation.descent import Recipe
 from meswitch.compression.distillation.journal import Journal
 from meswitch.compression.distillation.learner import Learner, relative_error
+from meswitch.compression.distillation.options import DistillOptions, Method
 from meswitch.compression.distillation.whole import Whole
 from meswitch.compression.distillation.windows import Windows
 from meswitch.delta.directory import Delta
@@ -38,8 +39,6 @@ from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.models import skeleton
 from meswitch.progress import ProgressCallback
 
-Method = Literal["auto", "whole", "blocks"]
-METHODS = ("auto", "whole", "blocks")
 _BYTES_A_WEIGHT = 13  # of a whole model: both in float32, the expert rebuilt, a byte a code
 
 
@@ -69,60 +68,49 @@ def distill(
     delta: str | Path,
     out: str | Path,
     data: str | Path,
+    options: DistillOptions = DistillOptions(),
     *,
-    method: Method = "auto",
-    steps: int = 120,
-    window: int = 128,
-    batch: int = 8,
-    rate: float | None = None,
-    seed: int = 0,
-    heldout_share: float = 0.1,
     progress: ProgressCallback | None = None,
 ) -> Distillation:
-    """Trains the scales of `delta` to answer as the fine-tune does on the text of `data`; writes the result to `out`.
+    """Trains the scales of `delta` to predict as the fine-tune does on the text of `data`, and writes them to `out`.
 
-    What is made small is KL(fine-tune ‖ expert) + 0.2 √KL · NLL of the text, by the logits (`blocks`: of the head).
-    `method` is `whole` (memory: both models in float32 and more, 13 bytes a weight), `blocks` (one block of both, and
-    hidden states), or `auto`: `whole` where that fits in half of the memory that is free. A step is `batch` windows
-    of `window` tokens (forms of `data`: `huggingface.text.read_texts`); `blocks` takes `steps` of them in every block.
-    `rate` is Adam's, on the logarithm of each scale; none means what suits the codes, 0.02 where errors were
-    compensated and 0.05 where not, or what suits the first step (`descent.descend`), whichever is less. The first
-    eighth of a window is context only. `heldout_share` of the windows, at most about 2,048 tokens, is for
-    measuring alone.
-    The same arguments give the same scales. `out` may be `delta` itself. `whole` leaves sites alone whose parameter
-    transformers fuses with others when it loads them (MoE experts).
+    `base` and `finetune` are folders or hub ids, `data` a `.txt` or `.jsonl` file (see `huggingface.text.read_texts`).
+    The loss is KL(fine-tune ‖ expert) + 0.2 √KL · NLL of the text, in nats a token, on logits (method `blocks`: on the
+    head's alone; blocks match hidden states). The best scales on held-out windows win, and none is worse there than
+    before. Equal arguments give equal scales. `out` may be `delta` itself. Method `whole` leaves parameters alone that
+    transformers fuses when it loads them (MoE experts).
 
-    `blocks` writes down every block that it finished; interrupted, and started again alike, it goes on from there.
+    `blocks` writes down every block that it finished, in `.NAME.distilling` beside `out`; after an interruption the
+    same call goes on from there.
 
-    Raises `DataError` for too little text or a token without a row, `BaseMismatchError`, `FormatError` (a fine-tune
-    of another shape, `out` taken by something else), `NonFiniteError`; `UnsupportedModelError` for a model that
-    `blocks` cannot run a block at a time (fused MoE experts).
+    Raises `DataError` for too little text or a token that the models have no row for, `BaseMismatchError`,
+    `FormatError` (a fine-tune with another vocabulary, something else at `out`), `NonFiniteError` for predictions that
+    are not finite, and `UnsupportedModelError` for a model that `blocks` cannot run a block at a time (fused MoE
+    experts).
+
+    >>> report = distill("base/", "math/", "experts/math", "experts/math", "prompts.jsonl")  # doctest: +SKIP
+    >>> report.kl_before, report.kl_after  # doctest: +SKIP
+    (0.0041, 0.0007)
     """
-    if method not in METHODS:
-        raise ValueError(f"expected a method of {', '.join(METHODS)}, found {method!r}")
-    if steps < 1 or window < 2 or batch < 1 or (rate is not None and not rate > 0) or not 0 < heldout_share < 1:
-        raise ValueError(
-            "expected at least 1 step, a window of 2, a batch of 1, a rate above 0 and a held-out share between 0 and "
-            f"1, found {steps}, {window}, {batch}, {rate}, {heldout_share}"
-        )
     start, tuned, checkpoint = time.perf_counter(), Checkpoint.open(finetune), Checkpoint.open(base)
     refuse_overwriting(Path(out))
-    windows = Windows.draw(data, tuned.path, window, steps * batch, seed, heldout_share)
+    count = options.steps * options.batch
+    windows = Windows.draw(data, tuned.path, options.window, count, options.seed, options.heldout_share)
     with closing(Delta.open(delta)) as source:
         source.check_base(checkpoint)
-        recipe = Recipe(steps, batch, rate or _fastest(source), finds=rate is None, seed=seed)
         windows.check(_vocabulary(tuned, source), data)
-        chosen = _fitting(source) if method == "auto" else method
+        recipe = _recipe(options, source)
+        chosen = _fitting(source) if options.method == "auto" else options.method
         journal = None
         if chosen == "blocks":
-            journal = Journal(Path(out), _about(checkpoint, tuned, source, Path(data), recipe, window, heldout_share))
+            journal = Journal(Path(out), _about(checkpoint, tuned, source, Path(data), options))
         run = (
             Whole(checkpoint, tuned, source, windows, recipe)
             if journal is None
             else Blocks(checkpoint, tuned, source, windows, recipe, journal)
         )
         before, after, taken = run.train(progress)
-        tokens = taken * min(batch, len(windows.train)) * window
+        tokens = taken * min(options.batch, len(windows.train)) * options.window
         better = after < before
         spent = Distillation(chosen, taken, tokens, before, after if better else before, time.perf_counter() - start)
         _write(source, Path(out), list(run.learners.values()) if better else [], checkpoint, tuned, spent)
@@ -148,25 +136,23 @@ def _fitting(delta: Delta) -> Method:
     return "whole" if _BYTES_A_WEIGHT * delta.parameters <= psutil.virtual_memory().available / 2 else "blocks"
 
 
-def _fastest(delta: Delta) -> float:
-    """The rate that suits the delta's codes: errors that make up for each other bear less."""
+def _recipe(options: DistillOptions, delta: Delta) -> Recipe:
+    """Without a rate, the largest that suits the delta's codes: codes that make up for each other bear less."""
     settings = delta.manifest["settings"]
-    return 0.02 if isinstance(settings, dict) and settings.get("compensated") else 0.05
+    compensated = isinstance(settings, dict) and settings.get("compensated")
+    fastest = options.rate or (0.02 if compensated else 0.05)
+    return Recipe(options.steps, options.batch, fastest, finds=options.rate is None, seed=options.seed)
 
 
-def _about(
-    base: Checkpoint, finetune: Checkpoint, delta: Delta, data: Path, recipe: Recipe, window: int, share: float
-) -> dict[str, Any]:
+def _about(base: Checkpoint, finetune: Checkpoint, delta: Delta, data: Path, options: DistillOptions) -> dict[str, Any]:
     """Everything that decides the outcome of `blocks`."""
     return {
-        "scheme": 4,
+        "scheme": 5,
         "base": base.sample(),
         "finetune": finetune.sample(),
         "delta": delta.manifest,
         "data": sha256(data.read_bytes()).hexdigest(),
-        "recipe": asdict(recipe),
-        "window": window,
-        "share": share,
+        "options": asdict(replace(options, method="blocks")),
     }
 
 
