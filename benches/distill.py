@@ -32,8 +32,8 @@ base, finetune, delta = f"{root}/base", f"{root}/finetune", f"{root}/delta"
 compress(base, finetune, delta, preset)
 print("compressed", flush=True)
 start, ends = time.perf_counter(), []
-def step(done, total):
-    if done % (steps * 1024) == 0:
+def step(progress):
+    if progress.done % (steps * 1024) == 0:
         ends.append(time.perf_counter() - start)
 options = DistillOptions("blocks", steps=steps)
 done = distill(base, finetune, delta, delta, f"{root}/text.txt", options, progress=step)

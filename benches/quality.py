@@ -30,8 +30,8 @@ from torch import Tensor
 from meswitch.compression.calibration import Calibration, calibrate
 from meswitch.compression.distillation import windows
 from meswitch.compression.distillation.job import distill
-from meswitch.compression.distillation.learner import Learner
 from meswitch.compression.distillation.options import DistillOptions
+from meswitch.compression.distillation.scales import TrainableScales
 from meswitch.compression.evaluation import evaluate
 from meswitch.compression.job import compress
 from meswitch.compression.options import CompressOptions
@@ -168,28 +168,28 @@ class Bench:
 def published(way: str) -> Iterator[None]:
     """Distillation as a paper has it, where the way is a paper's: by KL alone, and BitDelta's one scale a matrix."""
 
-    def tie(learner: Learner) -> None:
-        for move in learner.moved.values():
+    def tie(scales: TrainableScales) -> None:
+        for move in scales.shifts.values():
             move.register_hook(lambda gradient: gradient.mean().expand_as(gradient))
 
     with ExitStack() as changes:
         if way.startswith(PAPERS):
-            changes.enter_context(patch.object(windows, "TEXT", 0.0))
+            changes.enter_context(patch.object(windows, "TEXT_WEIGHT", 0.0))
         if way.startswith("bitdelta"):
             changes.enter_context(altered(tie))
         yield
 
 
 @contextmanager
-def altered(change: Callable[[Learner], None]) -> Iterator[None]:
-    """Learners that begin with a change."""
-    begin = Learner.__init__
+def altered(change: Callable[[TrainableScales], None]) -> Iterator[None]:
+    """Trainable scales that begin with a change."""
+    begin = TrainableScales.__init__
 
-    def begin_changed(self: Learner, site: Site) -> None:
+    def begin_changed(self: TrainableScales, site: Site) -> None:
         begin(self, site)
         change(self)
 
-    with patch.object(Learner, "__init__", begin_changed):
+    with patch.object(TrainableScales, "__init__", begin_changed):
         yield
 
 

@@ -17,16 +17,17 @@ from transformers import AutoModelForCausalLM
 
 from families import config_of, save_finetune, save_random, tokenizer_of
 from meswitch import reference
-from meswitch.compression.distillation import whole
-from meswitch.compression.distillation.descent import Recipe, descend
-from meswitch.compression.distillation.fisher import Sensitivity
-from meswitch.compression.distillation.heads import Heads
-from meswitch.compression.distillation.hidden import Stream
-from meswitch.compression.distillation.job import Distillation, distill
-from meswitch.compression.distillation.learner import Learner, Rows, Weight, relative_error
+from meswitch.compression.distillation.bfloat16_gradients import Bfloat16Gradients
+from meswitch.compression.distillation.expert_weight import DeltaRows, ExpertWeight, relative_error
+from meswitch.compression.distillation.fisher_information import FisherInformation
+from meswitch.compression.distillation.head_divergence import HeadDivergence
+from meswitch.compression.distillation.hidden_states import HiddenStates
+from meswitch.compression.distillation.job import DistillReport, distill
+from meswitch.compression.distillation.optimizer import Schedule, optimize
 from meswitch.compression.distillation.options import DistillOptions
-from meswitch.compression.distillation.products import QuickGradients
-from meswitch.compression.distillation.windows import TEXT, Windows, text_weight
+from meswitch.compression.distillation.scales import TrainableScales
+from meswitch.compression.distillation.whole_model import WholeModelDistillation
+from meswitch.compression.distillation.windows import TEXT_WEIGHT, Windows, text_weight
 from meswitch.compression.job import compress
 from meswitch.compression.likelihood import NO_TARGET
 from meswitch.compression.options import CompressOptions
@@ -150,11 +151,12 @@ def test_the_manifest_tells_the_new_errors_and_what_was_done(tmp_path: Path) -> 
         assert site.relative_error == pytest.approx(missed, rel=1e-4)
 
 
-def test_a_learner_rebuilds_what_the_reference_does(tmp_path: Path) -> None:
+def test_trainable_scales_rebuild_what_the_reference_does(tmp_path: Path) -> None:
     _, _, delta, _, _ = case(tmp_path, "gpt2", "default")
     for site in coded(Delta.open(delta)):
-        torch.testing.assert_close(Rows(Learner(site)).delta(rounded=True), reference.dense(site))
-        torch.testing.assert_close(Rows(Learner(site)).delta(rounded=False).detach(), reference.dense(site))
+        rows = DeltaRows(TrainableScales(site))
+        torch.testing.assert_close(rows.delta(rounded=True), reference.dense(site))
+        torch.testing.assert_close(rows.delta(rounded=False).detach(), reference.dense(site))
 
 
 def test_groups_and_gradients(tmp_path: Path) -> None:
@@ -162,34 +164,34 @@ def test_groups_and_gradients(tmp_path: Path) -> None:
     site = next(s for s in coded(Delta.open(case(tmp_path)[2])) if s.column_scales is not None)
     part = site.parts[0]
     groups = -(-site.in_features // 5)
-    scales = torch.rand(part.scales.shape[0], groups).half() + 0.5
-    grouped = type(part)(part.bits, part.zero, part.codes, scales, 5, part.rows)
-    learner = Learner(
+    group_scales = torch.rand(part.scales.shape[0], groups).half() + 0.5
+    grouped = type(part)(part.bits, part.zero, part.codes, group_scales, 5, part.rows)
+    scales = TrainableScales(
         QuantizedSite(
             name=site.name, shape=site.shape, dtype=site.dtype, parts=(grouped,), column_scales=site.column_scales
         )
     )
     probe = torch.randn(site.out_features, site.in_features)
-    (Rows(learner).delta(rounded=False) * probe).sum().backward()
-    for role, move in learner.moved.items():
+    (DeltaRows(scales).delta(rounded=False) * probe).sum().backward()
+    for role, move in scales.shifts.items():
         assert move.grad is not None
         at = int(move.grad.abs().argmax())
         with torch.no_grad():
             sums = []
             for step in (1e-2, -1e-2):
                 move.view(-1)[at] = step
-                sums.append(float((Rows(learner).delta(rounded=False) * probe).sum()))
+                sums.append(float((DeltaRows(scales).delta(rounded=False) * probe).sum()))
                 move.view(-1)[at] = 0
         assert (sums[0] - sums[1]) / 2e-2 == pytest.approx(float(move.grad.view(-1)[at]), rel=2e-2), role
 
 
 def test_stored_scales_neither_vanish_nor_overflow(tmp_path: Path) -> None:
     site = coded(Delta.open(case(tmp_path)[2]))[0]
-    learner = Learner(site)
+    scales = TrainableScales(site)
     for reach in (-60.0, 60.0):
         with torch.no_grad():
-            learner.moved["scales.0"].fill_(reach)
-        stored = learner.rounded("scales.0")
+            scales.shifts["scales.0"].fill_(reach)
+        stored = scales.rounded("scales.0")
         assert stored.isfinite().all()
         assert torch.equal(stored == 0, site.parts[0].scales == 0)
         assert torch.equal(stored.sign(), site.parts[0].scales.sign())
@@ -223,24 +225,24 @@ def test_the_rate_suits_what_is_missed(tmp_path: Path, method: Any) -> None:
 
 def test_the_first_step_is_as_long_as_the_slope_is_steep() -> None:
     slope = torch.tensor([0.5, -2.0, 0.0, 1.5])
-    learner: Any = SimpleNamespace(moved={"scales": torch.nn.Parameter(torch.zeros(4))})
+    scales: Any = SimpleNamespace(shifts={"scales": torch.nn.Parameter(torch.zeros(4))})
     seen = []
 
     def loss(_: Tensor) -> float:
-        value = 0.04 + slope @ learner.moved["scales"]
+        value = 0.04 + slope @ scales.shifts["scales"]
         value.backward()
         seen.append(float(value.detach()))
         return seen[-1]
 
     batches = iter([torch.zeros(1)] * 2)
-    descend([learner], Recipe(100, 1, 0.05, finds=True, seed=0), batches, loss, lambda: 0.0, 1, lambda _: None)
+    optimize([scales], Schedule(100, 1, 0.05, adapt_rate=True, seed=0), batches, loss, lambda: 0.0, 1, lambda _: None)
     assert seen == pytest.approx([0.04, 0.0], abs=1e-6)
 
 
 @both
 def test_the_start_of_a_window_is_context(tmp_path: Path, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path)
-    windows = Windows.draw(data, finetune, 16, 8 * 16, 0, 0.1)
+    windows = Windows.from_text(data, finetune, options())
     assert windows.context == 2
     restore(base, delta, tmp_path / "restored")
     logs = []
@@ -256,37 +258,38 @@ def test_the_start_of_a_window_is_context(tmp_path: Path, method: Any) -> None:
 def test_what_follows() -> None:
     ids = torch.arange(32).reshape(2, 16)
     windows = Windows(ids, ids)
-    assert windows.following(torch.tensor([1])).tolist() == [*range(19, 32), NO_TARGET]
+    assert windows.next_tokens(torch.tensor([1])).tolist() == [*range(19, 32), NO_TARGET]
 
 
 def test_what_text_weighs() -> None:
-    assert text_weight(4.0) == 2 * text_weight(1.0) == 2 * TEXT
+    assert text_weight(4.0) == 2 * text_weight(1.0) == 2 * TEXT_WEIGHT
     assert text_weight(-1e-9) == 0.0
 
 
 def test_text_itself_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step down the gradients changes, against their length."""
     base, finetune, delta, _, data = case(tmp_path)
-    windows = Windows.draw(data, finetune, 16, 32, 0, 0.1)
-    recipe = Recipe(1, 8, 0.02, finds=True, seed=0)
-    job = whole.Whole(Checkpoint.open(base), Checkpoint.open(finetune), Delta.open(delta), windows, recipe)
+    windows = Windows.from_text(data, finetune, options(steps=4))
+    schedule = Schedule(1, 8, 0.02, adapt_rate=True, seed=0)
+    models = Checkpoint.open(base), Checkpoint.open(finetune), Delta.open(delta)
+    job = WholeModelDistillation(*models, windows, schedule)
     some = torch.arange(4)
     with torch.no_grad():
-        wanted, found = job._answers(windows.train[some], rounded=False)
+        wanted, found = job._log_probabilities(windows.train[some], rounded=False)
     monkeypatch.setattr(
-        "meswitch.compression.distillation.windows.TEXT",
+        "meswitch.compression.distillation.windows.TEXT_WEIGHT",
         0.5 / float((wanted.exp() * (wanted - found)).sum(-1).mean().sqrt()),
     )
-    job._descend(some)
-    moved = [move for learner in job.learners.values() for move in learner.moved.values()]
+    job._add_gradients(some)
+    moved = [move for scales in job.scales.values() for move in scales.shifts.values()]
     squares = sum(float(move.grad.square().sum()) for move in moved if move.grad is not None)
 
     @torch.no_grad()
     def after(step: float) -> float:
         for move in moved:
             move.copy_(torch.zeros_like(move) if move.grad is None else -step * move.grad)
-        wanted, found = job._answers(windows.train[some], rounded=False)
-        following = windows.following(some)
+        wanted, found = job._log_probabilities(windows.train[some], rounded=False)
+        following = windows.next_tokens(some)
         likely = found[following != NO_TARGET].gather(1, following[following != NO_TARGET, None])
         return float(((wanted.exp() * (wanted - found)).sum() - 0.5 * likely.sum()) / len(found))
 
@@ -437,20 +440,20 @@ def test_divergence_by_pieces_of_the_head(tmp_path: Path, tokens: int) -> None:
     base, finetune, delta, *_ = case(tmp_path, "gemma2", grow=5, tie_word_embeddings=False)
     ours, theirs = Checkpoint.open(base), Checkpoint.open(finetune)
     decoder, site = Decoder(finetune, theirs.names()), Delta.open(delta).sites["lm_head.weight"]
-    learner = Learner(site)
-    heads = Heads(decoder, theirs.tensor("lm_head.weight"), site, ours, learner, (None, None), tokens)
+    scales = TrainableScales(site)
+    heads = HeadDivergence(decoder, theirs.tensor("lm_head.weight"), site, ours, scales, (None, None), tokens)
     x, y = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = decoder.logits(x, theirs.tensor("lm_head.weight")).log_softmax(-1)
-    found = decoder.logits(y, Weight(site, ours, learner)(rounded=False)).log_softmax(-1)
+    found = decoder.logits(y, ExpertWeight(site, ours, scales)(rounded=False)).log_softmax(-1)
     direct = torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
-    assert heads.compare(x, y) == pytest.approx(float(direct.detach()), rel=1e-4)
+    assert heads.score(x, y) == pytest.approx(float(direct.detach()), rel=1e-4)
     following = torch.tensor([3, NO_TARGET, 0, 104, 50, 3, NO_TARGET])
     unlikely = torch.nn.functional.nll_loss(found, following, ignore_index=NO_TARGET, reduction="sum")
-    weight = TEXT * (direct.detach() / 7).sqrt()
-    expected = torch.autograd.grad((direct + weight * unlikely) / 7, list(learner.moved.values()))
-    assert heads.descend(x, y, following) == pytest.approx(float(direct.detach()) / 7, rel=1e-5)
-    for move, gradient in zip(learner.moved.values(), expected, strict=True):
+    weight = TEXT_WEIGHT * (direct.detach() / 7).sqrt()
+    expected = torch.autograd.grad((direct + weight * unlikely) / 7, list(scales.shifts.values()))
+    assert heads.add_gradients(x, y, following) == pytest.approx(float(direct.detach()) / 7, rel=1e-5)
+    for move, gradient in zip(scales.shifts.values(), expected, strict=True):
         torch.testing.assert_close(move.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
@@ -466,7 +469,7 @@ def test_gradients_by_way_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     exact, wanted = gradients(x, weight, bias)
     for able in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
-        with QuickGradients():
+        with Bfloat16Gradients():
             y, found = gradients(x, weight, bias)
             alone = gradients(x, weight)[1]
         assert torch.equal(y, exact)
@@ -478,18 +481,19 @@ def test_gradients_by_way_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sensitivity_is_the_fisher_information(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn many times on one window, against the exact one: J' (diag p - p p') J over the Jacobian of all logits."""
     checkpoint = Checkpoint.open(save_random(tmp_path / "model", config_of("llama")))
-    monkeypatch.setattr("meswitch.compression.distillation.fisher._LOGITS", 4096 * 100)  # the head in three pieces
+    head_in_three_pieces = 4096 * 100
+    monkeypatch.setattr("meswitch.compression.distillation.fisher_information._LOGITS", head_in_three_pieces)
     decoder, ids = Decoder(checkpoint.path, checkpoint.names()), torch.arange(3, 9)[None]
-    found = Sensitivity(decoder, checkpoint, ids.repeat(600, 1), batch=200, seed=0, folder=tmp_path)
-    outer, head, rows = decoder.outer(checkpoint.tensor), checkpoint.tensor(decoder.head), ids.unique()
-    hidden = decoder.enter(outer, rows, checkpoint.tensor(decoder.embedding)[rows], ids)
-    blocks = [decoder.block(at, checkpoint.tensor) for at in range(len(decoder))]
+    found = FisherInformation(decoder, checkpoint, ids.repeat(600, 1), batch=200, seed=0, folder=tmp_path)
+    outer, head, rows = decoder.outer_parameters(checkpoint.tensor), checkpoint.tensor(decoder.head), ids.unique()
+    hidden = decoder.embed(outer, rows, checkpoint.tensor(decoder.embedding)[rows], ids)
+    blocks = [decoder.block_parameters(at, checkpoint.tensor) for at in range(len(decoder))]
     for place in range(len(blocks) + 1):
 
         def answers(x: Tensor, place: int = place) -> Tensor:
             for at in range(place, len(blocks)):
-                x = decoder.run(at, blocks[at], x)
-            return decoder.logits(decoder.leave(outer, x), head).log_softmax(-1)[0]
+                x = decoder.run_block(at, blocks[at], x)
+            return decoder.logits(decoder.head_input(outer, x), head).log_softmax(-1)[0]
 
         jacobian = torch.autograd.functional.jacobian(answers, hidden)[
             :, :, 0
@@ -497,8 +501,8 @@ def test_sensitivity_is_the_fisher_information(tmp_path: Path, monkeypatch: pyte
         share = answers(hidden).exp()
         exact = torch.einsum("sv,svth,svtk->hk", share, jacobian, jacobian) / 6
         exact += 0.1 * exact.diagonal().mean() * torch.eye(32)
-        assert float((found.metric(place) - exact).norm() / exact.norm()) < 0.1
-        hidden = decoder.run(place, blocks[place], hidden) if place < len(blocks) else hidden
+        assert float((found.before_block(place) - exact).norm() / exact.norm()) < 0.1
+        hidden = decoder.run_block(place, blocks[place], hidden) if place < len(blocks) else hidden
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -506,31 +510,32 @@ def test_some_rows_are_those_of_all(tmp_path: Path, family: str) -> None:
     base, finetune, delta, *_ = case(tmp_path, family, "default", grow=6)
     checkpoint, tuned = Checkpoint.open(base), Checkpoint.open(finetune)
     for site in coded(Delta.open(delta)):
-        learner = Learner(site)
-        whole = Weight(site, checkpoint, learner)(rounded=True)
+        scales = TrainableScales(site)
+        whole = ExpertWeight(site, checkpoint, scales)(rounded=True)
         torch.testing.assert_close(whole, reference.restored(site, checkpoint.tensor(site.name)).float())
-        assert relative_error(learner, checkpoint, tuned) == pytest.approx(site.relative_error, rel=1e-3)
+        assert relative_error(scales, checkpoint, tuned) == pytest.approx(site.relative_error, rel=1e-3)
         if not site.transposed:
             rows = torch.tensor([0, 2, 3, len(whole) - 1])
-            torch.testing.assert_close(Weight(site, checkpoint, learner, rows)(rounded=True), whole[rows])
+            torch.testing.assert_close(ExpertWeight(site, checkpoint, scales, rows)(rounded=True), whole[rows])
 
 
-def test_a_long_stream_is_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_hidden_states_are_an_unlinked_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(save_random(tmp_path / "base", config_of("llama")))
     decoder, ids = Decoder(checkpoint.path, checkpoint.names()), torch.arange(40).view(5, 8)
-    outer = decoder.outer(checkpoint.tensor)
+    outer = decoder.outer_parameters(checkpoint.tensor)
 
     def advanced() -> Tensor:
-        stream = Stream(decoder, outer, lambda rows: checkpoint.tensor(decoder.embedding)[rows], ids, 2, 0, tmp_path)
-        stream.advance(0, decoder.block(0, checkpoint.tensor))
-        return stream.end(outer, torch.tensor([4, 0, 1]))
+        embedding = checkpoint.tensor(decoder.embedding)
+        states = HiddenStates(decoder, outer, lambda tokens: embedding[tokens], ids, 2, 0, tmp_path)
+        states.advance(0, decoder.block_parameters(0, checkpoint.tensor))
+        return states.head_inputs(torch.tensor([4, 0, 1]))
 
     wanted = advanced()
-    monkeypatch.setattr("meswitch.compression.distillation.hidden._MEMORY", 0)
+    monkeypatch.setattr("meswitch.compression.distillation.hidden_states._MEMORY", 0)
     assert torch.equal(advanced(), wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_json() -> None:
-    told = Distillation("blocks", 2, 64, 0.5, 0.25, 1.5).to_json()
+    told = DistillReport("blocks", 2, 64, 0.5, 0.25, 1.5).to_json()
     assert told == {"method": "blocks", "steps": 2, "tokens": 64, "kl_before": 0.5, "kl_after": 0.25, "seconds": 1.5}

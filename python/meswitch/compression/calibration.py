@@ -100,23 +100,23 @@ def _streamed(
     decoder: Decoder, checkpoint: Checkpoint, windows: list[Tensor], meter: ProgressMeter
 ) -> dict[str, Tensor]:
     """Moments by the model's names and by those of its files, a block at a time."""
-    sums, outer = _SecondMomentSums(), decoder.outer(checkpoint.tensor)
+    sums, outer = _SecondMomentSums(), decoder.outer_parameters(checkpoint.tensor)
     stacks, rows = list(batches(windows, FORWARD_TOKENS)), torch.cat(windows).unique()
     table = checkpoint.tensor(decoder.embedding)[rows].to(decoder.dtype)
-    with sums.watch(decoder.around.named_modules()):
-        hidden = [decoder.enter(outer, rows, table, ids) for ids in stacks]
+    with sums.watch(decoder.outer_module.named_modules()):
+        hidden = [decoder.embed(outer, rows, table, ids) for ids in stacks]
     on_the_way_in, done = set(sums.means()), 0
     for at in range(len(decoder)):
-        parameters, block = decoder.block(at, checkpoint.tensor), decoder.module(at)
+        parameters, block = decoder.block_parameters(at, checkpoint.tensor), decoder.block_module(at)
         with sums.watch((f"{decoder.path}.{at}.{name}", module) for name, module in block.named_modules()):
             for number, ids in enumerate(stacks):
-                hidden[number] = decoder.run(at, parameters, hidden[number])
+                hidden[number] = decoder.run_block(at, parameters, hidden[number])
                 done += ids.numel()
                 meter.update(done // len(decoder))
-    outside = decoder.around.named_modules()  # the way out leads through the way in once more, with nothing in it
+    outside = decoder.outer_module.named_modules()  # the way out leads through the way in once more, with nothing in it
     with sums.watch((name, module) for name, module in outside if f"{name}.weight" not in on_the_way_in):
         for some in hidden:
-            sums.add(decoder.head_parameter, decoder.leave(outer, some))
+            sums.add(decoder.head_parameter, decoder.head_input(outer, some))
     moments = sums.means()
     if decoder.head == decoder.embedding:
         moments[decoder.embedding_parameter] = moments[decoder.head_parameter]

@@ -32,9 +32,9 @@ class Hessians:
     def __init__(self, checkpoint: Checkpoint, windows: Sequence[Tensor]) -> None:
         self._checkpoint = checkpoint
         self._decoder = decoder = Decoder(checkpoint.path, checkpoint.names())
-        self._outer = decoder.outer(checkpoint.tensor)
+        self._outer = decoder.outer_parameters(checkpoint.tensor)
         self._stacks, self._tokens = list(batches(list(windows), FORWARD_TOKENS)), sum(map(len, windows))
-        self._block_of = {there: at for at in range(len(decoder)) for there in decoder.names(at).values()}
+        self._block_of = {there: at for at in range(len(decoder)) for there in decoder.block_names(at).values()}
         if decoder.head != decoder.embedding:
             self._block_of[decoder.head] = len(decoder)
         self._asked: tuple[int, bytes] | None = None  # the last factor: sites that share an input ask in a row
@@ -64,7 +64,7 @@ class Hessians:
     def _start(self) -> None:
         decoder, ids = self._decoder, torch.cat([stack.flatten() for stack in self._stacks]).unique()
         table = self._checkpoint.tensor(decoder.embedding)[ids].to(decoder.dtype)
-        self._hidden = [decoder.enter(self._outer, ids, table, stack) for stack in self._stacks]
+        self._hidden = [decoder.embed(self._outer, ids, table, stack) for stack in self._stacks]
         self._next, self._sums, self._input_of = 0, [], {}  # type: int, list[Tensor], dict[str, int]
 
     def _advance(self) -> None:
@@ -74,9 +74,9 @@ class Hessians:
         self._next += 1
         if at == len(decoder):
             for some in self._hidden:
-                self._add(decoder.head, decoder.leave(self._outer, some))
+                self._add(decoder.head, decoder.head_input(self._outer, some))
             return
-        names, parameters = decoder.names(at), decoder.block(at, self._checkpoint.tensor)
+        names, parameters = decoder.block_names(at), decoder.block_parameters(at, self._checkpoint.tensor)
         last: list[tuple[Tensor, int]] = []  # the input seen last, and its sum
 
         def watch(site: str) -> object:
@@ -91,12 +91,12 @@ class Hessians:
 
         handles = [
             module.register_forward_pre_hook(watch(names[f"{name}.weight"]))
-            for name, module in decoder.module(at).named_modules()
+            for name, module in decoder.block_module(at).named_modules()
             if weight_applied_first(module) == "weight" and f"{name}.weight" in names
         ]
         try:
             for number, some in enumerate(self._hidden):
-                self._hidden[number] = decoder.run(at, parameters, some)
+                self._hidden[number] = decoder.run_block(at, parameters, some)
                 last.clear()
         finally:
             for handle in handles:

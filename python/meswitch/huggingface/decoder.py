@@ -1,6 +1,6 @@
 """A causal language model run a block at a time, its weights given from outside: memory holds one block, not the model.
 
-    ids ─ enter ─ hidden ─ run(0) ─ run(1) ─ … ─ hidden ─ leave ─ x ─ logits
+    ids ─ embed ─ hidden ─ run_block(0) ─ run_block(1) ─ … ─ hidden ─ head_input ─ x ─ logits
            rows of the          parameters           the head, all its
            embedding that occur  of that block       rows or some
 
@@ -111,31 +111,31 @@ class Decoder:
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
-    def names(self, block: int) -> dict[str, str]:
+    def block_names(self, block: int) -> dict[str, str]:
         """The parameters of a block: their names in the checkpoint, by their names in the block."""
         return self._inner[block]
 
-    def module(self, block: int) -> nn.Module:
+    def block_module(self, block: int) -> nn.Module:
         """The block itself, on the meta device."""
         return self._blocks[block]
 
     @property
-    def around(self) -> nn.Module:
+    def outer_module(self) -> nn.Module:
         """The model without its blocks and head, on the meta device."""
         model: nn.Module = self._model
         return model
 
-    def block(self, block: int, weights: Weights) -> dict[str, Tensor]:
+    def block_parameters(self, block: int, weights: Weights) -> dict[str, Tensor]:
         """What `run` needs of a block's parameters: copies."""
         return _copies(self._blocks[block], self._inner[block], weights)
 
-    def outer(self, weights: Weights) -> dict[str, Tensor]:
+    def outer_parameters(self, weights: Weights) -> dict[str, Tensor]:
         """The parameters that belong to no block, without embedding and head: norms, learned positions."""
         return _copies(self._model, self._outer, weights)
 
     # --- passes -------------------------------------------------------------------------------------------------------
 
-    def enter(self, outer: dict[str, Tensor], rows: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    def embed(self, outer: dict[str, Tensor], rows: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         """Hidden states before the first block, of `ids int64 [windows, length]`.
 
         `table [n, hidden]` holds the embedding's rows of the tokens `rows int64 [n]`, rising: all that occur.
@@ -146,12 +146,12 @@ class Decoder:
 
         return self._pass(outer, table, torch.searchsorted(rows, ids), first)
 
-    def run(self, block: int, parameters: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    def run_block(self, block: int, parameters: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """Hidden states after a block, of those before it. Differentiable by `parameters` and `hidden`."""
         args, kwargs = self._called((hidden.shape[0], hidden.shape[1]))[block]
         return _hidden(functional_call(self._blocks[block], parameters, (hidden, *args), kwargs))
 
-    def leave(self, outer: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    def head_input(self, outer: dict[str, Tensor], hidden: Tensor) -> Tensor:
         """What the head gets to see, of the hidden states after the last block."""
 
         def substitute(at: int, passed: Tensor, *args: Any, **kwargs: Any) -> Any:
