@@ -212,9 +212,9 @@ def _compare(run: _Run, finetune: Any, expert: Any, data: str | Path) -> tuple[S
 def _rival(run: _Run, base: Checkpoint, delta: Delta, against: Checkpoint, finetune: Any, data: str | Path) -> Svd:
     """The same comparison with every quantized site as a truncated SVD of equal bytes."""
     quantized = [site for site in delta.sites.values() if isinstance(site, QuantizedSite)]
-    rivals = {site.name: low_rank.equal_bytes(site, base, against) for site in quantized}
+    rivals = {site.name: low_rank.svd_of_equal_bytes(site, base, against) for site in quantized}
     _, score, kl, agreement = _compare(run, finetune, expert_model(base, delta, delta.sites | rivals), data)
-    ranks = [low_rank.equal_rank(site) for site in quantized]
+    ranks = [low_rank.rank_of_equal_bytes(site) for site in quantized]
     saved = sum(site.nbytes - rivals[site.name].nbytes for site in quantized)
     return Svd(score, kl, agreement, statistics.median(ranks) if ranks else None, delta.nbytes - saved)
 

@@ -10,8 +10,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from meswitch.errors import CheckpointError, UnsupportedModelError
+
+LINEAR_MODULES = (nn.Linear, Conv1D)
+"""Modules that multiply their input by a matrix `weight`; GPT-2's `Conv1D` stores it transposed."""
 
 Check = Callable[[Any, Any], None]
 """Called with a config and a model class or model; raises where it cannot be used."""
@@ -72,3 +76,8 @@ def skeleton(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
             hint="meswitch serves decoders that transformers' AutoModelForCausalLM loads",
         ) from error
     return model
+
+
+def is_transposed(module: nn.Module | None) -> bool:
+    """Whether a module stores its weight as `[in_features, out_features]`."""
+    return isinstance(module, Conv1D)
