@@ -173,16 +173,16 @@ def test_groups_and_gradients(tmp_path: Path) -> None:
     )
     probe = torch.randn(site.out_features, site.in_features)
     (DeltaRows(scales).delta(rounded=False) * probe).sum().backward()
-    for role, move in scales.shifts.items():
-        assert move.grad is not None
-        at = int(move.grad.abs().argmax())
+    for role, shift in scales.shifts.items():
+        assert shift.grad is not None
+        at = int(shift.grad.abs().argmax())
         with torch.no_grad():
             sums = []
             for step in (1e-2, -1e-2):
-                move.view(-1)[at] = step
+                shift.view(-1)[at] = step
                 sums.append(float((DeltaRows(scales).delta(rounded=False) * probe).sum()))
-                move.view(-1)[at] = 0
-        assert (sums[0] - sums[1]) / 2e-2 == pytest.approx(float(move.grad.view(-1)[at]), rel=2e-2), role
+                shift.view(-1)[at] = 0
+        assert (sums[0] - sums[1]) / 2e-2 == pytest.approx(float(shift.grad.view(-1)[at]), rel=2e-2), role
 
 
 def test_stored_scales_neither_vanish_nor_overflow(tmp_path: Path) -> None:
@@ -281,13 +281,13 @@ def test_text_itself_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
         0.5 / float((wanted.exp() * (wanted - found)).sum(-1).mean().sqrt()),
     )
     job._add_gradients(some)
-    moved = [move for scales in job.scales.values() for move in scales.shifts.values()]
-    squares = sum(float(move.grad.square().sum()) for move in moved if move.grad is not None)
+    shifts = [shift for scales in job.scales.values() for shift in scales.shifts.values()]
+    squares = sum(float(shift.grad.square().sum()) for shift in shifts if shift.grad is not None)
 
     @torch.no_grad()
     def after(step: float) -> float:
-        for move in moved:
-            move.copy_(torch.zeros_like(move) if move.grad is None else -step * move.grad)
+        for shift in shifts:
+            shift.copy_(torch.zeros_like(shift) if shift.grad is None else -step * shift.grad)
         wanted, found = job._log_probabilities(windows.train[some], rounded=False)
         following = windows.next_tokens(some)
         likely = found[following != NO_TARGET].gather(1, following[following != NO_TARGET, None])
@@ -301,9 +301,11 @@ def test_text_itself_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_same_seed_gives_the_same_scales_in_place_too(tmp_path: Path, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path)
     few, stages = options(steps=4, method=method), 1 if method == "whole" else 4
-    told: list[tuple[int, int]] = []
-    one = distill(base, finetune, delta, out, data, few, progress=lambda at: told.append((at.done, at.total)))
-    assert told == [(128 * step, 512 * stages) for step in range(1, 4 * stages + 1)]
+    reports: list[tuple[int, int]] = []
+    one = distill(
+        base, finetune, delta, out, data, few, progress=lambda report: reports.append((report.done, report.total))
+    )
+    assert reports == [(128 * step, 512 * stages) for step in range(1, 4 * stages + 1)]
     other = distill(base, finetune, delta, tmp_path / "other", data, replace(few, seed=1))
     assert other.kl_after != one.kl_after
     two = distill(base, finetune, delta, delta, data, few)
@@ -453,8 +455,8 @@ def test_divergence_by_pieces_of_the_head(tmp_path: Path, tokens: int) -> None:
     weight = TEXT_WEIGHT * (direct.detach() / 7).sqrt()
     expected = torch.autograd.grad((direct + weight * unlikely) / 7, list(scales.shifts.values()))
     assert heads.add_gradients(x, y, following) == pytest.approx(float(direct.detach()) / 7, rel=1e-5)
-    for move, gradient in zip(scales.shifts.values(), expected, strict=True):
-        torch.testing.assert_close(move.grad, gradient, rtol=1e-4, atol=1e-7)
+    for shift, gradient in zip(scales.shifts.values(), expected, strict=True):
+        torch.testing.assert_close(shift.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_gradients_by_way_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,5 +539,5 @@ def test_large_hidden_states_are_an_unlinked_file(tmp_path: Path, monkeypatch: p
 
 
 def test_json() -> None:
-    told = DistillReport("blocks", 2, 64, 0.5, 0.25, 1.5).to_json()
-    assert told == {"method": "blocks", "steps": 2, "tokens": 64, "kl_before": 0.5, "kl_after": 0.25, "seconds": 1.5}
+    report = DistillReport("blocks", 2, 64, 0.5, 0.25, 1.5).to_json()
+    assert report == {"method": "blocks", "steps": 2, "tokens": 64, "kl_before": 0.5, "kl_after": 0.25, "seconds": 1.5}

@@ -128,9 +128,9 @@ def _fit(
 
 def _scale_unknown_losses(sites: list[CandidateSite]) -> None:
     """Gives sites without sensitivity (MoE experts that transformers fuses) the mean loss a weight of the others."""
-    known = [site for site in sites if site.has_sensitivity]
-    if known:
-        mean = sum(float((site.weight * site.energy).sum()) for site in known) / sum(s.parameters for s in known)
+    measured = [site for site in sites if site.has_sensitivity]
+    if measured:
+        mean = sum(float((site.weight * site.energy).sum()) for site in measured) / sum(s.parameters for s in measured)
         for site in sites:
             if not site.has_sensitivity:
                 site.weight *= mean
@@ -144,14 +144,14 @@ def hull(forms: Sequence[Form]) -> list[Form]:
     >>> [form.bytes for form in hull(forms)]
     [10, 30, 40]
     """
-    kept: list[Form] = []
+    corners: list[Form] = []
     for form in sorted(forms, key=lambda form: (form.bytes, form.loss)):
-        if kept and form.loss >= kept[-1].loss:
+        if corners and form.loss >= corners[-1].loss:
             continue
-        while len(kept) > 1 and _gain(kept[-2], kept[-1]) <= _gain(kept[-2], form):
-            kept.pop()
-        kept.append(form)
-    return kept
+        while len(corners) > 1 and _gain(corners[-2], corners[-1]) <= _gain(corners[-2], form):
+            corners.pop()
+        corners.append(form)
+    return corners
 
 
 def _gain(smaller: Form, larger: Form) -> float:

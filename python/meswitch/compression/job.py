@@ -88,11 +88,9 @@ def compress(
     call goes on from there. A finished run replaces a delta directory at `out`.
 
     Raises `CheckpointError`, `ArchitectureError`, `NonFiniteError`; `BudgetError` for a target that cannot be met;
-    `FormatError` if something else is at `out`; `OSError` if files cannot be written; `ValueError` for an unknown
-    preset.
+    `FormatError` if something else is at `out`; `OSError` for unwritable files; `ValueError` for an unknown preset.
 
-    >>> report = compress("base/", "math/", "experts/math", calibration=calibration)  # doctest: +SKIP
-    >>> round(report.bpw, 2)  # doctest: +SKIP
+    >>> compress("base/", "math/", "experts/math", calibration=calibration).bpw  # doctest: +SKIP
     2.26
     """
     options = CompressOptions(options) if isinstance(options, str) else options
@@ -108,15 +106,20 @@ def compress(
         bpw=delta.bpw,
         seconds=seconds,
         weights_per_second=(delta.parameters - resumed) / seconds,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=_peak_rss_bytes(),
         config_changes=job.settings["config_changes"],
         compensated=job.settings["compensated"],
-        chosen=None if allocation is None else allocation.summary(),
-        predicted_kl=None if allocation is None or not sensitivity else allocation.loss,
+        chosen=allocation.summary() if allocation else None,
+        predicted_kl=allocation.loss if allocation and sensitivity else None,
     )
 
 
+def _peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _config_changes(base: Checkpoint, finetune: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """The fields of config.json that change what the fine-tune computes, with both values."""
     try:
         base_config, finetune_config = (text_config(checkpoint.path).to_dict() for checkpoint in (base, finetune))
     except (OSError, ValueError, KeyError):  # transformers does not know this model: the files are compared

@@ -75,16 +75,14 @@ def optimize(
             break
         if schedule.adapt_rate and step == 1:
             rate = _first_rate(loss_value, shifts, rate)
-        adam.param_groups[0]["lr"] = rate * (0.55 + 0.45 * math.cos(math.pi * (step - 1) / schedule.steps))
+        adam.param_groups[0]["lr"] = rate * _decay(step, schedule.steps)
         adam.step()
         if step % interval == 0 or step == schedule.steps:
             new_score = score()
             if new_score < best_score:
                 best_score, best_shifts = new_score, _copies(shifts)
         on_step(batch)
-    with torch.no_grad():
-        for shift, best in zip(shifts, best_shifts, strict=True):
-            shift.copy_(best)
+    _restore(shifts, best_shifts)
     return Outcome(before, best_score, step)
 
 
@@ -92,6 +90,17 @@ def _first_rate(loss: float, shifts: list[torch.nn.Parameter], max_rate: float) 
     """The rate at which the first step would bring the loss to 0 if it fell all the way as it does at the start."""
     slope = sum(float(shift.grad.abs().sum()) for shift in shifts if shift.grad is not None)
     return min(loss / slope, max_rate) if slope > 0 else max_rate
+
+
+def _decay(step: int, steps: int) -> float:
+    """The factor of the rate: from 1 at step 1 to about a tenth at the last, along a cosine."""
+    return 0.55 + 0.45 * math.cos(math.pi * (step - 1) / steps)
+
+
+@torch.no_grad()
+def _restore(shifts: list[torch.nn.Parameter], copies: list[Tensor]) -> None:
+    for shift, copy in zip(shifts, copies, strict=True):
+        shift.copy_(copy)
 
 
 def _copies(shifts: list[torch.nn.Parameter]) -> list[Tensor]:
