@@ -26,7 +26,8 @@ from torch import Tensor
 from meswitch import reference
 from meswitch.compression.calibration import calibrate
 from meswitch.compression.distillation.job import distill
-from meswitch.compression.distillation.learner import Learner
+from meswitch.compression.distillation.options import DistillOptions
+from meswitch.compression.distillation.scales import TrainableScales
 from meswitch.compression.evaluation import evaluate
 from meswitch.compression.job import compress
 from meswitch.compression.options import CompressOptions
@@ -69,7 +70,7 @@ class Bench:
             yield f"{told}as compressed", *self._score(self._delta)
             for name, roles in TRAINED.items():
                 with only(roles):
-                    distill(*self._pair, self._delta, self._other, self._text, method="whole")
+                    distill(*self._pair, self._delta, self._other, self._text, DistillOptions("whole"))
                 yield f"{told}{name} distilled", *self._score(self._other)
 
     def _choose(self, selection: str) -> None:
@@ -103,10 +104,10 @@ class Bench:
 
 
 def only(roles: tuple[str, ...]) -> AbstractContextManager[None]:
-    """Learners that move in these roles alone."""
+    """Trainable scales of these roles alone."""
 
-    def hold(learner: Learner) -> None:
-        for role, move in learner.moved.items():
+    def hold(scales: TrainableScales) -> None:
+        for role, move in scales.shifts.items():
             move.requires_grad_(role.partition(".")[0] in roles)
 
     return altered(hold)

@@ -102,7 +102,14 @@ def anonymous(process: int) -> int:
 
 
 def measure(root: Path, preset: str) -> dict[str, object]:
-    command = [sys.executable, "-m", "meswitch.cli", "compress", str(root / "base"), str(root / "finetune")]
+    command = [
+        sys.executable,
+        "-c",
+        "from meswitch.cli import main; main()",
+        "compress",
+        str(root / "base"),
+        str(root / "finetune"),
+    ]
     command += ["-o", str(root / "delta"), "--preset", preset, "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         peak = 0

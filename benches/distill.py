@@ -26,17 +26,17 @@ from transformers import PreTrainedTokenizerFast
 
 _CHILD = """
 import json, sys, time
-from meswitch.compress import compress
-from meswitch.distill import distill
+from meswitch import DistillOptions, compress, distill
 root, preset, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 base, finetune, delta = f"{root}/base", f"{root}/finetune", f"{root}/delta"
-compress(base, finetune, delta, preset=preset)
+compress(base, finetune, delta, preset)
 print("compressed", flush=True)
 start, ends = time.perf_counter(), []
-def step(done, total):
-    if done % (steps * 1024) == 0:
+def step(progress):
+    if progress.done % (steps * 1024) == 0:
         ends.append(time.perf_counter() - start)
-done = distill(base, finetune, delta, delta, f"{root}/text.txt", method="blocks", steps=steps, progress=step)
+options = DistillOptions("blocks", steps=steps)
+done = distill(base, finetune, delta, delta, f"{root}/text.txt", options, progress=step)
 stages = [round(end - begin, 1) for begin, end in zip([0.0, *ends], ends)]
 print(json.dumps({"seconds": round(done.seconds, 1), "stages": stages, "kl": [done.kl_before, done.kl_after]}))
 """

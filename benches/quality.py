@@ -23,7 +23,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor
@@ -31,9 +30,11 @@ from torch import Tensor
 from meswitch.compression.calibration import Calibration, calibrate
 from meswitch.compression.distillation import windows
 from meswitch.compression.distillation.job import distill
-from meswitch.compression.distillation.learner import Learner
+from meswitch.compression.distillation.options import DistillOptions
+from meswitch.compression.distillation.scales import TrainableScales
 from meswitch.compression.evaluation import evaluate
 from meswitch.compression.job import compress
+from meswitch.compression.options import CompressOptions
 from meswitch.compression.presets import PRESETS
 from meswitch.compression.sensitivity import measure_sensitivity
 from meswitch.demo.corpus import DOMAINS
@@ -143,7 +144,10 @@ class Bench:
         finetune, heldout = made.experts[domain], made.heldout[domain]
         with tempfile.TemporaryDirectory() as folder:
             delta = Path(folder) / "delta"
-            report = compress(made.base, finetune, delta, calibration=seen[0], **settings(way, seen[1]))
+            sensitivity = seen[1] if targets(way) else None
+            report = compress(
+                made.base, finetune, delta, compress_options(way), calibration=seen[0], sensitivity=sensitivity
+            )
             if "compressed" in forms or "svd" in forms:
                 found = evaluate(made.base, delta, finetune, heldout, max_tokens=self.tokens, svd="svd" in forms)
                 if "compressed" in forms:
@@ -154,10 +158,8 @@ class Bench:
             if "distilled" in forms:
                 out, text = Path(folder) / "distilled", made.calibration[source]
                 with published(way):
-                    distill(
-                        made.base, finetune, delta, out, text, method="whole",
-                        steps=self.steps, batch=self.batch, seed=seed,
-                    )  # fmt: skip
+                    options = DistillOptions("whole", steps=self.steps, batch=self.batch, seed=seed)
+                    distill(made.base, finetune, delta, out, text, options)
                 found = evaluate(made.base, out, finetune, heldout, max_tokens=self.tokens)
                 yield "distilled", report.bpw, found.recovered_share, found.kl
 
@@ -166,28 +168,28 @@ class Bench:
 def published(way: str) -> Iterator[None]:
     """Distillation as a paper has it, where the way is a paper's: by KL alone, and BitDelta's one scale a matrix."""
 
-    def tie(learner: Learner) -> None:
-        for move in learner.moved.values():
+    def tie(scales: TrainableScales) -> None:
+        for move in scales.shifts.values():
             move.register_hook(lambda gradient: gradient.mean().expand_as(gradient))
 
     with ExitStack() as changes:
         if way.startswith(PAPERS):
-            changes.enter_context(patch.object(windows, "TEXT", 0.0))
+            changes.enter_context(patch.object(windows, "TEXT_WEIGHT", 0.0))
         if way.startswith("bitdelta"):
             changes.enter_context(altered(tie))
         yield
 
 
 @contextmanager
-def altered(change: Callable[[Learner], None]) -> Iterator[None]:
-    """Learners that begin with a change."""
-    begin = Learner.__init__
+def altered(change: Callable[[TrainableScales], None]) -> Iterator[None]:
+    """Trainable scales that begin with a change."""
+    begin = TrainableScales.__init__
 
-    def begin_changed(self: Learner, site: Site) -> None:
+    def begin_changed(self: TrainableScales, site: Site) -> None:
         begin(self, site)
         change(self)
 
-    with patch.object(Learner, "__init__", begin_changed):
+    with patch.object(TrainableScales, "__init__", begin_changed):
         yield
 
 
@@ -195,12 +197,11 @@ def targets(way: str) -> bool:
     return way not in PRESETS and way not in WHOLE
 
 
-def settings(way: str, sensitivity: dict[str, Tensor] | None) -> dict[str, Any]:
-    """What `compress` takes for a way."""
+def compress_options(way: str) -> CompressOptions:
     if targets(way):
-        return {"bpw": float(way), "sensitivity": sensitivity}
+        return CompressOptions(bpw=float(way))
     preset, bits = WHOLE.get(way, (way, None))
-    return {"preset": preset, "bits": bits}
+    return CompressOptions(preset, bits)
 
 
 def groups(results: Results) -> dict[str, list[Measured]]:

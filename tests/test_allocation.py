@@ -17,7 +17,7 @@ from meswitch import reference
 from meswitch.compression.allocation import choose, hull
 from meswitch.compression.calibration import Calibration, calibrate
 from meswitch.compression.evaluation import evaluate
-from meswitch.compression.forms import Form, sample
+from meswitch.compression.forms import Form, sample_rows
 from meswitch.compression.job import compress
 from meswitch.compression.options import CompressOptions
 from meswitch.compression.sensitivity import measure_sensitivity
@@ -63,7 +63,7 @@ def test_more_room_is_never_more_loss(menus: dict[str, list[Form]], room: int, m
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300), st.integers(2, 100))
 def test_every_row_has_a_measured_one_like_it(losses: list[float], count: int) -> None:
     loss = torch.tensor(losses, dtype=torch.float64)
-    rows, like = sample(loss, count)
+    rows, like = sample_rows(loss, count)
     assert len(rows) <= max(count, 1) and torch.equal(rows, rows.unique()) and len(like) == len(loss)
     assert torch.equal(like[rows], torch.arange(len(rows)))
     if len(loss) > count:

@@ -25,11 +25,11 @@ def ids_of(windows: int = 3, length: int = 24) -> Tensor:
 
 def run(decoder: Decoder, weights: Weights, ids: Tensor, pieces: int = 1) -> Tensor:
     """Logits, the head in so many pieces."""
-    outer, rows = decoder.outer(weights), ids.unique()
-    hidden = decoder.enter(outer, rows, weights(decoder.embedding)[rows], ids)
+    outer, rows = decoder.outer_parameters(weights), ids.unique()
+    hidden = decoder.embed(outer, rows, weights(decoder.embedding)[rows], ids)
     for at in range(len(decoder)):
-        hidden = decoder.run(at, decoder.block(at, weights), hidden)
-    x, head, bias = decoder.leave(outer, hidden), weights(decoder.head), decoder.head_bias(weights)
+        hidden = decoder.run_block(at, decoder.block_parameters(at, weights), hidden)
+    x, head, bias = decoder.head_input(outer, hidden), weights(decoder.head), decoder.head_bias(weights)
     parts = torch.arange(len(head)).chunk(pieces)
     return torch.cat([decoder.logits(x, head[part], None if bias is None else bias[part]) for part in parts], -1)
 
@@ -74,15 +74,15 @@ def test_gradients_reach_parameters_and_hidden_states(tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     weights = Checkpoint.open(folder).tensor
     decoder = Decoder(folder, Checkpoint.open(folder).names())
-    outer, rows, ids = decoder.outer(weights), ids_of().unique(), ids_of()
+    outer, rows, ids = decoder.outer_parameters(weights), ids_of().unique(), ids_of()
     table, norm = weights(decoder.embedding)[rows].requires_grad_(), outer["model.norm.weight"].requires_grad_()
-    inner = decoder.block(0, weights)
+    inner = decoder.block_parameters(0, weights)
     name = "mlp.up_proj.weight"
     inner[name].requires_grad_()
-    hidden = decoder.run(0, inner, decoder.enter(outer, rows, table, ids))
-    hidden = decoder.run(1, decoder.block(1, weights), hidden)
+    hidden = decoder.run_block(0, inner, decoder.embed(outer, rows, table, ids))
+    hidden = decoder.run_block(1, decoder.block_parameters(1, weights), hidden)
     # The tied head is not part of this embedding's gradient: it is given apart.
-    decoder.logits(decoder.leave(outer, hidden), weights(decoder.head)).square().mean().backward()
+    decoder.logits(decoder.head_input(outer, hidden), weights(decoder.head)).square().mean().backward()
     head = nn.Parameter(model.lm_head.weight.detach().clone())
     model.lm_head.weight = head
     model(input_ids=ids).logits.square().mean().backward()
@@ -124,4 +124,4 @@ def test_blocks_that_depend_on_the_text_are_refused(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(LlamaRotaryEmbedding, "forward", skewed)
     with pytest.raises(UnsupportedModelError, match="called alike on any text, found block 0"):
-        decoder.run(0, decoder.block(0, Checkpoint.open(folder).tensor), torch.zeros(1, 4, 32))
+        decoder.run_block(0, decoder.block_parameters(0, Checkpoint.open(folder).tensor), torch.zeros(1, 4, 32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,16 +17,19 @@ from transformers import AutoModelForCausalLM
 
 from families import config_of, save_finetune, save_random, tokenizer_of
 from meswitch import reference
-from meswitch.compression.distillation import whole
-from meswitch.compression.distillation.descent import Recipe, descend
-from meswitch.compression.distillation.fisher import Sensitivity
-from meswitch.compression.distillation.heads import Heads
-from meswitch.compression.distillation.hidden import Stream
-from meswitch.compression.distillation.job import Distillation, distill
-from meswitch.compression.distillation.learner import Learner, Rows, Weight, relative_error
-from meswitch.compression.distillation.products import QuickGradients
-from meswitch.compression.distillation.windows import TEXT, UNKNOWN, Windows, text_weight
+from meswitch.compression.distillation.bfloat16_gradients import Bfloat16Gradients
+from meswitch.compression.distillation.expert_weight import DeltaRows, ExpertWeight, relative_error
+from meswitch.compression.distillation.fisher_information import FisherInformation
+from meswitch.compression.distillation.head_divergence import HeadDivergence
+from meswitch.compression.distillation.hidden_states import HiddenStates
+from meswitch.compression.distillation.job import DistillReport, distill
+from meswitch.compression.distillation.optimizer import Schedule, optimize
+from meswitch.compression.distillation.options import DistillOptions
+from meswitch.compression.distillation.scales import TrainableScales
+from meswitch.compression.distillation.whole_model import WholeModelDistillation
+from meswitch.compression.distillation.windows import TEXT_WEIGHT, Windows, text_weight
 from meswitch.compression.job import compress
+from meswitch.compression.likelihood import NO_TARGET
 from meswitch.compression.options import CompressOptions
 from meswitch.delta.directory import Delta
 from meswitch.delta.restoration import restore
@@ -35,8 +39,12 @@ from meswitch.huggingface.decoder import Decoder
 from meswitch.progress import Progress
 from meswitch.site import QuantizedSite, ReplacedSite, SharedSite, Site
 
-FAST: dict[str, Any] = {"steps": 16, "window": 16, "batch": 8, "rate": 0.02}
 both = pytest.mark.parametrize("method", ["whole", "blocks"])
+
+
+def options(**changes: Any) -> DistillOptions:
+    """A distillation of seconds."""
+    return DistillOptions(**{"steps": 16, "window": 16, "batch": 8, "rate": 0.02, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +118,7 @@ def divergence(base: Path, delta: Path, finetune: Path) -> float:
 )
 def test_the_scales_learn_and_the_codes_stay(tmp_path: Path, family: str, preset: str, grow: int, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path, family, preset, grow=grow)
-    done = distill(base, finetune, delta, out, data, method=method, **FAST)
+    done = distill(base, finetune, delta, out, data, options(method=method))
     assert done.kl_after < done.kl_before
     stages = 1 if method == "whole" else 2 + (preset in ("default", "small")) * (1 if family == "llama" else 0.5) * 2
     assert (done.method, done.steps, done.tokens) == (method, 16 * stages, 16 * stages * 8 * 16)
@@ -130,7 +138,7 @@ def test_the_scales_learn_and_the_codes_stay(tmp_path: Path, family: str, preset
 
 def test_the_manifest_tells_the_new_errors_and_what_was_done(tmp_path: Path) -> None:
     base, finetune, delta, out, data = case(tmp_path, grow=3)
-    done = distill(base, finetune, delta, out, data, **FAST)
+    done = distill(base, finetune, delta, out, data, options())
     after = Delta.open(out)
     settings = after.manifest["settings"]
     assert settings["preset"] == "small"
@@ -143,11 +151,12 @@ def test_the_manifest_tells_the_new_errors_and_what_was_done(tmp_path: Path) -> 
         assert site.relative_error == pytest.approx(missed, rel=1e-4)
 
 
-def test_a_learner_rebuilds_what_the_reference_does(tmp_path: Path) -> None:
+def test_trainable_scales_rebuild_what_the_reference_does(tmp_path: Path) -> None:
     _, _, delta, _, _ = case(tmp_path, "gpt2", "default")
     for site in coded(Delta.open(delta)):
-        torch.testing.assert_close(Rows(Learner(site)).delta(rounded=True), reference.dense(site))
-        torch.testing.assert_close(Rows(Learner(site)).delta(rounded=False).detach(), reference.dense(site))
+        rows = DeltaRows(TrainableScales(site))
+        torch.testing.assert_close(rows.delta(rounded=True), reference.dense(site))
+        torch.testing.assert_close(rows.delta(rounded=False).detach(), reference.dense(site))
 
 
 def test_groups_and_gradients(tmp_path: Path) -> None:
@@ -155,34 +164,34 @@ def test_groups_and_gradients(tmp_path: Path) -> None:
     site = next(s for s in coded(Delta.open(case(tmp_path)[2])) if s.column_scales is not None)
     part = site.parts[0]
     groups = -(-site.in_features // 5)
-    scales = torch.rand(part.scales.shape[0], groups).half() + 0.5
-    grouped = type(part)(part.bits, part.zero, part.codes, scales, 5, part.rows)
-    learner = Learner(
+    group_scales = torch.rand(part.scales.shape[0], groups).half() + 0.5
+    grouped = type(part)(part.bits, part.zero, part.codes, group_scales, 5, part.rows)
+    scales = TrainableScales(
         QuantizedSite(
             name=site.name, shape=site.shape, dtype=site.dtype, parts=(grouped,), column_scales=site.column_scales
         )
     )
     probe = torch.randn(site.out_features, site.in_features)
-    (Rows(learner).delta(rounded=False) * probe).sum().backward()
-    for role, move in learner.moved.items():
-        assert move.grad is not None
-        at = int(move.grad.abs().argmax())
+    (DeltaRows(scales).delta(rounded=False) * probe).sum().backward()
+    for role, shift in scales.shifts.items():
+        assert shift.grad is not None
+        at = int(shift.grad.abs().argmax())
         with torch.no_grad():
             sums = []
             for step in (1e-2, -1e-2):
-                move.view(-1)[at] = step
-                sums.append(float((Rows(learner).delta(rounded=False) * probe).sum()))
-                move.view(-1)[at] = 0
-        assert (sums[0] - sums[1]) / 2e-2 == pytest.approx(float(move.grad.view(-1)[at]), rel=2e-2), role
+                shift.view(-1)[at] = step
+                sums.append(float((DeltaRows(scales).delta(rounded=False) * probe).sum()))
+                shift.view(-1)[at] = 0
+        assert (sums[0] - sums[1]) / 2e-2 == pytest.approx(float(shift.grad.view(-1)[at]), rel=2e-2), role
 
 
 def test_stored_scales_neither_vanish_nor_overflow(tmp_path: Path) -> None:
     site = coded(Delta.open(case(tmp_path)[2]))[0]
-    learner = Learner(site)
+    scales = TrainableScales(site)
     for reach in (-60.0, 60.0):
         with torch.no_grad():
-            learner.moved["scales.0"].fill_(reach)
-        stored = learner.rounded("scales.0")
+            scales.shifts["scales.0"].fill_(reach)
+        stored = scales.rounded("scales.0")
         assert stored.isfinite().all()
         assert torch.equal(stored == 0, site.parts[0].scales == 0)
         assert torch.equal(stored.sign(), site.parts[0].scales.sign())
@@ -191,7 +200,7 @@ def test_stored_scales_neither_vanish_nor_overflow(tmp_path: Path) -> None:
 @both
 def test_never_worse(tmp_path: Path, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path, preset="default")
-    done = distill(base, finetune, delta, out, data, method=method, **{**FAST, "steps": 2, "rate": 1e4})
+    done = distill(base, finetune, delta, out, data, options(method=method, steps=2, rate=1e4))
     assert done.kl_after <= done.kl_before
     for site, again in zip(coded(Delta.open(delta)), coded(Delta.open(out)), strict=True):  # nothing was learned
         for one, other in zip(site.parts, again.parts, strict=True):
@@ -209,31 +218,31 @@ def test_the_rate_suits_what_is_missed(tmp_path: Path, method: Any) -> None:
         finetune = save_finetune(folder / "finetune", base, seed=1, strength=strength)
         compress(base, finetune, folder / "delta", "small")
         done = distill(
-            base, finetune, folder / "delta", folder / "out", text(folder), method=method, **{**FAST, "rate": None}
+            base, finetune, folder / "delta", folder / "out", text(folder), options(method=method, rate=None)
         )
         assert done.kl_after < 0.6 * done.kl_before
 
 
 def test_the_first_step_is_as_long_as_the_slope_is_steep() -> None:
     slope = torch.tensor([0.5, -2.0, 0.0, 1.5])
-    learner: Any = SimpleNamespace(moved={"scales": torch.nn.Parameter(torch.zeros(4))})
+    scales: Any = SimpleNamespace(shifts={"scales": torch.nn.Parameter(torch.zeros(4))})
     seen = []
 
     def loss(_: Tensor) -> float:
-        value = 0.04 + slope @ learner.moved["scales"]
+        value = 0.04 + slope @ scales.shifts["scales"]
         value.backward()
         seen.append(float(value.detach()))
         return seen[-1]
 
     batches = iter([torch.zeros(1)] * 2)
-    descend([learner], Recipe(100, 1, 0.05, finds=True, seed=0), batches, loss, lambda: 0.0, 1, lambda _: None)
+    optimize([scales], Schedule(100, 1, 0.05, adapt_rate=True, seed=0), batches, loss, lambda: 0.0, 1, lambda _: None)
     assert seen == pytest.approx([0.04, 0.0], abs=1e-6)
 
 
 @both
 def test_the_start_of_a_window_is_context(tmp_path: Path, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path)
-    windows = Windows.draw(data, finetune, 16, 8 * 16, 0, 0.1)
+    windows = Windows.from_text(data, finetune, options())
     assert windows.context == 2
     restore(base, delta, tmp_path / "restored")
     logs = []
@@ -242,45 +251,46 @@ def test_the_start_of_a_window_is_context(tmp_path: Path, method: Any) -> None:
         with torch.no_grad():
             logs.append(model(input_ids=windows.heldout).logits[:, 2:].log_softmax(-1))
     expected = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
-    done = distill(base, finetune, delta, out, data, method=method, **FAST)
+    done = distill(base, finetune, delta, out, data, options(method=method))
     assert done.kl_before == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_follows() -> None:
     ids = torch.arange(32).reshape(2, 16)
     windows = Windows(ids, ids)
-    assert windows.following(torch.tensor([1])).tolist() == [*range(19, 32), UNKNOWN]
+    assert windows.next_tokens(torch.tensor([1])).tolist() == [*range(19, 32), NO_TARGET]
 
 
 def test_what_text_weighs() -> None:
-    assert text_weight(4.0) == 2 * text_weight(1.0) == 2 * TEXT
+    assert text_weight(4.0) == 2 * text_weight(1.0) == 2 * TEXT_WEIGHT
     assert text_weight(-1e-9) == 0.0
 
 
 def test_text_itself_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step down the gradients changes, against their length."""
     base, finetune, delta, _, data = case(tmp_path)
-    windows = Windows.draw(data, finetune, 16, 32, 0, 0.1)
-    recipe = Recipe(1, 8, 0.02, finds=True, seed=0)
-    job = whole.Whole(Checkpoint.open(base), Checkpoint.open(finetune), Delta.open(delta), windows, recipe)
+    windows = Windows.from_text(data, finetune, options(steps=4))
+    schedule = Schedule(1, 8, 0.02, adapt_rate=True, seed=0)
+    models = Checkpoint.open(base), Checkpoint.open(finetune), Delta.open(delta)
+    job = WholeModelDistillation(*models, windows, schedule)
     some = torch.arange(4)
     with torch.no_grad():
-        wanted, found = job._answers(windows.train[some], rounded=False)
+        wanted, found = job._log_probabilities(windows.train[some], rounded=False)
     monkeypatch.setattr(
-        "meswitch.compression.distillation.windows.TEXT",
+        "meswitch.compression.distillation.windows.TEXT_WEIGHT",
         0.5 / float((wanted.exp() * (wanted - found)).sum(-1).mean().sqrt()),
     )
-    job._descend(some)
-    moved = [move for learner in job.learners.values() for move in learner.moved.values()]
-    squares = sum(float(move.grad.square().sum()) for move in moved if move.grad is not None)
+    job._add_gradients(some)
+    shifts = [shift for scales in job.scales.values() for shift in scales.shifts.values()]
+    squares = sum(float(shift.grad.square().sum()) for shift in shifts if shift.grad is not None)
 
     @torch.no_grad()
     def after(step: float) -> float:
-        for move in moved:
-            move.copy_(torch.zeros_like(move) if move.grad is None else -step * move.grad)
-        wanted, found = job._answers(windows.train[some], rounded=False)
-        following = windows.following(some)
-        likely = found[following != UNKNOWN].gather(1, following[following != UNKNOWN, None])
+        for shift in shifts:
+            shift.copy_(torch.zeros_like(shift) if shift.grad is None else -step * shift.grad)
+        wanted, found = job._log_probabilities(windows.train[some], rounded=False)
+        following = windows.next_tokens(some)
+        likely = found[following != NO_TARGET].gather(1, following[following != NO_TARGET, None])
         return float(((wanted.exp() * (wanted - found)).sum() - 0.5 * likely.sum()) / len(found))
 
     step = 0.01 / squares
@@ -290,13 +300,15 @@ def test_text_itself_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @both
 def test_the_same_seed_gives_the_same_scales_in_place_too(tmp_path: Path, method: Any) -> None:
     base, finetune, delta, out, data = case(tmp_path)
-    few, stages = {**FAST, "steps": 4, "method": method}, 1 if method == "whole" else 4
-    told: list[tuple[int, int]] = []
-    one = distill(base, finetune, delta, out, data, **few, progress=lambda at: told.append((at.done, at.total)))
-    assert told == [(128 * step, 512 * stages) for step in range(1, 4 * stages + 1)]
-    other = distill(base, finetune, delta, tmp_path / "other", data, **few, seed=1)
+    few, stages = options(steps=4, method=method), 1 if method == "whole" else 4
+    reports: list[tuple[int, int]] = []
+    one = distill(
+        base, finetune, delta, out, data, few, progress=lambda report: reports.append((report.done, report.total))
+    )
+    assert reports == [(128 * step, 512 * stages) for step in range(1, 4 * stages + 1)]
+    other = distill(base, finetune, delta, tmp_path / "other", data, replace(few, seed=1))
     assert other.kl_after != one.kl_after
-    two = distill(base, finetune, delta, delta, data, **few)
+    two = distill(base, finetune, delta, delta, data, few)
     assert (one.kl_before, one.kl_after) == (two.kl_before, two.kl_after)
     for file in ("delta.safetensors", "meswitch.json"):
         assert (out / file).read_bytes() == (delta / file).read_bytes()
@@ -310,7 +322,7 @@ def test_a_head_that_only_one_side_ties(tmp_path: Path, tied: str, method: Any) 
     config = config_of("llama", tie_word_embeddings=tied == "finetune")
     save_random(finetune, config, seed=3)
     compress(base, finetune, tmp_path / "delta", "small")
-    done = distill(base, finetune, tmp_path / "delta", tmp_path / "out", text(tmp_path), method=method, **FAST)
+    done = distill(base, finetune, tmp_path / "delta", tmp_path / "out", text(tmp_path), options(method=method))
     assert done.kl_after < done.kl_before
     before, after = Delta.open(tmp_path / "delta").sites, Delta.open(tmp_path / "out").sites
     head = "lm_head.weight"
@@ -321,7 +333,7 @@ def test_a_head_that_only_one_side_ties(tmp_path: Path, tied: str, method: Any) 
 def test_nothing_to_train(tmp_path: Path, method: Any) -> None:
     base = save_random(tmp_path / "base", config_of("llama"))
     compress(base, base, tmp_path / "delta")
-    done = distill(base, base, tmp_path / "delta", tmp_path / "out", text(tmp_path), method=method, **FAST)
+    done = distill(base, base, tmp_path / "delta", tmp_path / "out", text(tmp_path), options(method=method))
     assert (done.steps, done.tokens, done.kl_after) == (0, 0, done.kl_before)
     Delta.open(tmp_path / "out").verify(base)
 
@@ -331,21 +343,21 @@ def test_what_is_refused(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("too short for two windows")
     with pytest.raises(DataError, match="expected text of at least 32 tokens to distil on, found 25"):
-        distill(base, finetune, delta, out, short, **FAST)
+        distill(base, finetune, delta, out, short, options())
     with pytest.raises(BaseMismatchError):
-        distill(save_random(tmp_path / "else", config_of("llama"), seed=8), finetune, delta, out, data, **FAST)
+        distill(save_random(tmp_path / "else", config_of("llama"), seed=8), finetune, delta, out, data, options())
     grown = save_finetune(tmp_path / "grown", base, seed=2, grow=4)
     with pytest.raises(FormatError, match="vocabulary of 268, found 264"):
-        distill(base, grown, delta, out, data, **FAST)
+        distill(base, grown, delta, out, data, options())
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
     with pytest.raises(FormatError, match="found something else"):
-        distill(base, finetune, delta, tmp_path / "taken", data, **FAST)
+        distill(base, finetune, delta, tmp_path / "taken", data, options())
     with pytest.raises(ValueError, match="expected a method of auto, whole, blocks, found 'half'"):
-        distill(base, finetune, delta, out, data, method="half", **FAST)  # type: ignore[arg-type]
+        distill(base, finetune, delta, out, data, options(method="half"))
     for wrong in ({"steps": 0}, {"window": 1}, {"batch": 0}, {"rate": 0.0}, {"heldout_share": 1.0}):
         with pytest.raises(ValueError, match="expected at least 1 step"):
-            distill(base, finetune, delta, out, data, **{**FAST, **wrong})
+            distill(base, finetune, delta, out, data, options(**wrong))
     assert not out.exists()
 
 
@@ -357,7 +369,7 @@ def test_a_fine_tune_that_says_nan(tmp_path: Path, method: Any) -> None:
     model.save_pretrained(tmp_path / "broken")
     tokenizer_of().save_pretrained(tmp_path / "broken")
     with pytest.raises(NonFiniteError, match="expected fine-tune and expert to answer in finite numbers"):
-        distill(base, tmp_path / "broken", delta, out, data, method=method, **FAST)
+        distill(base, tmp_path / "broken", delta, out, data, options(method=method))
 
 
 class Interrupt(Exception):
@@ -367,22 +379,22 @@ class Interrupt(Exception):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, family: str) -> None:
     base, finetune, delta, out, data = case(tmp_path, family, num_hidden_layers=3)
-    given: dict[str, Any] = {**FAST, "method": "blocks", "steps": 4}
+    given = options(method="blocks", steps=4)
     steps: list[int] = []
-    whole = distill(base, finetune, delta, tmp_path / "whole", data, **given, progress=lambda at: steps.append(at.done))
+    whole = distill(base, finetune, delta, tmp_path / "whole", data, given, progress=lambda at: steps.append(at.done))
 
     def stop(at: Progress) -> None:
         if at.done > 2.5 * 4 * 8 * 16:  # amid the third stage
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        distill(base, finetune, delta, out, data, **given, progress=stop)
+        distill(base, finetune, delta, out, data, given, progress=stop)
     assert not out.exists()
     [folder] = tmp_path.glob(".*")
     assert folder.name == ".distilled.distilling"
     left = {path.name for path in folder.iterdir()}
     again: list[int] = []
-    rest = distill(base, finetune, delta, out, data, **given, progress=lambda at: again.append(at.done))
+    rest = distill(base, finetune, delta, out, data, given, progress=lambda at: again.append(at.done))
     assert again == [steps[3], steps[7], *steps[8:]]  # two stages at once, the others step by step
     assert {**rest.to_json(), "seconds": 0} == {**whole.to_json(), "seconds": 0}
     assert (out / "delta.safetensors").read_bytes() == (tmp_path / "whole" / "delta.safetensors").read_bytes()
@@ -391,35 +403,35 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, family: str) ->
 
 def test_what_another_run_left_is_not_taken(tmp_path: Path) -> None:
     base, finetune, delta, out, data = case(tmp_path)
-    given: dict[str, Any] = {**FAST, "method": "blocks", "steps": 4}
+    given = options(method="blocks", steps=4)
 
     def stop(at: Progress) -> None:
         if at.done > 2 * 4 * 8 * 16:
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        distill(base, finetune, delta, out, data, **given, progress=stop)
+        distill(base, finetune, delta, out, data, given, progress=stop)
     steps: list[int] = []
-    distill(base, finetune, delta, out, data, **{**given, "seed": 1}, progress=lambda at: steps.append(at.done))
+    distill(base, finetune, delta, out, data, replace(given, seed=1), progress=lambda at: steps.append(at.done))
     assert len(steps) == 4 * 4
 
 
 def test_fused_moe_experts_are_distilled_whole(tmp_path: Path) -> None:
     base, finetune, delta, out, data = case(tmp_path, "mixtral")
     with pytest.raises(UnsupportedModelError, match="expected a tensor of the checkpoint for every parameter"):
-        distill(base, finetune, delta, out, data, method="blocks", **FAST)
+        distill(base, finetune, delta, out, data, options(method="blocks"))
     assert not out.exists() and not list(tmp_path.glob(".*"))
-    assert distill(base, finetune, delta, out, data, method="whole", **FAST).method == "whole"
+    assert distill(base, finetune, delta, out, data, options(method="whole")).method == "whole"
 
 
 def test_auto_is_what_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, finetune, delta, out, data = case(tmp_path)
-    few = {**FAST, "steps": 1}
-    assert distill(base, finetune, delta, out, data, **few).method == "whole"
+    few = options(steps=1)
+    assert distill(base, finetune, delta, out, data, few).method == "whole"
     weights = Delta.open(delta).parameters
     for free, method in ((26 * weights, "whole"), (26 * weights - 1, "blocks")):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        assert distill(base, finetune, delta, out, data, **few).method == method
+        assert distill(base, finetune, delta, out, data, few).method == method
 
 
 # --- pieces -------------------------------------------------------------------------------------------------------
@@ -430,21 +442,21 @@ def test_divergence_by_pieces_of_the_head(tmp_path: Path, tokens: int) -> None:
     base, finetune, delta, *_ = case(tmp_path, "gemma2", grow=5, tie_word_embeddings=False)
     ours, theirs = Checkpoint.open(base), Checkpoint.open(finetune)
     decoder, site = Decoder(finetune, theirs.names()), Delta.open(delta).sites["lm_head.weight"]
-    learner = Learner(site)
-    heads = Heads(decoder, theirs.tensor("lm_head.weight"), site, ours, learner, (None, None), tokens)
+    scales = TrainableScales(site)
+    heads = HeadDivergence(decoder, theirs.tensor("lm_head.weight"), site, ours, scales, (None, None), tokens)
     x, y = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = decoder.logits(x, theirs.tensor("lm_head.weight")).log_softmax(-1)
-    found = decoder.logits(y, Weight(site, ours, learner)(rounded=False)).log_softmax(-1)
+    found = decoder.logits(y, ExpertWeight(site, ours, scales)(rounded=False)).log_softmax(-1)
     direct = torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
-    assert heads.compare(x, y) == pytest.approx(float(direct.detach()), rel=1e-4)
-    following = torch.tensor([3, UNKNOWN, 0, 104, 50, 3, UNKNOWN])
-    unlikely = torch.nn.functional.nll_loss(found, following, ignore_index=UNKNOWN, reduction="sum")
-    weight = TEXT * (direct.detach() / 7).sqrt()
-    expected = torch.autograd.grad((direct + weight * unlikely) / 7, list(learner.moved.values()))
-    assert heads.descend(x, y, following) == pytest.approx(float(direct.detach()) / 7, rel=1e-5)
-    for move, gradient in zip(learner.moved.values(), expected, strict=True):
-        torch.testing.assert_close(move.grad, gradient, rtol=1e-4, atol=1e-7)
+    assert heads.score(x, y) == pytest.approx(float(direct.detach()), rel=1e-4)
+    following = torch.tensor([3, NO_TARGET, 0, 104, 50, 3, NO_TARGET])
+    unlikely = torch.nn.functional.nll_loss(found, following, ignore_index=NO_TARGET, reduction="sum")
+    weight = TEXT_WEIGHT * (direct.detach() / 7).sqrt()
+    expected = torch.autograd.grad((direct + weight * unlikely) / 7, list(scales.shifts.values()))
+    assert heads.add_gradients(x, y, following) == pytest.approx(float(direct.detach()) / 7, rel=1e-5)
+    for shift, gradient in zip(scales.shifts.values(), expected, strict=True):
+        torch.testing.assert_close(shift.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_gradients_by_way_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,7 +471,7 @@ def test_gradients_by_way_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     exact, wanted = gradients(x, weight, bias)
     for able in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
-        with QuickGradients():
+        with Bfloat16Gradients():
             y, found = gradients(x, weight, bias)
             alone = gradients(x, weight)[1]
         assert torch.equal(y, exact)
@@ -471,18 +483,19 @@ def test_gradients_by_way_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sensitivity_is_the_fisher_information(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn many times on one window, against the exact one: J' (diag p - p p') J over the Jacobian of all logits."""
     checkpoint = Checkpoint.open(save_random(tmp_path / "model", config_of("llama")))
-    monkeypatch.setattr("meswitch.compression.distillation.fisher._LOGITS", 4096 * 100)  # the head in three pieces
+    head_in_three_pieces = 4096 * 100
+    monkeypatch.setattr("meswitch.compression.distillation.fisher_information._LOGITS", head_in_three_pieces)
     decoder, ids = Decoder(checkpoint.path, checkpoint.names()), torch.arange(3, 9)[None]
-    found = Sensitivity(decoder, checkpoint, ids.repeat(600, 1), batch=200, seed=0, folder=tmp_path)
-    outer, head, rows = decoder.outer(checkpoint.tensor), checkpoint.tensor(decoder.head), ids.unique()
-    hidden = decoder.enter(outer, rows, checkpoint.tensor(decoder.embedding)[rows], ids)
-    blocks = [decoder.block(at, checkpoint.tensor) for at in range(len(decoder))]
+    found = FisherInformation(decoder, checkpoint, ids.repeat(600, 1), batch=200, seed=0, folder=tmp_path)
+    outer, head, rows = decoder.outer_parameters(checkpoint.tensor), checkpoint.tensor(decoder.head), ids.unique()
+    hidden = decoder.embed(outer, rows, checkpoint.tensor(decoder.embedding)[rows], ids)
+    blocks = [decoder.block_parameters(at, checkpoint.tensor) for at in range(len(decoder))]
     for place in range(len(blocks) + 1):
 
         def answers(x: Tensor, place: int = place) -> Tensor:
             for at in range(place, len(blocks)):
-                x = decoder.run(at, blocks[at], x)
-            return decoder.logits(decoder.leave(outer, x), head).log_softmax(-1)[0]
+                x = decoder.run_block(at, blocks[at], x)
+            return decoder.logits(decoder.head_input(outer, x), head).log_softmax(-1)[0]
 
         jacobian = torch.autograd.functional.jacobian(answers, hidden)[
             :, :, 0
@@ -490,8 +503,8 @@ def test_sensitivity_is_the_fisher_information(tmp_path: Path, monkeypatch: pyte
         share = answers(hidden).exp()
         exact = torch.einsum("sv,svth,svtk->hk", share, jacobian, jacobian) / 6
         exact += 0.1 * exact.diagonal().mean() * torch.eye(32)
-        assert float((found.metric(place) - exact).norm() / exact.norm()) < 0.1
-        hidden = decoder.run(place, blocks[place], hidden) if place < len(blocks) else hidden
+        assert float((found.before_block(place) - exact).norm() / exact.norm()) < 0.1
+        hidden = decoder.run_block(place, blocks[place], hidden) if place < len(blocks) else hidden
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -499,31 +512,32 @@ def test_some_rows_are_those_of_all(tmp_path: Path, family: str) -> None:
     base, finetune, delta, *_ = case(tmp_path, family, "default", grow=6)
     checkpoint, tuned = Checkpoint.open(base), Checkpoint.open(finetune)
     for site in coded(Delta.open(delta)):
-        learner = Learner(site)
-        whole = Weight(site, checkpoint, learner)(rounded=True)
+        scales = TrainableScales(site)
+        whole = ExpertWeight(site, checkpoint, scales)(rounded=True)
         torch.testing.assert_close(whole, reference.restored(site, checkpoint.tensor(site.name)).float())
-        assert relative_error(learner, checkpoint, tuned) == pytest.approx(site.relative_error, rel=1e-3)
+        assert relative_error(scales, checkpoint, tuned) == pytest.approx(site.relative_error, rel=1e-3)
         if not site.transposed:
             rows = torch.tensor([0, 2, 3, len(whole) - 1])
-            torch.testing.assert_close(Weight(site, checkpoint, learner, rows)(rounded=True), whole[rows])
+            torch.testing.assert_close(ExpertWeight(site, checkpoint, scales, rows)(rounded=True), whole[rows])
 
 
-def test_a_long_stream_is_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_hidden_states_are_an_unlinked_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(save_random(tmp_path / "base", config_of("llama")))
     decoder, ids = Decoder(checkpoint.path, checkpoint.names()), torch.arange(40).view(5, 8)
-    outer = decoder.outer(checkpoint.tensor)
+    outer = decoder.outer_parameters(checkpoint.tensor)
 
     def advanced() -> Tensor:
-        stream = Stream(decoder, outer, lambda rows: checkpoint.tensor(decoder.embedding)[rows], ids, 2, 0, tmp_path)
-        stream.advance(0, decoder.block(0, checkpoint.tensor))
-        return stream.end(outer, torch.tensor([4, 0, 1]))
+        embedding = checkpoint.tensor(decoder.embedding)
+        states = HiddenStates(decoder, outer, lambda tokens: embedding[tokens], ids, 2, 0, tmp_path)
+        states.advance(0, decoder.block_parameters(0, checkpoint.tensor))
+        return states.head_inputs(torch.tensor([4, 0, 1]))
 
     wanted = advanced()
-    monkeypatch.setattr("meswitch.compression.distillation.hidden._MEMORY", 0)
+    monkeypatch.setattr("meswitch.compression.distillation.hidden_states._MEMORY", 0)
     assert torch.equal(advanced(), wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_json() -> None:
-    told = Distillation("blocks", 2, 64, 0.5, 0.25, 1.5).to_json()
-    assert told == {"method": "blocks", "steps": 2, "tokens": 64, "kl_before": 0.5, "kl_after": 0.25, "seconds": 1.5}
+    report = DistillReport("blocks", 2, 64, 0.5, 0.25, 1.5).to_json()
+    assert report == {"method": "blocks", "steps": 2, "tokens": 64, "kl_before": 0.5, "kl_after": 0.25, "seconds": 1.5}

@@ -17,7 +17,7 @@ from families import config_of, save_finetune, save_random, tokenizer_of
 from meswitch import reference
 from meswitch.compression.evaluation import Evaluation, Score, evaluate
 from meswitch.compression.job import compress
-from meswitch.compression.low_rank import equal_bytes, equal_rank
+from meswitch.compression.low_rank import rank_of_equal_bytes, svd_of_equal_bytes
 from meswitch.compression.options import CompressOptions
 from meswitch.delta.directory import Delta
 from meswitch.delta.restoration import restore
@@ -181,11 +181,11 @@ def test_an_svd_weighs_no_more_than_its_site(family: str, tmp_path: Path) -> Non
     for site in Delta.open(paths["delta"]).sites.values():
         if not isinstance(site, QuantizedSite):
             continue
-        rival = equal_bytes(site, base, finetune)
+        rival = svd_of_equal_bytes(site, base, finetune)
         assert site.nbytes - 2 * (site.out_features + site.in_features) < rival.nbytes <= site.nbytes
         wanted = finetune.tensor(site.name)[: len(base.tensor(site.name))] - base.tensor(site.name)
         wanted = wanted.T if site.transposed else wanted
-        rank = equal_rank(site)
+        rank = rank_of_equal_bytes(site)
         missed = float((reference.dense(rival) - wanted).norm() / wanted.norm())
         spectrum = torch.linalg.svdvals(wanted)
         assert missed == pytest.approx(float(spectrum[rank:].norm() / spectrum.norm()), rel=5e-3)

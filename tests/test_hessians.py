@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from families import config_of, save_random, tokenizer_of
 from meswitch.compression.calibration import Calibration, calibrate
-from meswitch.compression.hessians import Hessians, factor
+from meswitch.compression.hessians import Hessians, inverse_factor
 from meswitch.compression.job import compress
 from meswitch.compression.options import CompressOptions
 from meswitch.compression.presets import PRESETS, Preset
@@ -78,7 +78,8 @@ def test_factors_are_those_of_the_inputs_of_the_whole_model(tmp_path: Path, fami
     for name, x in expected.items():
         site = name if name in found else name.removeprefix("transformer.")
         upper = found[site]
-        torch.testing.assert_close(upper, factor(x.T @ x / len(x), len(x)), rtol=2e-3, atol=2e-3 * float(upper.max()))
+        expected_factor = inverse_factor(x.T @ x / len(x), len(x))
+        torch.testing.assert_close(upper, expected_factor, rtol=2e-3, atol=2e-3 * float(upper.max()))
     assert {name for name, upper in found.items() if upper is not None} == {
         name if name in found else name.removeprefix("transformer.") for name in expected
     }
@@ -90,10 +91,10 @@ def test_a_factor_is_of_the_inverse() -> None:
     own = hessian.diag()
     drawn = (hessian * (tokens / (40 + tokens))).double()
     drawn.diagonal().copy_(own + 0.01 * own.mean())
-    upper = factor(hessian, tokens).double()
+    upper = inverse_factor(hessian, tokens).double()
     torch.testing.assert_close(upper.T @ upper @ drawn, torch.eye(40).double(), rtol=0, atol=1e-4)
     assert not upper.tril(-1).any()
-    assert factor(torch.zeros(3, 3), 10).isfinite().all()  # channels that nothing was seen of
+    assert inverse_factor(torch.zeros(3, 3), 10).isfinite().all()  # channels that nothing was seen of
 
 
 def output_errors(base: Path, finetune: Path, delta: Path, seen: Calibration) -> dict[str, tuple[float, float]]:

@@ -38,6 +38,7 @@ from meswitch.errors import (
 if TYPE_CHECKING:
     from meswitch.compression.calibration import Calibration, calibrate
     from meswitch.compression.distillation.job import distill
+    from meswitch.compression.distillation.options import DistillOptions
     from meswitch.compression.evaluation import evaluate
     from meswitch.compression.job import compress
     from meswitch.compression.lora import import_adapter
@@ -57,6 +58,7 @@ _HOMES = {
     "Calibration": "compression.calibration",
     "CompressOptions": "compression.options",
     "Delta": "delta.directory",
+    "DistillOptions": "compression.distillation.options",
     "Engine": "engine.engine",
     "Progress": "progress",
     "TextStream": "engine.stream",
@@ -85,6 +87,7 @@ __all__ = [
     "CudaUnavailableError",
     "DataError",
     "Delta",
+    "DistillOptions",
     "Engine",
     "ExpertNameError",
     "ExpertNotFoundError",

@@ -1,4 +1,4 @@
-"""How work that takes long says how far it is: one type, for the library, the command line and the demo."""
+"""Progress of long work: one type for the library, the command line and the demo."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a task is.
+    """How much of a task is done.
 
-    `done` and `total` count what the task is made of: weights of a compress, tokens of an evaluation, steps of a
-    training. `item` is what comes next, such as a parameter's name. `resumed` of the `done` were finished by an earlier
-    run that was interrupted.
+    `done` and `total` count units of the task: weights of a compress, tokens of an evaluation, steps of a training.
+    `item` names what is worked on next, such as a parameter. `resumed`: how many of the `done` units an earlier,
+    interrupted run had finished.
     """
 
     task: str
@@ -23,11 +23,11 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], object]
-"""Called on the thread that does the work, so it should be quick. What it raises ends the work."""
+"""Called on the thread that does the work, between two units of it. An exception that it raises ends the work."""
 
 
 def relabel(callback: ProgressCallback | None, task: str) -> ProgressCallback:
-    """A callback that hands on what it hears as the progress of `task`."""
+    """A callback that passes every report on to `callback`, with `task` as its task."""
 
     def report(progress: Progress) -> None:
         if callback is not None:
@@ -37,7 +37,7 @@ def relabel(callback: ProgressCallback | None, task: str) -> ProgressCallback:
 
 
 class ProgressMeter:
-    """Counts what a task has done and reports it; silent without a callback.
+    """Counts the units that are done and reports every change to `callback`, if there is one.
 
     >>> meter = ProgressMeter(print, "reading", total=3)
     >>> meter.advance(2)
@@ -49,11 +49,11 @@ class ProgressMeter:
         self.done = 0
 
     def advance(self, count: int, item: str = "") -> None:
-        """`count` more are done."""
+        """Counts `count` more units as done."""
         self.update(self.done + count, item)
 
     def update(self, done: int, item: str = "", resumed: int = 0) -> None:
-        """`done` are done in all."""
+        """Sets the number of units done."""
         self.done = done
         if self._callback is not None:
             self._callback(Progress(self._task, done, self._total, item, resumed))

@@ -1,6 +1,7 @@
-"""The truth of every operation, in plain torch: no speed, no branches for it.
+"""The definition of every operation, in plain torch: written to be read, not to be fast.
 
-A fast path anywhere else is right when it agrees with this file.
+A fast implementation anywhere else is correct if it agrees with this file. Nothing here keeps state or writes to its
+arguments, except `delta_linear` and `delta_embedding`, which add to `y` in place.
 
 The packed form of one row of b-bit codes (b = 1, 2, 4, 8), 8 / b codes a byte, here b = 2:
 
@@ -21,17 +22,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from meswitch.site import DeltaSite, QuantizedSite, ReplacedSite, SharedSite, Site, Sparse
+from meswitch.site import DeltaSite, Part, QuantizedSite, ReplacedSite, SharedSite, Site, Sparse, from_matrix
 
 BITS = (1, 2, 3, 4, 8)
-"""The widths that codes may have."""
+"""The bit widths that codes may have."""
 
 BLOCK_ROWS = 256
-"""Rows whose bytes lie together."""
+"""Rows whose packed bytes form one transposed block."""
 
 
 def row_bytes(bits: int, columns: int) -> int:
-    """Bytes of one packed row.
+    """Bytes of one packed row of `columns` codes.
 
     >>> [row_bytes(b, 256) for b in BITS]
     [32, 64, 96, 128, 256]
@@ -42,7 +43,7 @@ def row_bytes(bits: int, columns: int) -> int:
 
 
 def padded_rows(rows: int) -> int:
-    """Rows that there is room for where so many are packed.
+    """The number of rows that a part of `rows` rows takes space for: the next multiple of 8.
 
     >>> [padded_rows(rows) for rows in (0, 1, 64, 300)]
     [0, 8, 64, 304]
@@ -51,7 +52,7 @@ def padded_rows(rows: int) -> int:
 
 
 def part_bytes(bits: int, rows: int, columns: int) -> int:
-    """Bytes of a part's codes.
+    """Bytes of the packed codes of a part.
 
     >>> part_bytes(2, 70, 300)
     5472
@@ -60,7 +61,7 @@ def part_bytes(bits: int, rows: int, columns: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes `uint8 [n, columns]` (each below 2**bits) to words `int32 [part_bytes / 4]`.
+    """Packs codes `uint8 [n, columns]`, each below 2**bits, into words `int32 [part_bytes / 4]`.
 
     >>> packed = pack(torch.tensor([[1, 2, 3, 0, 1], [3, 3, 3, 3, 2]], dtype=torch.uint8), 2).view(torch.uint8)
     >>> packed[[0, 1, 2, 8, 9]].tolist(), len(packed)
@@ -72,9 +73,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, rows: int, columns: int, wanted: Tensor | None = None) -> Tensor:
-    """The inverse of `pack`: words of so many rows to codes `uint8 [rows, columns]`, or of the rows `wanted` alone.
+    """The inverse of `pack`: codes `uint8 [rows, columns]`, or `[n, columns]` of the rows `wanted int64 [n]`.
 
-    `wanted int64 [n]`, in any order. Memory is taken for these rows, not for all.
+    `wanted` may be in any order; memory is allocated for these rows only.
 
     >>> codes = torch.arange(600, dtype=torch.uint8).view(2, 300) & 7
     >>> bool((unpack(pack(codes, 3), 3, 2, 300) == codes).all())
@@ -82,28 +83,28 @@ def unpack(words: Tensor, bits: int, rows: int, columns: int, wanted: Tensor | N
     """
     packed, width = words.view(torch.uint8), row_bytes(bits, columns)
     wanted = torch.arange(rows) if wanted is None else wanted
-    taken = torch.empty(len(wanted), width, dtype=torch.uint8)
-    owners = wanted // BLOCK_ROWS
+    wanted_bytes = torch.empty(len(wanted), width, dtype=torch.uint8)
+    block_numbers = wanted // BLOCK_ROWS
     for number, start in enumerate(range(0, rows, BLOCK_ROWS)):
         size = min(BLOCK_ROWS, padded_rows(rows) - start)
         block = packed[start * width : (start + size) * width].view(width, size)
-        here = owners == number
-        taken[here] = block[:, wanted[here] - start].T
-    return unpack_rows(taken, bits, columns)
+        in_block = block_numbers == number
+        wanted_bytes[in_block] = block[:, wanted[in_block] - start].T
+    return unpack_rows(wanted_bytes, bits, columns)
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """Codes `uint8 [n, columns]` to bytes `uint8 [n, row_bytes]`."""
+    """Packs codes `uint8 [n, columns]` row by row into bytes `uint8 [n, row_bytes]`."""
     if bits == 3:
         return torch.cat([pack_rows(codes & 3, 2), pack_rows(codes >> 2, 1)], dim=1)
     n, columns = codes.shape
-    room = torch.zeros(n, row_bytes(bits, columns), 8 // bits, dtype=torch.uint8)
-    room.flatten(1)[:, :columns] = codes
-    return (room << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+    padded = torch.zeros(n, row_bytes(bits, columns), 8 // bits, dtype=torch.uint8)
+    padded.flatten(1)[:, :columns] = codes
+    return (padded << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
 
 
 def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack_rows`."""
+    """The inverse of `pack_rows`: codes `uint8 [n, columns]`."""
     if bits == 3:
         low = row_bytes(2, columns)
         return unpack_rows(packed[:, :low], 2, columns) | (unpack_rows(packed[:, low:], 1, columns) << 2)
@@ -111,21 +112,37 @@ def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     return (packed[:, :, None] >> shifts).bitwise_and_(2**bits - 1).flatten(1)[:, :columns]
 
 
-def dense(site: DeltaSite) -> Tensor:
-    """The delta that a site stands for, `float32 [out_features, in_features]`.
+def part_rows(part: Part, out_features: int) -> Tensor:
+    """The row numbers of a part within its site, `int64 [n]`, rising."""
+    return torch.arange(out_features) if part.rows is None else part.rows.long()
 
-    Δ̂[o, i] = row_scale[o, group(i)] · column_scale[i] · (code[o, i] − zero), then U·V, then the salient channels;
-    or the sum of its sparse entries at [o, i].
+
+def expand_scales(scales: Tensor, group_size: int | None, columns: int) -> Tensor:
+    """Scales of groups `[n, groups]` as one scale for each column: `[n, columns]`.
+
+    >>> expand_scales(torch.tensor([[1.0, 2.0]]), 2, 3), expand_scales(torch.tensor([[5.0]]), None, 2)
+    (tensor([[1., 1., 2.]]), tensor([[5., 5.]]))
+    """
+    return scales.repeat_interleave(group_size or max(columns, 1), dim=1)[:, :columns]
+
+
+def dense(site: DeltaSite) -> Tensor:
+    """Δ̂, the matrix that a site encodes: `float32 [out_features, in_features]`.
+
+    The sum of all that the site has of:
+
+        codes      2^exponent · row_scale[o, group(i)] · column_scale[i] · (code[o, i] − zero)
+        low rank   2^exponent · u[o, :] · v[:, i]
+        salient    2^exponent · value[o, k] at the input channels i = index[k]
+        sparse     2^exponent · value of every entry at [o, i]
     """
     delta = torch.zeros(site.out_features, site.in_features)
     unit = 2.0**site.exponent
     if isinstance(site, QuantizedSite):
         for part in site.parts:
             codes = unpack(part.codes, part.bits, len(part.scales), site.in_features).float()
-            size = part.group_size or max(site.in_features, 1)
-            scales = part.scales.float().repeat_interleave(size, dim=1)[:, : site.in_features] * unit
-            rows = slice(None) if part.rows is None else part.rows.long()
-            delta[rows] = scales * (codes - part.zero)
+            scales = expand_scales(part.scales.float(), part.group_size, site.in_features) * unit
+            delta[part_rows(part, site.out_features)] = scales * (codes - part.zero)
         if site.column_scales is not None:
             delta *= site.column_scales.float()
     if site.low_rank is not None:
@@ -139,41 +156,41 @@ def dense(site: DeltaSite) -> Tensor:
 
 
 def served(site: Site, base: Tensor) -> Tensor:
-    """The expert's parameter on the base's: base and delta added in float32, other parameters as they are stored."""
+    """The expert's parameter in exact arithmetic: base plus delta in float32; without a delta, in its stored dtype.
+
+    `base`: the base's parameter of that name, in its own dtype.
+    """
     if isinstance(site, ReplacedSite):
         return site.value
     if isinstance(site, SharedSite):
         return base.to(site.dtype)
-    delta = dense(site)
-    if site.transposed:
-        delta = delta.T
-    known = base[: delta.shape[0]].float() if base.dim() == 2 else base.float()
-    weight = known + delta.view(known.shape)
+    old_rows = base[: site.base_rows].float() if base.dim() else base.float()
+    weight = old_rows + from_matrix(dense(site), old_rows.shape, transposed=site.transposed)
     return weight if site.added is None else torch.cat([weight, site.added.float()])
 
 
 def restored(site: Site, base: Tensor) -> Tensor:
-    """The fine-tune's parameter rebuilt on the base's, in the fine-tune's shape and dtype."""
+    """`served`, rounded to the fine-tune's dtype: the parameter of the restored checkpoint."""
     return served(site, base).to(site.dtype)
 
 
 def entries(sparse: Sparse) -> tuple[Tensor, Tensor]:
-    """Row and column of each sparse entry, `int64 [entries]` each: a column is the sum of its row's gaps so far.
+    """Row and column of every sparse entry, `int64 [entries]` each. A column is the sum of its row's gaps so far.
 
     >>> values = torch.ones(3).to(torch.float8_e5m2)
     >>> entries(Sparse(torch.tensor([0, 1, 3]), torch.tensor([9, 4, 2], dtype=torch.uint8), values))
     (tensor([0, 1, 1]), tensor([9, 4, 6]))
     """
-    starts, total = sparse.starts.long(), torch.zeros(len(sparse.gaps) + 1, dtype=torch.int64)
-    torch.cumsum(sparse.gaps.long(), 0, out=total[1:])
+    starts, summed = sparse.starts.long(), torch.zeros(len(sparse.gaps) + 1, dtype=torch.int64)
+    torch.cumsum(sparse.gaps.long(), 0, out=summed[1:])
     rows = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
-    return rows, total[1:] - total[starts[rows]]
+    return rows, summed[1:] - summed[starts[rows]]
 
 
 def delta_linear(y: Tensor, x: Tensor, slots: list[int], sites: dict[int, DeltaSite]) -> None:
-    """`y[t] += Δ̂ of slot slots[t] · x[t]`, in float32, in place; slot −1, or one without a site here, adds nothing.
+    """`y[t] += Δ̂ · x[t]` with the site of slot `slots[t]`, in float32, in place. Slots without a site add nothing.
 
-    `x [T, in_features]`, `y [T, out_features]`.
+    `x [T, in_features]`, `y [T, out_features]`; slot −1 is the base.
     """
     for token, slot in enumerate(slots):
         if slot in sites:
@@ -181,7 +198,10 @@ def delta_linear(y: Tensor, x: Tensor, slots: list[int], sites: dict[int, DeltaS
 
 
 def delta_embedding(y: Tensor, ids: Tensor, slots: list[int], sites: dict[int, DeltaSite], scale: float = 1.0) -> None:
-    """`y[t] += scale · Δ̂ of slot slots[t] [ids[t], :]`, in place; ids beyond the delta's rows add nothing."""
+    """`y[t] += scale · Δ̂[ids[t]]` with the site of slot `slots[t]`, in place. Ids beyond the delta's rows add nothing.
+
+    `ids int64 [T]`, `y [T, in_features]`; slot −1 is the base.
+    """
     for token, slot in enumerate(slots):
         if slot in sites and int(ids[token]) < sites[slot].out_features:
             y[token] += (dense(sites[slot])[int(ids[token])] * scale).to(y.dtype)

@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them."""
+"""Parsing of sizes such as "1GiB"."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _UNITS = {
 
 
 def parse_bytes(size: int | str | None, what: str) -> int | None:
-    """A number of bytes from an integer or text with a unit; `None` stays `None`. Raises `RequestError`.
+    """A number of bytes from an integer, or from text with a unit; `None` stays `None`.
+
+    `what` names the setting in the error. Units: B, kB, MB, GB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024).
+    Raises `RequestError` for anything else, and for sizes that are not above 0.
 
     >>> parse_bytes("1GiB", "kv_budget"), parse_bytes("1.5 MB", "kv_budget"), parse_bytes(4096, "kv_budget")
     (1073741824, 1500000, 4096)

@@ -141,7 +141,7 @@ def _check_distillation(distill: bool, method: str, data: Path | None) -> None:
     if distill and data is None:
         raise typer.BadParameter("needs the text to tune on: --calibrate FILE", param_hint="--distill")
     if distill or method != "auto":
-        from meswitch.compression.distillation.job import METHODS
+        from meswitch.compression.distillation.options import METHODS
 
         check_choice("--distill-method", method, METHODS)
 
@@ -186,8 +186,10 @@ def _distill(base: str, finetune: str, delta: Path, data: Path, method: str) -> 
     """Tunes the scales of the delta in place; what `Distillation.to_json` says."""
     with show_progress(first="distilling") as progress:
         from meswitch.compression.distillation import job
+        from meswitch.compression.distillation.options import DistillOptions
 
-        done = job.distill(base, finetune, delta, delta, data, method=method, progress=progress)  # type: ignore[arg-type]
+        options = DistillOptions(method)  # type: ignore[arg-type]
+        done = job.distill(base, finetune, delta, delta, data, options, progress=progress)
     return done.to_json()
 
 

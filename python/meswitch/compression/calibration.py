@@ -1,9 +1,9 @@
-"""What a fine-tune sees: the text it is calibrated on, E[x²] of every linear input, and how often each token occurs.
+"""What a fine-tune sees over text: E[x²] of every linear input, and how often each token occurs.
 
     data file ── windows of tokens ── the fine-tune, a block at a time ── a hook before each linear module
                                                                           └ Σ x² and token counts ── Calibration
 
-The codec weighs the error of input channel i by E[x_i²], and gives frequent tokens' rows more bits.
+The codec weighs the error of input channel i by E[x_i²], and gives the rows of frequent tokens more bits.
 """
 
 from __future__ import annotations
@@ -16,31 +16,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from meswitch.errors import UnsupportedModelError
 from meswitch.huggingface.checkpoint import Checkpoint, resolve
 from meswitch.huggingface.decoder import Decoder
-from meswitch.huggingface.models import load_model
+from meswitch.huggingface.models import LINEAR_MODULES, load_model
 from meswitch.huggingface.names import ParameterNames
-from meswitch.huggingface.text import (
-    batches,
-    check_vocabulary,
-    draw_windows,
-)
+from meswitch.huggingface.text import FORWARD_TOKENS, batches, check_vocabulary, draw_windows
 from meswitch.progress import ProgressCallback, ProgressMeter
 
-_BATCH_TOKENS = 2048
-_UNSEEN = 0.05  # of the tokens to come, at the least
+_MIN_UNSEEN_SHARE = 0.05  # of the tokens of other text
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Statistics of one fine-tune over `tokens` tokens of text.
 
-    `second_moments`: E[x²] as `float32 [in_features]` by parameter name (`….weight`), one entry a linear module, and
-    one a gate or up projection of a MoE expert: of all that its block reads. An embedding that is also the lm_head has
-    the moments of the lm_head's input, under both names.
+    `second_moments`: E[x²] as `float32 [in_features]` by parameter name (`….weight`), under the model's names and the
+    checkpoint's. There is one for each linear module, and one for each gate or up projection of a MoE expert, which is
+    that of all inputs of its block. An embedding that is also the lm_head has the moments of the lm_head's input, under
+    both names.
     `token_counts`: `int64 [vocabulary]`. `windows`: the tokens themselves, `int64 [length]` each.
     """
 
@@ -59,128 +54,157 @@ def calibrate(
     progress: ProgressCallback | None = None,
     seed: int = 0,
 ) -> Calibration:
-    """Run the model in `model_path` over at most `max_tokens` tokens of `data`, in windows of `window` tokens.
+    """Runs a fine-tune over text and measures the second moments of its linear inputs, and token counts.
 
-    Where the data holds more, passages of about a window are drawn from all of it by `seed`. The model keeps its own
-    dtype; sums are float64. Peak memory: one block, hidden states, and the activations of one batch of 2,048 tokens (no
-    logits); the whole model instead of a block where that cannot be run by itself (`Decoder`).
+    `model_path`: a folder or hub id. `data`: a `.txt` or `.jsonl` file (see `huggingface.text.read_texts`). At most
+    `max_tokens` tokens are run, in windows of `window` tokens; of longer data, passages from all over the file that
+    `seed` draws. `progress` counts tokens.
 
-    Raises `DataError` for a data file that cannot be read or holds no token, `OSError` for one that is not there.
+    The model runs in its own dtype, sums are float64. Peak memory: one block, the hidden states of all windows, and the
+    activations of one batch of 2,048 tokens; the whole model instead of a block where that cannot be run by itself
+    (see `Decoder`).
+
+    Raises `DataError` for a data file that cannot be read or holds no token, `CheckpointError`, `OSError` for a file
+    that does not exist, and `ValueError` for sizes below 1.
+
+    >>> calibration = calibrate("math/", "prompts.jsonl")  # doctest: +SKIP
+    >>> calibration.second_moments["model.layers.0.mlp.up_proj.weight"].shape  # doctest: +SKIP
+    torch.Size([576])
     """
     folder = resolve(model_path)
     windows = draw_windows(folder, data, max_tokens=max_tokens, window=window, seed=seed, purpose="calibrate on")
     checkpoint = Checkpoint(folder)
     ids, total = torch.cat(windows), sum(map(len, windows))
 
-    def check(vocabulary: int) -> Tensor:
+    def count_tokens(vocabulary: int) -> Tensor:
         check_vocabulary(ids, vocabulary, data)
         return torch.bincount(ids, minlength=vocabulary)
 
     meter = ProgressMeter(progress, "calibrating", total)
     try:
-        decoder = Decoder(checkpoint.path, checkpoint.names(), _own_dtype(checkpoint))
-        counts = check(decoder.vocabulary)
-        moments = _streamed(decoder, checkpoint, windows, meter)
+        decoder = Decoder(checkpoint.path, checkpoint.names(), _dtype_of_weights(checkpoint))
+        counts = count_tokens(decoder.vocabulary)
+        moments = _moments_by_block(decoder, checkpoint, windows, meter)
     except UnsupportedModelError:
         model = load_model(checkpoint.path)
-        counts = check(model.get_input_embeddings().num_embeddings)
-        moments = _whole(model, checkpoint, windows, meter)
+        counts = count_tokens(model.get_input_embeddings().num_embeddings)
+        moments = _moments_of_model(model, checkpoint, windows, meter)
     return Calibration(moments, counts, total, tuple(windows))
 
 
-def _own_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
-    """That of the weights, where the config does not say one."""
+def frequencies(counts: Tensor) -> Tensor:
+    """An estimate of each token's probability from counts `[vocabulary]`: `float64`, summing to 1.
+
+    The share of tokens that were not seen is estimated by that of tokens seen once (Good-Turing), at least a twentieth
+    because other text has other tokens, and divided evenly among the unseen ones.
+
+    >>> frequencies(torch.tensor([6, 1, 1, 0, 0])).tolist()
+    [0.5625, 0.09375, 0.09375, 0.125, 0.125]
+    """
+    counted, unseen = counts.double(), counts == 0
+    total = counted.sum()
+    if not bool(unseen.any()):
+        return counted / total
+    if not float(total):
+        return torch.full_like(counted, 1 / len(counted))
+    unseen_share = ((counts == 1).sum() / total).clamp_min(_MIN_UNSEEN_SHARE)
+    return torch.where(unseen, unseen_share / unseen.sum(), counted / total * (1 - unseen_share))
+
+
+def input_weight_name(module: nn.Module) -> str | None:
+    """The parameter that a module multiplies its input by: `weight` of a linear, or the stack of MoE experts'.
+
+    `None` for other modules, and for stacks that are stored transposed.
+    """
+    if isinstance(module, LINEAR_MODULES):
+        return "weight"
+    stacked = getattr(module, "gate_up_proj", None)
+    if isinstance(stacked, Tensor) and stacked.dim() == 3 and not getattr(module, "is_transposed", False):
+        return "gate_up_proj"
+    return None
+
+
+def _dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype | None:
+    """The dtype of the checkpoint's weights; `None` if its config names one."""
     if checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"):
         return None
     return next((dtype for dtype in map(checkpoint.dtype, checkpoint.names()) if dtype.is_floating_point), None)
 
 
 @torch.no_grad()
-def _streamed(
+def _moments_by_block(
     decoder: Decoder, checkpoint: Checkpoint, windows: list[Tensor], meter: ProgressMeter
 ) -> dict[str, Tensor]:
-    """Moments by the model's names and by those of its files, a block at a time."""
-    sums, outer = _Sums(), decoder.outer(checkpoint.tensor)
-    stacks, rows = list(batches(windows, _BATCH_TOKENS)), torch.cat(windows).unique()
-    table = checkpoint.tensor(decoder.embedding)[rows].to(decoder.dtype)
-    with sums.watch(decoder.around.named_modules()):
-        hidden = [decoder.enter(outer, rows, table, ids) for ids in stacks]
-    on_the_way_in, done = set(sums.means()), 0
-    for at in range(len(decoder)):
-        parameters, block = decoder.block(at, checkpoint.tensor), decoder.module(at)
-        with sums.watch((f"{decoder.path}.{at}.{name}", module) for name, module in block.named_modules()):
-            for number, ids in enumerate(stacks):
-                hidden[number] = decoder.run(at, parameters, hidden[number])
-                done += ids.numel()
+    """Second moments under the model's names and the checkpoint's, with one block in memory at a time."""
+    sums, outer = _SecondMomentSums(), decoder.outer_parameters(checkpoint.tensor)
+    ids, tokens = list(batches(windows, FORWARD_TOKENS)), torch.cat(windows).unique()
+    rows = checkpoint.tensor(decoder.embedding)[tokens].to(decoder.dtype)
+    with sums.observe(decoder.outer_module.named_modules()):
+        hidden = [decoder.embed(outer, tokens, rows, batch) for batch in ids]
+    before_blocks, done = set(sums.means()), 0
+    for block in range(len(decoder)):
+        parameters, module = decoder.block_parameters(block, checkpoint.tensor), decoder.block_module(block)
+        with sums.observe((f"{decoder.blocks_path}.{block}.{name}", child) for name, child in module.named_modules()):
+            for number, batch in enumerate(ids):
+                hidden[number] = decoder.run_block(block, parameters, hidden[number])
+                done += batch.numel()
                 meter.update(done // len(decoder))
-    outside = decoder.around.named_modules()  # the way out leads through the way in once more, with nothing in it
-    with sums.watch((name, module) for name, module in outside if f"{name}.weight" not in on_the_way_in):
-        for some in hidden:
-            sums.add(decoder.head_parameter, decoder.leave(outer, some))
+    # `head_input` runs the modules before the blocks again, on dummy ids: their hooks must not count that.
+    outer_modules = decoder.outer_module.named_modules()
+    with sums.observe((name, child) for name, child in outer_modules if f"{name}.weight" not in before_blocks):
+        for last in hidden:
+            sums.add(decoder.head_parameter, decoder.head_input(outer, last))
     moments = sums.means()
     if decoder.head == decoder.embedding:
         moments[decoder.embedding_parameter] = moments[decoder.head_parameter]
-    return moments | {decoder.on_disk[name]: value for name, value in moments.items() if name in decoder.on_disk}
+    names = decoder.checkpoint_names
+    return moments | {names[parameter]: value for parameter, value in moments.items() if parameter in names}
 
 
-def _whole(model: Any, checkpoint: Checkpoint, windows: list[Tensor], meter: ProgressMeter) -> dict[str, Tensor]:
-    """The same of a model that cannot be streamed."""
-    sums, head = _Sums(), model.get_output_embeddings()
-    with sums.watch(model.named_modules(), head), torch.inference_mode():
-        for ids in batches(windows, _BATCH_TOKENS):
+def _moments_of_model(
+    model: Any, checkpoint: Checkpoint, windows: list[Tensor], meter: ProgressMeter
+) -> dict[str, Tensor]:
+    """The same with the whole model in memory."""
+    sums, head = _SecondMomentSums(), model.get_output_embeddings()
+    with sums.observe(model.named_modules(), head), torch.inference_mode():
+        for ids in batches(windows, FORWARD_TOKENS):
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             meter.advance(ids.numel())
     moments = sums.means()
     if head is not None and head.weight is model.get_input_embeddings().weight:
-        modules = {id(module): f"{name}.weight" for name, module in model.named_modules()}
-        moments[modules[id(model.get_input_embeddings())]] = moments[modules[id(head)]]
+        parameters = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+        moments[parameters[id(model.get_input_embeddings())]] = moments[parameters[id(head)]]
     return ParameterNames(model).with_file_names(moments, checkpoint.names())
 
 
-def frequencies(counts: Tensor) -> Tensor:
-    """How likely each token is, from how often it was seen: `float64`, summing to 1.
-
-    What was seen once says how much was not seen (Good and Turing), but never less than a twentieth, since other text
-    has other tokens; unseen tokens share that evenly.
-
-    >>> frequencies(torch.tensor([6, 1, 1, 0, 0])).tolist()
-    [0.5625, 0.09375, 0.09375, 0.125, 0.125]
-    """
-    seen, unseen = counts.double(), counts == 0
-    total = seen.sum()
-    if not bool(unseen.any()):
-        return seen / total
-    if not float(total):
-        return torch.full_like(seen, 1 / len(seen))
-    missing = ((counts == 1).sum() / total).clamp_min(_UNSEEN)
-    return torch.where(unseen, missing / unseen.sum(), seen / total * (1 - missing))
-
-
-class _Sums:
-    """x² (float64) and the tokens seen, added up before every linear module that is watched."""
+class _SecondMomentSums:
+    """Σ x² in float64 over the inputs of every observed module, and how many tokens each has seen."""
 
     def __init__(self) -> None:
         self._squares: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
 
     @contextmanager
-    def watch(self, modules: Iterable[tuple[str, nn.Module]], head: nn.Module | None = None) -> Iterator[None]:
-        """Hooks before the linear modules and stacked MoE experts among `modules`, by their names."""
+    def observe(self, modules: Iterable[tuple[str, nn.Module]], head: nn.Module | None = None) -> Iterator[None]:
+        """Hooks before the linear modules and stacked MoE experts among `modules` (by name), while the context lasts.
 
-        def hook(name: str, last_only: bool) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-            def see(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        `head`, if it is one of them, then computes the logits of each window's last token only.
+        """
+
+        def hook(parameter: str, last_only: bool) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+            def before_forward(module: nn.Module, args: tuple[Any, ...]) -> Any:
                 x = args[0]
                 if not x.is_meta:
-                    self.add(name, x)
-                # The whole vocabulary's logits of every token would dwarf the rest, and nobody reads them.
+                    self.add(parameter, x)
+                # The logits of every token would take more memory than everything else, and nobody reads them.
                 return (x[..., -1:, :], *args[1:]) if last_only else None
 
-            return see
+            return before_forward
 
         handles = [
-            module.register_forward_pre_hook(hook(f"{name}.{read}", module is head))
+            module.register_forward_pre_hook(hook(f"{name}.{weight}", module is head))
             for name, module in modules
-            if (read := weight_applied_first(module)) is not None
+            if (weight := input_weight_name(module)) is not None
         ]
         try:
             yield
@@ -188,25 +212,17 @@ class _Sums:
             for handle in handles:
                 handle.remove()
 
-    def add(self, name: str, x: Tensor) -> None:
+    def add(self, parameter: str, x: Tensor) -> None:
+        """Adds the inputs `x […, in_features]` of a parameter."""
         rows = x.reshape(-1, x.shape[-1])
         squares = rows.float().square().sum(0, dtype=torch.float64)
-        self._squares[name] = self._squares[name] + squares if name in self._squares else squares
-        self._tokens[name] = self._tokens.get(name, 0) + rows.shape[0]
+        self._squares[parameter] = self._squares[parameter] + squares if parameter in self._squares else squares
+        self._tokens[parameter] = self._tokens.get(parameter, 0) + rows.shape[0]
 
     def means(self) -> dict[str, Tensor]:
+        """E[x²] by parameter, `float32 [in_features]`."""
         return {
-            name: (squares / self._tokens[name]).float()
-            for name, squares in self._squares.items()
-            if self._tokens[name]
+            parameter: (squares / self._tokens[parameter]).float()
+            for parameter, squares in self._squares.items()
+            if self._tokens[parameter]
         }
-
-
-def weight_applied_first(module: nn.Module) -> str | None:
-    """The parameter of a module that its input meets first, where that is a matrix or a stack of them."""
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return "weight"
-    stacked = getattr(module, "gate_up_proj", None)
-    if isinstance(stacked, Tensor) and stacked.dim() == 3 and not getattr(module, "is_transposed", False):
-        return "gate_up_proj"
-    return None

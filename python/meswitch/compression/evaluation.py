@@ -4,9 +4,9 @@
                       ── expert ─────┴─ NLL of each, KL(fine-tune ‖ expert), top-1 agreement
                       ── base ───────── NLL                    recovered share = (base - expert) / (base - fine-tune)
 
-The expert is what the engine serves, base and delta added in float32 (`reference.served`) and built in memory;
-`restore` rounds that to the fine-tune's dtype. All models run in float32, at most two of them at a time. Asked for, a
-second expert takes the first one's place, whose quantized sites are truncated SVDs of equal bytes instead.
+The expert is what exact arithmetic serves, base plus delta in float32 (`reference.served`), built in memory; `restore`
+rounds that to the fine-tune's dtype. All models run in float32, at most two at a time. `svd` also scores a second
+expert, with truncated SVDs of equal bytes in place of the quantized sites.
 """
 
 from __future__ import annotations
@@ -23,38 +23,49 @@ import torch
 from torch import Tensor
 
 from meswitch.compression import low_rank
+from meswitch.compression.likelihood import nll_sum, prediction_sums
 from meswitch.delta.directory import Delta
 from meswitch.delta.model import expert_model
 from meswitch.errors import DataError, FormatError, NonFiniteError
 from meswitch.huggingface.checkpoint import Checkpoint, resolve
 from meswitch.huggingface.models import load_model
-from meswitch.huggingface.text import batches, check_vocabulary, load_tokenizer, read_texts, token_windows
+from meswitch.huggingface.text import (
+    FORWARD_TOKENS,
+    batches,
+    check_vocabulary,
+    load_tokenizer,
+    read_texts,
+    token_windows,
+)
 from meswitch.progress import ProgressCallback, ProgressMeter
 from meswitch.site import QuantizedSite
 
 _LOGITS = 2**26  # logits of one batch and model: 256 MiB
-_ROWS = 256  # tokens whose log-probabilities are held at a time
+_ROWS = 256  # tokens whose log-probabilities are in memory at a time
 
 
 @dataclass(frozen=True)
 class Score:
-    """Mean negative log-likelihood, nats per token."""
+    """How well a model predicts the text: `nll`, the mean negative log-likelihood in nats a token."""
 
     nll: float
 
     @property
     def perplexity(self) -> float:
+        """exp(NLL), infinite where that overflows."""
         return math.exp(self.nll) if self.nll < 700 else math.inf
 
     def to_json(self) -> dict[str, float | None]:
+        """`{nll, perplexity}`; an infinite perplexity is null."""
         return {"nll": self.nll, "perplexity": self.perplexity if math.isfinite(self.perplexity) else None}
 
 
 @dataclass(frozen=True)
-class Svd:
-    """What the delta would be with a truncated SVD in place of every quantized site, in no more bytes.
+class SvdComparison:
+    """The expert with a truncated SVD in place of every quantized site, in no more bytes.
 
-    `rank` is the median over those sites (none where there are none), `bytes` what the delta would weigh.
+    `kl`, `top1_agreement`: as in `Evaluation`. `rank`: the median over those sites, `None` if there are none. `bytes`:
+    of the whole delta.
     """
 
     score: Score
@@ -66,10 +77,11 @@ class Svd:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found over `tokens` scored tokens.
+    """Scores over `tokens` scored tokens.
 
-    `base` is none where the data holds tokens the base has no row for (a grown vocabulary): its likelihood is not
-    defined there. `kl` is KL(fine-tune ‖ expert) in nats per token, `top1_agreement` a fraction.
+    `base` is `None` where the text holds tokens that the base has no row for (a grown vocabulary). `kl`:
+    KL(fine-tune ‖ expert) in nats a token. `top1_agreement`: the share of tokens where fine-tune and expert find the
+    same next token most likely.
 
     >>> Evaluation(8, Score(3.0), Score(1.0), Score(1.1), kl=0.02, top1_agreement=1.0).recovered_share
     0.95
@@ -81,11 +93,11 @@ class Evaluation:
     expert: Score
     kl: float
     top1_agreement: float
-    svd: Svd | None = None
+    svd: SvdComparison | None = None
 
     @property
     def recovered_share(self) -> float | None:
-        """(NLL base - NLL expert) / (NLL base - NLL fine-tune); none where there is nothing to recover."""
+        """(NLL base − NLL expert) / (NLL base − NLL fine-tune); `None` where there is no gain to recover."""
         return self._recovered(self.expert)
 
     def _recovered(self, score: Score) -> float | None:
@@ -94,10 +106,12 @@ class Evaluation:
         return (self.base.nll - score.nll) / (self.base.nll - self.finetune.nll)
 
     def to_json(self) -> dict[str, Any]:
-        """`{tokens, base, finetune, expert, recovered_share}`, and `svd` where asked for; null where a number is not
-        defined."""
+        """`{tokens, base, finetune, expert, recovered_share}`, and `svd` if it was scored.
+
+        Numbers that are not defined are null.
+        """
         missing = {"nll": None, "perplexity": None}
-        found: dict[str, Any] = {
+        scores: dict[str, Any] = {
             "tokens": self.tokens,
             "base": missing if self.base is None else self.base.to_json(),
             "finetune": self.finetune.to_json(),
@@ -105,7 +119,7 @@ class Evaluation:
             "recovered_share": self.recovered_share,
         }
         if self.svd is not None:
-            found["svd"] = {
+            scores["svd"] = {
                 **self.svd.score.to_json(),
                 "kl": self.svd.kl,
                 "top1_agreement": self.svd.top1_agreement,
@@ -113,12 +127,12 @@ class Evaluation:
                 "rank": self.svd.rank,
                 "bytes": self.svd.bytes,
             }
-        return found
+        return scores
 
 
 def evaluate(
     base: str | Path,
-    delta_path: str | Path,
+    delta: str | Path,
     against: str | Path,
     data: str | Path,
     *,
@@ -127,32 +141,40 @@ def evaluate(
     svd: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Evaluation:
-    """Score base, fine-tune (`against`) and delta on the text of `data` (forms: `huggingface.text.read_texts`).
+    """Scores base, fine-tune (`against`) and expert on held-out text: NLL, KL, agreement, recovered share.
 
-    The delta is scored as exact arithmetic serves it: added to the base in float32, not rounded. Tokens are the
-    fine-tune's tokenizer's, in windows of `window` that do not overlap; the first of each is context only. `svd` also
-    scores what truncated SVDs of equal bytes would keep. `progress` is told of the tokens run, all models together.
+    `base` and `against` are folders or hub ids, `data` a `.txt` or `.jsonl` file (see `huggingface.text.read_texts`).
+    The expert is base plus delta in float32, not rounded. Text is tokenized by the fine-tune's tokenizer and cut into
+    windows of `window` tokens that do not overlap; the first token of each is context only. `max_tokens` limits the
+    text, `svd` also scores truncated SVDs of equal bytes. `progress` counts tokens of all models together. Memory: two
+    models in float32, and the logits of one batch.
 
-    Raises `DataError` (no two tokens, a token without a row), `BaseMismatchError`, `FormatError`, `NonFiniteError`.
+    Raises `DataError` (fewer than two tokens, or a token that the fine-tune has no row for), `BaseMismatchError`,
+    `FormatError` for a delta of another fine-tune, `CheckpointError`, `NonFiniteError` for logits that are not finite,
+    and `ValueError` for a window or a limit below 2.
+
+    >>> evaluation = evaluate("base/", "experts/math", "math/", "heldout.jsonl")  # doctest: +SKIP
+    >>> evaluation.recovered_share, evaluation.kl  # doctest: +SKIP
+    (0.993, 0.0021)
     """
     if window < 2 or (max_tokens is not None and max_tokens < 2):
         raise ValueError(f"expected at least 2 tokens and a window of at least 2, found {max_tokens}, {window}")
     against, base = resolve(against), resolve(base)
     windows = _windows(data, load_tokenizer(against), window, max_tokens)
     run = _Run(windows, progress, models=5 if svd else 3)
-    with closing(Delta.open(delta_path)) as delta:
+    with closing(Delta.open(delta)) as opened:
         checkpoint = Checkpoint.open(base)
-        delta.check_base(checkpoint)
+        opened.check_base(checkpoint)
         finetune = load_model(against, torch.float32)
-        wanted, expert, kl, agreement = _compare(run, finetune, expert_model(checkpoint, delta), data)
-        rival = _rival(run, checkpoint, delta, Checkpoint.open(against), finetune, data) if svd else None
-        del finetune
-    likelihood = _score_base(run, load_model(base, torch.float32))
-    return Evaluation(run.scored, likelihood, wanted, expert, kl, agreement, rival)
+        finetune_score, score, kl, agreement = _compare(run, finetune, expert_model(checkpoint, opened), data)
+        comparison = _compare_svd(run, checkpoint, opened, Checkpoint.open(against), finetune, data) if svd else None
+        del finetune  # before another model is loaded
+    base_score = _score_base(run, load_model(base, torch.float32))
+    return Evaluation(run.scored, base_score, finetune_score, score, kl, agreement, comparison)
 
 
 class _Run:
-    """The windows of one evaluation and how far it is."""
+    """The windows of one evaluation, and its progress."""
 
     def __init__(self, windows: list[Tensor], progress: ProgressCallback | None, models: int) -> None:
         self.windows = windows
@@ -160,11 +182,13 @@ class _Run:
         self.meter = ProgressMeter(progress, "evaluating", models * sum(map(len, windows)))
 
     def batches(self, vocabulary: int) -> Iterator[Tensor]:
-        return batches(self.windows, min(2048, _LOGITS // vocabulary))
+        """Windows `int64 [n, length]` whose logits fit in memory."""
+        return batches(self.windows, min(FORWARD_TOKENS, _LOGITS // vocabulary))
 
-    def mean(self, total: float, what: str) -> float:
+    def mean(self, total: float, model: str) -> float:
+        """A mean a token, from a sum. Raises `NonFiniteError`, naming the model."""
         if not math.isfinite(total):
-            raise NonFiniteError(f"expected finite log-likelihoods of {what}, found {total}")
+            raise NonFiniteError(f"expected finite log-likelihoods of {model}, found {total}")
         return total / self.scored
 
 
@@ -177,57 +201,45 @@ def _windows(data: str | Path, tokenizer: Any, window: int, max_tokens: int | No
 
 
 def _compare(run: _Run, finetune: Any, expert: Any, data: str | Path) -> tuple[Score, Score, float, float]:
-    """Run fine-tune and expert side by side: their scores, KL and agreement."""
+    """Scores of fine-tune and expert, run side by side, then KL and top-1 agreement."""
     totals = torch.zeros(4, dtype=torch.float64)
     vocabulary = finetune.get_input_embeddings().num_embeddings
-    grown = expert.get_input_embeddings().num_embeddings
-    if grown != vocabulary:
+    expert_vocabulary = expert.get_input_embeddings().num_embeddings
+    if expert_vocabulary != vocabulary:
         raise FormatError(
-            f"expected the fine-tune's vocabulary of {vocabulary}, found {grown} in the delta",
+            f"expected the fine-tune's vocabulary of {vocabulary}, found {expert_vocabulary} in the delta",
             hint="--against names another fine-tune than the one that was compressed",
         )
     for batch in run.batches(vocabulary):
         check_vocabulary(batch, vocabulary, data)
         targets = batch[:, 1:].flatten()
-        wanted = _logits(finetune, batch)
+        finetune_logits = _logits(finetune, batch)
         run.meter.advance(batch.numel())
-        found = _logits(expert, batch)
+        expert_logits = _logits(expert, batch)
         run.meter.advance(batch.numel())
         for start in range(0, len(targets), _ROWS):
             rows = slice(start, start + _ROWS)
-            totals += _sums(wanted[rows].log_softmax(-1), found[rows].log_softmax(-1), targets[rows])
+            log_p, log_q = finetune_logits[rows].log_softmax(-1), expert_logits[rows].log_softmax(-1)
+            totals += prediction_sums(log_p, log_q, targets[rows])
     names = ("the fine-tune", "the expert", "the expert against the fine-tune", "the expert")
     means = [run.mean(float(total), name) for total, name in zip(totals, names, strict=True)]
     return Score(means[0]), Score(means[1]), max(means[2], 0.0), means[3]
 
 
-def _rival(run: _Run, base: Checkpoint, delta: Delta, against: Checkpoint, finetune: Any, data: str | Path) -> Svd:
-    """The same comparison with every quantized site as a truncated SVD of equal bytes."""
+def _compare_svd(
+    run: _Run, base: Checkpoint, delta: Delta, against: Checkpoint, finetune: Any, data: str | Path
+) -> SvdComparison:
+    """The same with a truncated SVD of equal bytes in place of every quantized site."""
     quantized = [site for site in delta.sites.values() if isinstance(site, QuantizedSite)]
-    rivals = {site.name: low_rank.equal_bytes(site, base, against) for site in quantized}
-    _, score, kl, agreement = _compare(run, finetune, expert_model(base, delta, delta.sites | rivals), data)
-    ranks = [low_rank.equal_rank(site) for site in quantized]
-    saved = sum(site.nbytes - rivals[site.name].nbytes for site in quantized)
-    return Svd(score, kl, agreement, statistics.median(ranks) if ranks else None, delta.nbytes - saved)
-
-
-def _sums(wanted: Tensor, found: Tensor, targets: Tensor) -> Tensor:
-    """Of log-probabilities `[n, vocabulary]`: both negative log-likelihoods, KL and agreements, each summed."""
-    index = targets[:, None]
-    share = wanted.exp()
-    # 0 · -∞ counts as 0: a token that both rule out adds nothing.
-    kl = torch.where(share > 0, share * (wanted - found), 0.0)
-    return torch.stack(
-        [
-            -wanted.gather(1, index).sum(dtype=torch.float64),
-            -found.gather(1, index).sum(dtype=torch.float64),
-            kl.sum(dtype=torch.float64),
-            (wanted.argmax(-1) == found.argmax(-1)).sum(dtype=torch.float64),
-        ]
-    )
+    svd_sites = {site.name: low_rank.svd_of_equal_bytes(site, base, against) for site in quantized}
+    _, score, kl, agreement = _compare(run, finetune, expert_model(base, delta, delta.sites | svd_sites), data)
+    ranks = [low_rank.rank_of_equal_bytes(site) for site in quantized]
+    saved = sum(site.nbytes - svd_sites[site.name].nbytes for site in quantized)
+    return SvdComparison(score, kl, agreement, statistics.median(ranks) if ranks else None, delta.nbytes - saved)
 
 
 def _score_base(run: _Run, base: Any) -> Score | None:
+    """The base's score; `None` if the text holds a token that it has no row for."""
     vocabulary = base.get_input_embeddings().num_embeddings
     if max(int(ids.max()) for ids in run.windows) >= vocabulary:
         return None
@@ -237,13 +249,13 @@ def _score_base(run: _Run, base: Any) -> Score | None:
         logits = _logits(base, batch)
         for start in range(0, len(targets), _ROWS):
             rows = slice(start, start + _ROWS)
-            total += float(torch.nn.functional.cross_entropy(logits[rows], targets[rows], reduction="sum"))
+            total += float(nll_sum(logits[rows].log_softmax(-1), targets[rows]))
         run.meter.advance(batch.numel())
     return Score(run.mean(total, "the base"))
 
 
 @torch.inference_mode()
 def _logits(model: Any, batch: Tensor) -> Tensor:
-    """`float32 [n · (length - 1), vocabulary]`: for every token of each window but the first."""
+    """Predictions of every token of each window but the first: `float32 [n · (length − 1), vocabulary]`."""
     logits: Tensor = model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False).logits
     return logits[:, :-1].flatten(0, 1).float()

@@ -1,110 +1,120 @@
-"""H = E[x xᵀ] of what every linear site sees, for the codec's error compensation, one block of the model at a time.
+"""H = E[x xᵀ] of the inputs of every linear site, for the codec's error compensation; one block in memory at a time.
 
-    windows of tokens ── embedding ── block 0 ── block 1 ── … ── head        the fine-tune, as `Decoder` streams it
+    windows of tokens ── embedding ── block 0 ── block 1 ── … ── head        the fine-tune, run by `Decoder`
                                          │
                                     Σ x xᵀ of each distinct input ── U, with H⁻¹ = UᵀU ── the codec, site by site
 
-The codec walks the sites in the order in which the model runs them, so one block's sums are in memory at a time: four
-squares for most models, of which that of the MLP's inner width is the largest.
+The codec visits sites in the order in which the model runs them, so the sums of one block are in memory at a time: four
+square matrices for most models, the largest of which has the MLP's inner width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from meswitch.compression.calibration import weight_applied_first
+from meswitch.compression.calibration import input_weight_name
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.decoder import Decoder
-from meswitch.huggingface.text import batches
+from meswitch.huggingface.text import FORWARD_TOKENS, batches
 
-_BATCH_TOKENS = 2048
-_DAMPING = 0.01  # of the mean channel's second moment, to every channel
+_DAMPING = 0.01  # of the mean channel's second moment, added to every channel
 
 
 class Hessians:
-    """Factors for the sites of `checkpoint`, from windows of tokens `int64 [length]`.
+    """The inverse factors U of H for the sites of `checkpoint`, over windows of tokens `int64 [length]`.
 
-    Raises `UnsupportedModelError` for a model that cannot be streamed (see `Decoder`).
+    Sites may be asked for in any order, but only the order of the model runs every block once.
+    Raises `UnsupportedModelError` for a model that cannot be run a block at a time (see `Decoder`).
     """
 
     def __init__(self, checkpoint: Checkpoint, windows: Sequence[Tensor]) -> None:
         self._checkpoint = checkpoint
         self._decoder = decoder = Decoder(checkpoint.path, checkpoint.names())
-        self._outer = decoder.outer(checkpoint.tensor)
-        self._stacks, self._tokens = list(batches(list(windows), _BATCH_TOKENS)), sum(map(len, windows))
-        self._block_of = {there: at for at in range(len(decoder)) for there in decoder.names(at).values()}
+        self._outer = decoder.outer_parameters(checkpoint.tensor)
+        self._batches, self._tokens = list(batches(list(windows), FORWARD_TOKENS)), sum(map(len, windows))
+        self._block_of = {name: block for block in range(len(decoder)) for name in decoder.block_names(block).values()}
         if decoder.head != decoder.embedding:
             self._block_of[decoder.head] = len(decoder)
-        self._asked: tuple[int, bytes] | None = None  # the last factor: sites that share an input ask in a row
-        self._start()
+        # The number of the last factor's input and its bytes, since sites that share an input follow one another.
+        self._last_factor: tuple[int, bytes] | None = None
+        self._restart()
 
     @torch.no_grad()
     def factor(self, site: str) -> bytes | None:
-        """U of H⁻¹ = UᵀU as little-endian `float32 [in, in]`; none where nothing linear reads the site.
+        """U of H⁻¹ = UᵀU as little-endian `float32 [in, in]`; `None` for a site that no linear module reads.
 
-        The fewer tokens there are for a channel, the nearer H is taken to its diagonal.
+        The fewer tokens there are for a channel, the more H is shrunk towards its diagonal (see `inverse_factor`).
         """
         block = self._block_of.get(site)
         if block is None:
             return None
-        if block < self._next - 1:
-            self._start()
-        while self._next <= block:
-            self._advance()
+        if block < self._next_block - 1:
+            self._restart()
+        while self._next_block <= block:
+            self._run_next_block()
         number = self._input_of.get(site)
         if number is None:
             return None
-        if self._asked is None or self._asked[0] != id(self._sums[number]):
-            values = factor(self._sums[number] / self._tokens, self._tokens).numpy().tobytes()
-            self._asked = id(self._sums[number]), values
-        return self._asked[1]
+        if self._last_factor is None or self._last_factor[0] != number:
+            values = inverse_factor(self._sums[number] / self._tokens, self._tokens).numpy().tobytes()
+            self._last_factor = number, values
+        return self._last_factor[1]
 
-    def _start(self) -> None:
-        decoder, ids = self._decoder, torch.cat([stack.flatten() for stack in self._stacks]).unique()
-        table = self._checkpoint.tensor(decoder.embedding)[ids].to(decoder.dtype)
-        self._hidden = [decoder.enter(self._outer, ids, table, stack) for stack in self._stacks]
-        self._next, self._sums, self._input_of = 0, [], {}  # type: int, list[Tensor], dict[str, int]
+    def _restart(self) -> None:
+        """Back to the hidden states before the first block."""
+        decoder, tokens = self._decoder, torch.cat([ids.flatten() for ids in self._batches]).unique()
+        rows = self._checkpoint.tensor(decoder.embedding)[tokens].to(decoder.dtype)
+        self._hidden = [decoder.embed(self._outer, tokens, rows, ids) for ids in self._batches]
+        self._next_block = 0
+        self._clear_sums()
 
-    def _advance(self) -> None:
-        """Through the next block, adding up what its sites see; after the last one, what the head sees."""
-        self._sums, self._input_of, self._asked = [], {}, None
-        at, decoder = self._next, self._decoder
-        self._next += 1
-        if at == len(decoder):
-            for some in self._hidden:
-                self._add(decoder.head, decoder.leave(self._outer, some))
+    def _clear_sums(self) -> None:
+        self._sums: list[Tensor] = []  # Σ x xᵀ of each distinct input
+        self._input_of: dict[str, int] = {}  # the number of a site's input in `_sums`
+        self._last_factor = None
+
+    def _run_next_block(self) -> None:
+        """Runs the next block and sums over the inputs of its sites; after the last block, over those of the head."""
+        self._clear_sums()
+        block, decoder = self._next_block, self._decoder
+        self._next_block += 1
+        if block == len(decoder):
+            for hidden in self._hidden:
+                self._add(decoder.head, decoder.head_input(self._outer, hidden))
             return
-        names, parameters = decoder.names(at), decoder.block(at, self._checkpoint.tensor)
-        last: list[tuple[Tensor, int]] = []  # the input seen last, and its sum
-
-        def watch(site: str) -> object:
-            def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                if args[0].is_meta:
-                    return
-                if not last or last[0][0] is not args[0]:
-                    last[:] = [(args[0], self._add(site, args[0]))]
-                self._input_of.setdefault(site, last[0][1])
-
-            return see
-
+        names, parameters = decoder.block_names(block), decoder.block_parameters(block, self._checkpoint.tensor)
+        last_input: list[tuple[Tensor, int]] = []  # the input of the module that ran last, and its number
         handles = [
-            module.register_forward_pre_hook(watch(names[f"{name}.weight"]))
-            for name, module in decoder.module(at).named_modules()
-            if weight_applied_first(module) == "weight" and f"{name}.weight" in names
+            module.register_forward_pre_hook(self._hook(names[f"{name}.weight"], last_input))
+            for name, module in decoder.block_module(block).named_modules()
+            if input_weight_name(module) == "weight" and f"{name}.weight" in names
         ]
         try:
-            for number, some in enumerate(self._hidden):
-                self._hidden[number] = decoder.run(at, parameters, some)
-                last.clear()
+            for number, hidden in enumerate(self._hidden):
+                self._hidden[number] = decoder.run_block(block, parameters, hidden)
+                last_input.clear()
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _hook(self, site: str, last_input: list[tuple[Tensor, int]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """A hook that adds a module's input, unless it is the tensor that the module before it got (q, k, v)."""
+
+        def before_forward(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            if x.is_meta:
+                return
+            if not last_input or last_input[0][0] is not x:
+                last_input[:] = [(x, self._add(site, x))]
+            self._input_of.setdefault(site, last_input[0][1])
+
+        return before_forward
+
     def _add(self, site: str, x: Tensor) -> int:
-        """Adds Σ x xᵀ to the sum that a site's input has; returns its number."""
+        """Adds Σ x xᵀ to the sum of a site's input; returns the number of that input."""
         rows = x.reshape(-1, x.shape[-1]).float()
         number = self._input_of.setdefault(site, len(self._sums))
         if number == len(self._sums):
@@ -114,20 +124,21 @@ class Hessians:
         return number
 
 
-def factor(hessian: Tensor, tokens: int) -> Tensor:
-    """The upper triangular U of H⁻¹ = UᵀU, `float32 [n, n]`, of a second moment seen over `tokens` tokens.
+def inverse_factor(hessian: Tensor, tokens: int) -> Tensor:
+    """The upper triangular U of H⁻¹ = UᵀU, `float32 [n, n]`, of H `[n, n]` that was measured over `tokens` tokens.
 
-    H is first drawn towards its diagonal by n / (n + tokens), as an estimate from few tokens deserves, and damped.
+    H is first shrunk towards its diagonal by n / (n + tokens), since few tokens estimate it badly, and then damped.
 
-    >>> [round(value, 3) for value in factor(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), 1 << 30).diag().tolist()]
+    >>> hessian = torch.tensor([[4.0, 0.0], [0.0, 1.0]])
+    >>> [round(value, 3) for value in inverse_factor(hessian, 1 << 30).diag().tolist()]
     [0.498, 0.988]
     """
     channels = len(hessian)
-    own = hessian.diag().double()
-    drawn = hessian.double().mul_(tokens / (channels + tokens))
-    drawn.diagonal().copy_(own + (_DAMPING * own.mean()).clamp_min(torch.finfo(torch.float32).tiny))
-    # With J turning the order round, J·H·J = L·Lᵀ gives H = M·Mᵀ for the upper triangular M = J·L·J: U is its inverse.
-    upper = torch.linalg.cholesky(drawn.flip(0, 1)).flip(0, 1)
-    del drawn
+    diagonal = hessian.diag().double()
+    shrunk = hessian.double().mul_(tokens / (channels + tokens))
+    shrunk.diagonal().copy_(diagonal + (_DAMPING * diagonal.mean()).clamp_min(torch.finfo(torch.float32).tiny))
+    # With J reversing the order, J·H·J = L·Lᵀ gives H = M·Mᵀ for the upper triangular M = J·L·J, and U is its inverse.
+    upper = torch.linalg.cholesky(shrunk.flip(0, 1)).flip(0, 1)
+    del shrunk
     inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(channels, dtype=torch.float64), upper=True)
     return inverse.float()

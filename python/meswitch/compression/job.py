@@ -1,4 +1,4 @@
-"""Compressing: base and fine-tune to a delta directory.
+"""`compress`: from a base and a fine-tune to a delta directory.
 
     plans (preset, owners) ─┬──────────────────────────────────────┬── native compress ── delta directory
     method auto: allocation ┘   E[x²] and H of calibration ── codec ┘
@@ -23,7 +23,7 @@ from torch import Tensor
 from meswitch import _native
 from meswitch.compression.allocation import Allocation, allocate
 from meswitch.compression.calibration import Calibration, frequencies
-from meswitch.compression.forms import Costs
+from meswitch.compression.forms import ErrorCosts
 from meswitch.compression.hessians import Hessians
 from meswitch.compression.options import CompressOptions
 from meswitch.compression.plan import Plan, make_plans
@@ -39,13 +39,14 @@ from meswitch.progress import ProgressCallback, ProgressMeter
 
 @dataclass(frozen=True)
 class CompressReport:
-    """What a compress made: the bytes of manifest and tensors, bits a weight, and what it took.
+    """What a compress wrote, and what it took.
 
-    `config_changes`: the fields of config.json by which the fine-tune computes differently, with base's and fine-tune's
-    value. The engine refuses an expert that has any; `restore` carries them. `compensated`: whether codes make up for
-    one another's errors. `chosen` says what method `auto` did, one entry a role and form:
-    `{role, form, sites, bytes_share, loss_share}`; `None` otherwise. `predicted_kl` is its guess at
-    KL(fine-tune ‖ expert) in nats a token, where sensitivity was given.
+    `bytes`: of manifest and tensors. `bpw`: bits a weight, everything included. `weights_per_second`: without what an
+    earlier, interrupted run had done. `peak_rss_bytes`: of the process. `config_changes`: fields of config.json that
+    make the fine-tune compute differently, with the base's and the fine-tune's value; the engine refuses an expert that
+    has any, `restore` keeps them. `compensated`: whether errors were compensated. `chosen`: the forms that method
+    `auto` chose, `{role, form, sites, bytes_share, loss_share}` for each role and form; `None` for other methods.
+    `predicted_kl`: its estimate of KL(fine-tune ‖ expert) in nats a token, where sensitivity was given.
     """
 
     preset: str
@@ -61,7 +62,7 @@ class CompressReport:
     predicted_kl: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as they are, without `config_changes` where there are none."""
+        """The fields by their names, without `config_changes` if there are none."""
         return {name: value for name, value in asdict(self).items() if name != "config_changes" or value}
 
 
@@ -78,23 +79,25 @@ def compress(
     """Writes the delta directory of a fine-tune against its base.
 
     `base` and `finetune` are folders or hub ids, `options` a preset's name or a `CompressOptions`. `calibration`
-    weighs errors by what the model sees, `sensitivity` (`measure_sensitivity`) sites and rows by what an error there
-    costs. With calibration, errors are compensated where the options say so, unless the model cannot be run a block at
-    a time (fused MoE experts): memory then holds a block, and E[x xᵀ] of the widest input two or three times in
-    float64. `progress` counts weights.
+    (`calibrate`) weighs errors by the model's inputs, `sensitivity` (`measure_sensitivity`) by their cost in nats,
+    which only method `auto` reads. With calibration errors are compensated, if the options allow it and the model can
+    be run a block at a time; memory then holds a block, and E[x xᵀ] of the widest input two or three times in float64.
+    Otherwise it holds the codes of one site. `progress` counts weights.
 
     An interrupted run leaves nothing at `out`, but its finished sites in `.NAME.incomplete` beside it, and the same
-    call goes on from there; one that finishes replaces the delta directory that stood there.
+    call goes on from there. A finished run replaces a delta directory at `out`.
 
-    Raises `CheckpointError`, `ArchitectureError` or `NonFiniteError`; `BudgetError` for a target that cannot be met;
-    `FormatError` where something else stands at `out`; `OSError` where the disk says no; `ValueError` for an unknown
-    preset.
+    Raises `CheckpointError`, `ArchitectureError`, `NonFiniteError`; `BudgetError` for a target that cannot be met;
+    `FormatError` if something else is at `out`; `OSError` for unwritable files; `ValueError` for an unknown preset.
+
+    >>> compress("base/", "math/", "experts/math", calibration=calibration).bpw  # doctest: +SKIP
+    2.26
     """
     options = CompressOptions(options) if isinstance(options, str) else options
     start, target = time.perf_counter(), Path(out)
     refuse_overwriting(target)
     job = _Job(Checkpoint.open(base), Checkpoint.open(finetune), options, calibration)
-    resumed, found = job.run(target, sensitivity or {}, progress)
+    resumed, allocation = job.run(target, sensitivity or {}, progress)
     seconds, delta = time.perf_counter() - start, Delta.open(target)
     return CompressReport(
         preset=options.label,
@@ -103,24 +106,32 @@ def compress(
         bpw=delta.bpw,
         seconds=seconds,
         weights_per_second=(delta.parameters - resumed) / seconds,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=_peak_rss_bytes(),
         config_changes=job.settings["config_changes"],
         compensated=job.settings["compensated"],
-        chosen=None if found is None else found.summary(),
-        predicted_kl=None if found is None or not sensitivity else found.loss,
+        chosen=allocation.summary() if allocation else None,
+        predicted_kl=allocation.loss if allocation and sensitivity else None,
     )
 
 
+def _peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _config_changes(base: Checkpoint, finetune: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """The fields of config.json that change what the fine-tune computes, with both values."""
     try:
-        ours, theirs = (text_config(checkpoint.path).to_dict() for checkpoint in (base, finetune))
-    except (OSError, ValueError, KeyError):  # a model that transformers does not know: as the files say
-        ours, theirs = base.config, finetune.config
-    return config_changes(ours, theirs)
+        base_config, finetune_config = (text_config(checkpoint.path).to_dict() for checkpoint in (base, finetune))
+    except (OSError, ValueError, KeyError):  # transformers does not know this model: the files are compared
+        base_config, finetune_config = base.config, finetune.config
+    return config_changes(base_config, finetune_config)
 
 
 class _Job:
-    """One compress: what is asked of the native half, and in which order."""
+    """One compress: the arguments of the native half, and what comes before it.
+
+    `settings` go into the manifest.
+    """
 
     def __init__(
         self, base: Checkpoint, finetune: Checkpoint, options: CompressOptions, calibration: Calibration | None
@@ -142,18 +153,18 @@ class _Job:
     def run(
         self, out: Path, sensitivity: dict[str, Tensor], progress: ProgressCallback | None
     ) -> tuple[int, Allocation | None]:
-        """Writes the delta. Returns the weights that an earlier run had done, and what method `auto` chose."""
+        """Writes the delta. Returns the weights that an earlier run had done, and the choice of method `auto`."""
         plans = list(make_plans(self._base, self._finetune, self._options.rules, self._calibration))
         if not self._options.chooses_per_site:
             meter = ProgressMeter(progress, "compressing", self._parameters)
             return self._write(out, plans, self._factors(plans), meter, 0), None
         meter = ProgressMeter(progress, "compressing", 2 * self._parameters)
-        every = list(make_plans(self._base, self._finetune, PRESETS["default"], None))
-        factor = self._factors(every)
+        candidates = list(make_plans(self._base, self._finetune, PRESETS["default"], None))
+        factor = self._factors(candidates)
         costs = self._costs(sensitivity, compensated=factor is not None)
-        found = self._allocate(plans, every, costs, meter)
-        self.settings["chosen"] = found.summary()
-        return self._write(out, found.plans, factor, meter, self._parameters), found
+        allocation = self._allocate(plans, candidates, costs, meter)
+        self.settings["chosen"] = allocation.summary()
+        return self._write(out, allocation.plans, factor, meter, self._parameters), allocation
 
     def _write(
         self,
@@ -161,15 +172,15 @@ class _Job:
         plans: list[Plan],
         factor: Callable[[str], bytes | None] | None,
         meter: ProgressMeter,
-        before: int,
+        done_before: int,
     ) -> int:
-        """The native compress; `before` weights are counted as done when it starts."""
+        """Runs the native compress; `meter` stands at `done_before` when it starts. Returns the weights it resumed."""
         resumed: int | None = None
 
         def step(site: str, done: int, total: int) -> None:
             nonlocal resumed
             resumed = done if resumed is None else resumed
-            meter.update(before + done, site, resumed)
+            meter.update(done_before + done, site, resumed)
 
         self.settings["compensated"] = factor is not None
         settings, native = json.dumps(self.settings), [plan.to_native() for plan in plans]
@@ -179,41 +190,43 @@ class _Job:
         return resumed or 0
 
     def _moments(self, plans: list[Plan]) -> dict[str, bytes]:
-        """E[x²] of the sites that are quantized, as the native half takes it."""
+        """E[x²] of the sites that are quantized, as little-endian float32."""
         if self._calibration is None:
             return {}
-        seen = self._calibration.second_moments
-        wanted = (plan.name for plan in plans if plan.rule is not None)
-        return {name: seen[name].float().contiguous().numpy().tobytes() for name in wanted if name in seen}
+        moments = self._calibration.second_moments
+        names = (plan.name for plan in plans if plan.rule is not None and plan.name in moments)
+        return {name: moments[name].float().contiguous().numpy().tobytes() for name in names}
 
     def _factors(self, plans: list[Plan]) -> Callable[[str], bytes | None] | None:
-        """What compensates the errors of the sites that ask for it, if anything can."""
-        wanted = {plan.name for plan in plans if plan.rule is not None and plan.rule.compensate}
+        """A function from site to `Hessians.factor`, for sites whose rule compensates; `None` if none can be."""
+        compensated = {plan.name for plan in plans if plan.rule is not None and plan.rule.compensate}
         calibration = self._calibration
-        if not self._options.compensate or calibration is None or not calibration.windows or not wanted:
+        if not self._options.compensate or calibration is None or not calibration.windows or not compensated:
             return None
         try:
             hessians = Hessians(self._finetune, calibration.windows)
         except UnsupportedModelError:
             return None
-        return lambda site: hessians.factor(site) if site in wanted else None
+        return lambda site: hessians.factor(site) if site in compensated else None
 
-    def _costs(self, sensitivity: dict[str, Tensor], *, compensated: bool) -> Costs:
-        """What errors cost, as far as calibration and `sensitivity` tell."""
-        seen = self._calibration
-        if seen is None:
-            return Costs()
-        return Costs(seen.second_moments, sensitivity, frequencies(seen.token_counts), compensated)
+    def _costs(self, sensitivity: dict[str, Tensor], *, compensated: bool) -> ErrorCosts:
+        calibration = self._calibration
+        if calibration is None:
+            return ErrorCosts()
+        token_frequencies = frequencies(calibration.token_counts)
+        return ErrorCosts(calibration.second_moments, sensitivity, token_frequencies, compensated)
 
-    def _allocate(self, plans: list[Plan], every: list[Plan], costs: Costs, meter: ProgressMeter) -> Allocation:
-        """A form for `every` matrix within the target, or else within what `plans` would weigh."""
+    def _allocate(
+        self, plans: list[Plan], candidates: list[Plan], costs: ErrorCosts, meter: ProgressMeter
+    ) -> Allocation:
+        """A form for every matrix of `candidates` within the target; without one, within the bytes of `plans`."""
         bpw, target = self._options.bpw, self._options.target_bytes
         target = math.floor(bpw * self._parameters / 8) if bpw is not None else target
         self.settings |= {"method": "auto", "target_bytes": target}
         shared = {plan.name for plan in plans if _native.same(*self._pair, plan.name)}
 
         def weigh(plans: list[Plan], summary: list[dict[str, Any]]) -> int:
-            # The longest number: what is least possible must not depend on what was asked for.
+            # With the longest number, so that the smallest possible size does not depend on the target.
             settings = json.dumps({**self.settings, "target_bytes": 10**15, "chosen": summary})
             native = [plan.to_native() for plan in plans]
             return _native.weigh(*self._pair, native, shared, self._files, settings, self._name)
@@ -223,10 +236,10 @@ class _Job:
         return allocate(
             self._base,
             self._finetune,
-            every,
+            candidates,
             shared,
             costs,
             target,
-            lambda found: weigh(found.plans, found.summary()),
+            lambda allocation: weigh(allocation.plans, allocation.summary()),
             lambda site, done, _: meter.update(done, site),
         )

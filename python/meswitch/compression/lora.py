@@ -1,10 +1,12 @@
-"""A LoRA adapter of the peft package as an expert: its factors stay factors.
+"""Importing a LoRA adapter of peft as an expert: its factors are stored as they are, not quantized.
 
-    W + scaling · B·A          low_rank: u = scaling · B, v = A, in 16 bits
-    modules_to_save, biases    replaced (a grown vocabulary: its new rows alone)
-    all else                   shared
+    parameter                                          kind of its site
+    W + scaling · B·A                                  low_rank: u = scaling · B, v = A, in 16 bits
+    of a module in `modules_to_save`, or a bias        replaced
+    an embedding or head with new rows alone           quantized, with no codes and these rows uncompressed
+    unchanged                                          shared
 
-`adapter.py` reads what peft wrote; what would change the arithmetic in any other way is refused there by name.
+`adapter.py` reads what peft wrote, and refuses whatever would change the arithmetic in another way.
 """
 
 from __future__ import annotations
@@ -20,19 +22,26 @@ import torch
 from torch import Tensor
 
 from meswitch import _native
-from meswitch.compression.adapter import AdaptedBase, Adapter, is_transposed
+from meswitch.compression.adapter import Adapter, BaseModel, LoraFactors
 from meswitch.compression.low_rank import Factors
 from meswitch.delta.directory import Delta
 from meswitch.delta.target import refuse_overwriting
 from meswitch.errors import ArchitectureError, CheckpointError
 from meswitch.huggingface.checkpoint import DTYPES, HEAD, Checkpoint, resolve
 from meswitch.huggingface.files import TEMPLATE, VOCABULARY, matches, small_files
+from meswitch.huggingface.models import is_transposed
 from meswitch.progress import Progress, ProgressCallback
+from meswitch.site import from_matrix
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import made: the bytes of the delta's files, bits a weight, and the number of sites of each kind."""
+    """What an import wrote: bytes of manifest and tensors, bits per weight, and the number of sites of each kind.
+
+    `replaced` counts sites of new rows alone, too.
+    """
 
     bytes: int
     bpw: float
@@ -42,6 +51,7 @@ class ImportReport:
     shared: int
 
     def to_json(self) -> dict[str, Any]:
+        """The fields by their names."""
         return asdict(self)
 
 
@@ -52,127 +62,159 @@ def import_adapter(
     *,
     progress: ProgressCallback | None = None,
 ) -> ImportReport:
-    """Writes the delta directory of a LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
+    """Writes the delta directory of a LoRA adapter (`adapter_config.json` and `adapter_model.safetensors`).
 
-    Both arguments are folders or hub ids. Tokenizer files and the chat template are the adapter's where it brings its
-    own, the base's otherwise. An interrupted run leaves nothing at `out`; one that finishes replaces the delta
-    directory that stood there.
+    `base` and `adapter` are folders or hub ids. Tokenizer files and chat template are the adapter's if it has its own,
+    else the base's. `progress` counts weights. An interrupted run leaves nothing at `out`; a finished one replaces a
+    delta directory that was there.
 
-    Raises `UnsupportedModelError` for what is not plain LoRA, `ArchitectureError` where it does not fit the base,
-    `CheckpointError` for half an adapter, `NonFiniteError`; `OSError` where the disk says no.
+    Raises `UnsupportedModelError` for an adapter that is not plain LoRA, `ArchitectureError` for one of another base,
+    `CheckpointError` for an incomplete one, `NonFiniteError`, `FormatError` where something else is at `out`, and
+    `OSError` where files cannot be written.
+
+    >>> import_adapter("base/", "math-lora/", "experts/math").low_rank  # doctest: +SKIP
+    56
     """
     start, target = time.perf_counter(), Path(out)
     refuse_overwriting(target)
-    opened = AdaptedBase(Checkpoint.open(base))
-    read = Adapter.open(resolve(adapter), opened)
-    made, config = _sites(opened, read)
-
-    def step(site: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(Progress("importing", done, total, site))
-
-    with tempfile.TemporaryDirectory() as spare:
-        files = _files(opened.checkpoint.path, read.folder)
-        if config != opened.checkpoint.config:
-            files["config.json"] = Path(spare) / "config.json"
-            files["config.json"].write_text(json.dumps(config, indent=2) + "\n")
-        _native.write(
-            opened.checkpoint.native,
-            target,
-            [json.dumps(site.entry) for site in made.values()],
-            lambda name: [_bytes(tensor) for tensor in made[name].tensors],
-            [files[name] for name in sorted(files)],
-            json.dumps({"adapter": "lora", **read.settings}),
-            str(opened.checkpoint.config.get("_name_or_path") or opened.checkpoint.path.name),
-            step,
-        )
-    delta, kinds = Delta.open(target), [site.entry["kind"] for site in made.values()]
+    model = BaseModel(Checkpoint.open(base))
+    opened = Adapter.open(resolve(adapter), model)
+    sites, config = _sites(model, opened)
+    _write(model.checkpoint, opened, sites, config, target, progress)
+    delta, kinds = Delta.open(target), [site.entry["kind"] for site in sites.values()]
     counts = {kind: kinds.count(kind) for kind in ("low_rank", "replaced", "shared")}
-    counts["replaced"] += kinds.count("quantized")  # rows of a grown vocabulary alone
+    counts["replaced"] += kinds.count("quantized")
     return ImportReport(delta.nbytes, delta.bpw, time.perf_counter() - start, **counts)
 
 
 @dataclass(frozen=True)
-class _Site:
-    """An entry of the manifest and its tensors, in the format's order."""
+class _ImportedSite:
+    """An entry of the manifest, and its tensors in the order of the file format."""
 
     entry: dict[str, Any]
     tensors: list[Tensor] = field(default_factory=list)
 
-    def same(self, other: _Site) -> bool:
-        plain = {**self.entry, "name": None} == {**other.entry, "name": None}
-        return plain and all(map(torch.equal, self.tensors, other.tensors))
+    def equals(self, other: _ImportedSite) -> bool:
+        """Whether both are the same but for the name."""
+        same_entry = {**self.entry, "name": None} == {**other.entry, "name": None}
+        return same_entry and all(map(torch.equal, self.tensors, other.tensors))
 
 
-def _sites(base: AdaptedBase, adapter: Adapter) -> tuple[dict[str, _Site], dict[str, Any]]:
+def _write(
+    base: Checkpoint,
+    adapter: Adapter,
+    sites: dict[str, _ImportedSite],
+    config: dict[str, Any],
+    target: Path,
+    progress: ProgressCallback | None,
+) -> None:
+    def step(site: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(Progress("importing", done, total, site))
+
+    with tempfile.TemporaryDirectory() as temporary:
+        files = _files(base.path, adapter.folder)
+        if config != base.config:
+            files["config.json"] = Path(temporary) / "config.json"
+            files["config.json"].write_text(json.dumps(config, indent=2) + "\n")
+        _native.write(
+            base.native,
+            target,
+            [json.dumps(site.entry) for site in sites.values()],
+            lambda name: [_bytes(tensor) for tensor in sites[name].tensors],
+            [files[name] for name in sorted(files)],
+            json.dumps({"adapter": "lora", **adapter.settings}),
+            str(base.config.get("_name_or_path") or base.path.name),
+            step,
+        )
+
+
+# --- sites ------------------------------------------------------------------------------------------------------------
+
+
+def _sites(base: BaseModel, adapter: Adapter) -> tuple[dict[str, _ImportedSite], dict[str, Any]]:
     """A site for every parameter, in the order in which the model runs them, and the expert's config."""
     names, config = set(base.checkpoint.names()), dict(base.checkpoint.config)
-    pair = [name for name in (base.embedding, base.head) if name is not None]
+    tied_names = [name for name in (base.embedding, base.head) if name is not None]
     if base.tied:
         names.add(HEAD)
     sites = {name: _site(base, adapter, name) for name in base.sorted(names)}
-    if base.tied and sites[pair[0]].same(sites[HEAD]):
+    if base.tied and sites[base.embedding].equals(sites[HEAD]):
         del sites[HEAD]
-    elif config.get("tie_word_embeddings", True) and any(sites[name].entry["kind"] != "shared" for name in pair):
+    elif config.get("tie_word_embeddings", True) and any(sites[name].entry["kind"] != "shared" for name in tied_names):
         config["tie_word_embeddings"] = False
-    _check_vocabulary(base, sites, config)
+    _update_vocabulary(base, sites, config)
     return sites, config
 
 
-def _site(base: AdaptedBase, adapter: Adapter, name: str) -> _Site:
-    known = base.checkpoint.tensor(name)
-    whole = _whole(base, adapter, name, known)
-    lora = None if name in adapter.own else adapter.loras.get(name)
+def _site(base: BaseModel, adapter: Adapter, name: str) -> _ImportedSite:
+    base_value = base.checkpoint.tensor(name)
+    value = _value_without_factors(base, adapter, name, base_value)
+    factors = None if name in adapter.replaced else adapter.factors.get(name)
     transposed = is_transposed(base.module(name.rpartition(".")[0]))
-    entry: dict[str, Any] = {"name": name, "shape": list(known.shape if whole is None else whole.shape)}
-    entry |= {"dtype": _NAMES[known.dtype], "kind": "shared", "bytes": 0, "bpw": 0.0, "relative_error": 0.0}
-    grown = whole is not None and whole.shape != known.shape
-    if whole is not None and ((grown and known.dim() < 2) or not torch.equal(whole[: len(known)], known)):
-        if lora is not None:
-            delta = lora.dense(slice(None))
-            whole = (whole.float() + (delta.T if transposed else delta)).to(known.dtype)
-        return _Site(entry | {"kind": "replaced"}, [whole])
-    rows, added = slice(None), []
-    if whole is not None and grown:
-        rows, beyond = slice(len(known)), slice(len(known), None)
-        added = [whole[beyond] if lora is None else (whole[beyond].float() + lora.dense(beyond)).to(known.dtype)]
-        entry["added"] = len(added[0])
-    if lora is not None and (factors := Factors.of(*lora.factors(rows))).rank:
-        entry |= {"kind": "low_rank", "transposed": transposed, "exponent": factors.exponent, "rank": factors.rank}
-        entry["relative_error"] = factors.relative_error(*lora.factors(rows))
-        return _Site(entry, [factors.u, factors.v, *added])
-    return _rows_alone(entry, added[0]) if added else _Site(entry)
+    entry: dict[str, Any] = {"name": name, "shape": list(base_value.shape if value is None else value.shape)}
+    entry |= {"dtype": _DTYPE_NAMES[base_value.dtype], "kind": "shared"}
+    entry |= {"bytes": 0, "bpw": 0.0, "relative_error": 0.0}
+    if value is None:
+        return _low_rank_site(entry, factors, slice(None), [], transposed=transposed)
+    grown = value.shape != base_value.shape
+    if (grown and base_value.dim() < 2) or not torch.equal(value[: len(base_value)], base_value):
+        if factors is not None:
+            change = from_matrix(factors.dense(slice(None)), value.shape, transposed=transposed)
+            value = (value.float() + change).to(base_value.dtype)
+        return _ImportedSite(entry | {"kind": "replaced"}, [value])
+    if not grown:
+        return _low_rank_site(entry, factors, slice(None), [], transposed=transposed)
+    old, new = slice(len(base_value)), slice(len(base_value), None)
+    added = value[new] if factors is None else (value[new].float() + factors.dense(new)).to(base_value.dtype)
+    return _low_rank_site(entry | {"added": len(added)}, factors, old, [added], transposed=transposed)
 
 
-def _whole(base: AdaptedBase, adapter: Adapter, name: str, known: Tensor) -> Tensor | None:
-    """What a parameter is before its factors, where the adapter says so; in the base's dtype, as peft loads it."""
-    whole = adapter.own.get(name, adapter.ground.get(name))
-    if whole is not None:
-        same = whole.shape == known.shape
-        grows = name in (base.embedding, base.head, base.head_bias) and whole.dim() == known.dim()
-        if not same and not (grows and whole.shape[1:] == known.shape[1:] and len(whole) > len(known)):
+def _low_rank_site(
+    entry: dict[str, Any], factors: LoraFactors | None, rows: slice, added: list[Tensor], *, transposed: bool
+) -> _ImportedSite:
+    """A site with the factors of these rows, or with none if they are all zeros. `added`: the new rows, or nothing."""
+    if factors is not None and (stored := Factors.from_product(*factors.scaled(rows))).rank:
+        entry = entry | {"kind": "low_rank", "transposed": transposed, "exponent": stored.exponent, "rank": stored.rank}
+        entry["relative_error"] = stored.relative_error(*factors.scaled(rows))
+        return _ImportedSite(entry, [stored.u, stored.v, *added])
+    return _site_of_new_rows(entry, added[0]) if added else _ImportedSite(entry)
+
+
+def _site_of_new_rows(entry: dict[str, Any], added: Tensor) -> _ImportedSite:
+    """New rows and no other change, which the file format writes as codes of no rows."""
+    no_codes = [torch.zeros(0, dtype=torch.int32), torch.zeros(0, 1).half(), torch.zeros(0, dtype=torch.int32)]
+    part = {"bits": 1, "zero": 0.5, "rows": 0, "tiled": True}
+    return _ImportedSite(entry | {"kind": "quantized", "parts": [part]}, [*no_codes, added])
+
+
+def _value_without_factors(base: BaseModel, adapter: Adapter, name: str, base_value: Tensor) -> Tensor | None:
+    """A parameter's value before its factors, in the base's dtype, as peft loads it; `None` if it is the base's.
+
+    Raises `ArchitectureError` for a shape that neither is the base's nor has more rows of a vocabulary.
+    """
+    value = adapter.replaced.get(name, adapter.trained_on.get(name))
+    if value is not None:
+        same_shape = value.shape == base_value.shape
+        may_grow = name in (base.embedding, base.head, base.head_bias) and value.dim() == base_value.dim()
+        grown = may_grow and value.shape[1:] == base_value.shape[1:] and len(value) > len(base_value)
+        if not same_shape and not grown:
             raise ArchitectureError(
-                f"expected {name} in the base's shape {tuple(known.shape)}, found {tuple(whole.shape)} in the adapter",
+                f"expected {name} in the base's shape {tuple(base_value.shape)}, "
+                f"found {tuple(value.shape)} in the adapter",
                 hint="only embeddings and head may have more rows",
             )
-        whole = whole.to(known.dtype)
-    if name in adapter.shifts:
-        whole = ((known if whole is None else whole).float() + adapter.shifts[name]).to(known.dtype)
-    return whole
+        value = value.to(base_value.dtype)
+    if name in adapter.bias_changes:
+        value = ((base_value if value is None else value).float() + adapter.bias_changes[name]).to(base_value.dtype)
+    return value
 
 
-def _rows_alone(entry: dict[str, Any], added: Tensor) -> _Site:
-    """New rows and nothing else, which the format has as codes of no rows."""
-    none = [torch.zeros(0, dtype=torch.int32), torch.zeros(0, 1).half(), torch.zeros(0, dtype=torch.int32)]
-    part = {"bits": 1, "zero": 0.5, "rows": 0, "tiled": True}
-    return _Site(entry | {"kind": "quantized", "parts": [part]}, [*none, added])
+def _update_vocabulary(base: BaseModel, sites: dict[str, _ImportedSite], config: dict[str, Any]) -> None:
+    """Writes a grown vocabulary's size into the config.
 
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def _check_vocabulary(base: AdaptedBase, sites: dict[str, _Site], config: dict[str, Any]) -> None:
-    """Embeddings and head must have grown alike; the config then says by how much."""
+    Raises `ArchitectureError` unless embedding, head and its bias have as many rows.
+    """
     rows = {
         name: sites[name].entry["shape"][0] for name in (base.embedding, base.head, base.head_bias) if name in sites
     }
@@ -184,25 +226,29 @@ def _check_vocabulary(base: AdaptedBase, sites: dict[str, _Site], config: dict[s
         )
     count = rows[base.embedding]
     if count != base.checkpoint.shape(base.embedding)[0]:
-        inner = config.get("text_config")
-        if isinstance(inner, dict) and "vocab_size" not in config:
-            config["text_config"] = {**inner, "vocab_size": count}
+        text_config = config.get("text_config")
+        if isinstance(text_config, dict) and "vocab_size" not in config:
+            config["text_config"] = {**text_config, "vocab_size": count}
         else:
             config["vocab_size"] = count
 
 
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
 def _files(base: Path, adapter: Path) -> dict[str, Path]:
-    """The small files of the expert by name: the adapter's where it has its own."""
-    theirs, own = small_files(base), small_files(adapter)
-    own.pop("config.json", None)  # a copy of the base's, if at all
-    templates = matches(theirs, TEMPLATE)
-    tokenizer = [name for name in theirs if name not in ("config.json", "generation_config.json", *templates)]
-    dropped = tokenizer if matches(own, VOCABULARY) else []
-    dropped += templates if _has_template(own) else []
-    return {name: path for name, path in theirs.items() if name not in dropped} | own
+    """The small files of the expert by name: the adapter's where it has its own, else the base's."""
+    base_files, adapter_files = small_files(base), small_files(adapter)
+    adapter_files.pop("config.json", None)  # if there is one, it is a copy of the base's
+    templates = matches(base_files, TEMPLATE)
+    others = ("config.json", "generation_config.json", *templates)
+    dropped = [name for name in base_files if name not in others] if matches(adapter_files, VOCABULARY) else []
+    dropped += templates if _has_template(adapter_files) else []
+    return {name: path for name, path in base_files.items() if name not in dropped} | adapter_files
 
 
 def _has_template(files: dict[str, Path]) -> bool:
+    """Whether these files hold a chat template. Raises `CheckpointError` for a broken tokenizer_config.json."""
     if matches(files, TEMPLATE):
         return True
     if "tokenizer_config.json" not in files:

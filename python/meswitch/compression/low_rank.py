@@ -1,4 +1,4 @@
-"""Deltas as two thin factors: how they are stored, and what a truncated SVD of equal bytes would be.
+"""Deltas as two thin factors: how they are stored, and the truncated SVD that takes as many bytes as a site.
 
 Δ̂ [out, in] = 2^exponent · u [out, r] · v [r, in]        u, v float16
 """
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from meswitch.errors import ArchitectureError
 from meswitch.huggingface.checkpoint import Checkpoint
-from meswitch.site import DeltaSite, LowRank, LowRankSite
+from meswitch.site import DeltaSite, LowRank, LowRankSite, to_matrix
 
-_TOP = 8  # the power of two near which the largest entries of u and v are stored: far from both ends of float16
-_POWER = 6  # power iterations of the SVD, and below its oversampling: within 0.5 % of the best even for pure noise
+_PEAK = 8  # log₂ of about the largest stored entry of u and v: far from both ends of float16's range
+# Of the randomized SVD, whose oversampling is below: within 0.5 % of the best approximation even for pure noise.
+_POWER_ITERATIONS = 6
 
 
 @dataclass(frozen=True)
@@ -27,78 +28,83 @@ class Factors:
     exponent: int = 0
 
     @classmethod
-    def of(cls, u: Tensor, v: Tensor) -> Factors:
-        """`u · v`, of finite float factors `[out, r]` and `[r, in]`, in 16 bits.
+    def from_product(cls, u: Tensor, v: Tensor) -> Factors:
+        """The product `u · v` of finite float factors `[out, r]` and `[r, in]`, stored in 16 bits.
 
-        Every component is balanced between its two sides, by powers of two alone: factors of 16 bits (an adapter's,
-        say) stay exactly what they are. Components of zeros are left out.
+        Both sides of every component are scaled to the same size, by powers of two only, so that 16-bit factors (an
+        adapter's, say) stay exact. Components that are 0 are left out.
 
         >>> u, v = torch.tensor([[2.0**-30], [2.0**-28]]), torch.tensor([[2.0**20, 0.0]])
-        >>> found = Factors.of(u, v)
-        >>> torch.equal(2.0**found.exponent * found.u.float() @ found.v.float(), u @ v)
+        >>> stored = Factors.from_product(u, v)
+        >>> torch.equal(2.0**stored.exponent * stored.u.float() @ stored.v.float(), u @ v)
         True
         """
         u, v = u.double(), v.double()
-        left, right = _peaks(u, 0), _peaks(v, 1)
-        there = left.isfinite() & right.isfinite()
-        u, v, left, right = u[:, there], v[there], left[there], right[there]
-        if not there.any():
+        u_peaks, v_peaks = _log_peaks(u, 0), _log_peaks(v, 1)
+        nonzero = u_peaks.isfinite() & v_peaks.isfinite()
+        u, v, u_peaks, v_peaks = u[:, nonzero], v[nonzero], u_peaks[nonzero], v_peaks[nonzero]
+        if not nonzero.any():
             return cls(u.half(), v.half())
-        strength = left + right
-        shift = (_TOP + (strength - strength.max()) / 2 - right).round()
+        product_peaks = u_peaks + v_peaks
+        shift = (_PEAK + (product_peaks - product_peaks.max()) / 2 - v_peaks).round()
         u, v = u * (-shift).exp2(), v * shift.exp2()[:, None]
-        exponent = int(_peaks(u.flatten(), 0).floor()) - _TOP
+        exponent = int(_log_peaks(u.flatten(), 0).floor()) - _PEAK
         return cls((u * 2.0**-exponent).half(), v.half(), exponent)
 
     @property
     def rank(self) -> int:
+        """The number of components."""
         return self.v.shape[0]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of both factors."""
         return 2 * (self.u.numel() + self.v.numel())
 
     def relative_error(self, u: Tensor, v: Tensor) -> float:
-        """‖u·v − this‖ / ‖u·v‖, without either product: ‖L·R‖² is the sum of LᵀL ∘ RRᵀ."""
-        own = 2.0**self.exponent * self.u.double()
-        missed = _norm(torch.cat([u.double(), own], 1), torch.cat([v.double(), -self.v.double()]))
-        whole = _norm(u.double(), v.double())
-        return missed / whole if whole else 0.0
+        """‖u·v − this‖ / ‖u·v‖, computed without either product: ‖L·R‖² is the sum of LᵀL ∘ RRᵀ."""
+        stored_u = 2.0**self.exponent * self.u.double()
+        error = _product_norm(torch.cat([u.double(), stored_u], 1), torch.cat([v.double(), -self.v.double()]))
+        norm = _product_norm(u.double(), v.double())
+        return error / norm if norm else 0.0
 
 
-def _peaks(matrix: Tensor, axis: int) -> Tensor:
-    """log₂ of the largest magnitude along an axis; −∞ for zeros."""
+def _log_peaks(matrix: Tensor, axis: int) -> Tensor:
+    """log₂ of the largest magnitude along an axis; −∞ where all are 0."""
     return matrix.abs().amax(axis).log2()
 
 
-def _norm(left: Tensor, right: Tensor) -> float:
+def _product_norm(left: Tensor, right: Tensor) -> float:
+    """‖left · right‖."""
     return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
 
 
-def equal_rank(site: DeltaSite) -> int:
-    """The largest rank whose 16-bit factors weigh no more than the site does, rows of a grown vocabulary aside."""
+def rank_of_equal_bytes(site: DeltaSite) -> int:
+    """The largest rank whose 16-bit factors take no more bytes than the site, rows of a grown vocabulary aside."""
     added = 0 if site.added is None else site.added.nbytes
     rank = (site.nbytes - added) // (2 * max(site.out_features + site.in_features, 1))
     return min(rank, site.out_features, site.in_features)
 
 
-def equal_bytes(site: DeltaSite, base: Checkpoint, finetune: Checkpoint) -> LowRankSite:
-    """The site as a truncated SVD of fine-tune − base would have it, in no more bytes; everything else as it is.
+def svd_of_equal_bytes(site: DeltaSite, base: Checkpoint, finetune: Checkpoint) -> LowRankSite:
+    """The site with a truncated SVD of fine-tune − base as its delta, in no more bytes.
 
-    The randomized method of Halko, Martinsson and Tropp (arXiv 0909.4061, `torch.svd_lowrank`), from a fixed seed.
-    Raises `ArchitectureError` where the fine-tune has another shape than the site.
+    By the randomized method of Halko, Martinsson and Tropp (arXiv 0909.4061, `torch.svd_lowrank`) with a fixed seed.
+    Raises `ArchitectureError` if the fine-tune's parameter has another shape than the site.
     """
-    found = finetune.shape(site.name)
-    if found != site.shape:
+    shape = finetune.shape(site.name)
+    if shape != site.shape:
         raise ArchitectureError(
-            f"expected {site.name} of the fine-tune in the delta's shape {site.shape}, found {found}",
+            f"expected {site.name} of the fine-tune in the delta's shape {site.shape}, found {shape}",
             hint="give the fine-tune that the delta was made of",
         )
-    known, rank = site.out_features, equal_rank(site)
-    ours, theirs = (_matrix(site, checkpoint.tensor(site.name))[:known] for checkpoint in (base, finetune))
-    u, s, v = _svd(theirs - ours, rank)
+    base_matrix, finetune_matrix = (
+        to_matrix(checkpoint.tensor(site.name).float(), transposed=site.transposed)[: site.out_features]
+        for checkpoint in (base, finetune)
+    )
+    u, s, v = _truncated_svd(finetune_matrix - base_matrix, rank_of_equal_bytes(site))
     root = s.sqrt()
-    factors = Factors.of(u * root, root[:, None] * v.T)
+    factors = Factors.from_product(u * root, root[:, None] * v.T)
     added = 0 if site.added is None else site.added.nbytes
     return LowRankSite(
         name=site.name,
@@ -112,15 +118,11 @@ def equal_bytes(site: DeltaSite, base: Checkpoint, finetune: Checkpoint) -> LowR
     )
 
 
-def _matrix(site: DeltaSite, parameter: Tensor) -> Tensor:
-    matrix = parameter.float().reshape(-1, parameter.shape[-1] if parameter.dim() else 1)
-    return matrix.T if site.transposed else matrix
-
-
-def _svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U `[rows, rank]`, S `[rank]`, V `[columns, rank]`."""
     if rank == 0:
         return matrix.new_zeros(matrix.shape[0], 0), matrix.new_zeros(0), matrix.new_zeros(matrix.shape[1], 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(matrix, min(2 * rank + 16, *matrix.shape), _POWER)
+        u, s, v = torch.svd_lowrank(matrix, min(2 * rank + 16, *matrix.shape), _POWER_ITERATIONS)
     return u[:, :rank], s[:rank], v[:, :rank]

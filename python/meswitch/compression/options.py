@@ -1,4 +1,4 @@
-"""What may be asked of a compress: one object for the library, the command line and the journal."""
+"""The options of a compress: one object for the library and the command line."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Method: TypeAlias = Literal["preset", "auto"]
 class CompressOptions:
     """How a fine-tune is compressed.
 
-    `preset`: a name in `PRESETS`, or one of your own. `bits` (1, 2, 3, 4 or 8) overrides it for every site,
+    `preset`: a name in `PRESETS`, or a `Preset` of your own. `bits` (1, 2, 3, 4 or 8) overrides it for every site,
     `embedding_bits` for embeddings and head. Method `auto` chooses bits, rank, groups and salient channels site by
-    site instead, so that manifest and tensors weigh at most `target_bytes`, or `bpw` bits a weight (either means
-    `auto`), or what the preset would. `compensate`: let codes make up for one another's errors (GPTQ, arXiv
-    2210.17323) where the preset's rules say so and there is calibration.
+    site instead, so that manifest and tensors take at most `target_bytes` or `bpw` bits a weight (either implies
+    `auto`), or as much as the preset would. `compensate`: with calibration, choose codes so that later input channels
+    make up for the errors of earlier ones (GPTQ, arXiv 2210.17323), where the preset's rules do.
 
-    Raises `ValueError` for an unknown preset, method or number of bits, or options that exclude each other.
+    Raises `ValueError` for an unknown preset, method or number of bits, and for options that exclude each other.
 
     >>> CompressOptions(bpw=1.5).chooses_per_site
     True
@@ -59,12 +59,12 @@ class CompressOptions:
 
     @property
     def chooses_per_site(self) -> bool:
-        """Whether every site gets a form of its own, within a target of bytes."""
+        """Whether the form of every site is chosen, within a target of bytes."""
         return self.method == "auto" or self.bpw is not None or self.target_bytes is not None
 
     @property
     def label(self) -> str:
-        """The preset's name, `custom` for one of your own."""
+        """The preset's name, `custom` for a `Preset` of your own."""
         return self.preset if isinstance(self.preset, str) else "custom"
 
     @property

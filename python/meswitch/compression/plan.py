@@ -1,4 +1,4 @@
-"""How one parameter is to be stored: decided from the preset and from the module that owns it."""
+"""Plans: how each parameter is to be stored, by the preset and the module that owns it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from meswitch.compression.owners import Owner, Role, parameter_owners
 from meswitch.compression.presets import Preset, Rule
 from meswitch.huggingface.checkpoint import HEAD, Checkpoint
 
-_PRESET_ONLY = ("compensate", "frequent", "frequent_bits")  # fields of a rule that the native half does not take
+_PYTHON_FIELDS = ("compensate", "frequent", "frequent_bits")  # of a rule: resolved here, unknown to the native half
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one parameter is stored: under `rule`, or whole where that is `None`.
+    """How one parameter is stored: by `rule`, or uncompressed if that is `None`.
 
-    `row_bits`: rows that take other bits than the rule's, as `(bits, row numbers in rising order)`; 0 bits leave rows
-    as the base has them.
+    `row_bits`: rows with other bits than the rule's, as `(bits, row numbers in rising order)`; rows with 0 bits stay as
+    the base has them. `transposed`: whether the parameter is stored `[in, out]`.
     """
 
     name: str
@@ -32,25 +32,28 @@ class Plan:
     row_bits: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def to_native(self) -> dict[str, Any]:
-        """The same as the native half takes it.
+        """The plan as the native half takes it.
 
         >>> Plan("model.norm.weight").to_native()
         {'name': 'model.norm.weight', 'transposed': False, 'bits': None}
         """
-        found: dict[str, Any] = {"name": self.name, "transposed": self.transposed, "bits": None}
+        fields: dict[str, Any] = {"name": self.name, "transposed": self.transposed, "bits": None}
         if self.rule is not None:
-            found |= {key: value for key, value in asdict(self.rule).items() if key not in _PRESET_ONLY}
-            found["classes"] = [(bits, list(rows)) for bits, rows in self.row_bits]
-        return found
+            fields |= {key: value for key, value in asdict(self.rule).items() if key not in _PYTHON_FIELDS}
+            fields["classes"] = [(bits, list(rows)) for bits, rows in self.row_bits]
+        return fields
 
 
 def make_plans(
     base: Checkpoint, finetune: Checkpoint, preset: Preset, calibration: Calibration | None
 ) -> Iterator[Plan]:
-    """One plan a parameter, in the order in which the model runs them."""
+    """A plan for every parameter of the fine-tune, in the order in which the model runs them.
+
+    `calibration` says which tokens are frequent; without one the tokenizer's order does.
+    """
     names = set(finetune.names())
     if HEAD in base.names() and HEAD not in names and HEAD in finetune:
-        names.add(HEAD)  # tied in the fine-tune alone: its head differs from the base's all the same
+        names.add(HEAD)  # tied in the fine-tune only: as a head its embedding differs from the base's head
     owners = parameter_owners(finetune, names)
     unknown = Owner("block", transposed=False, order=(len(names) + len(owners), 0))
     for name in sorted(names, key=lambda name: (owners.get(name, unknown).order, _natural_order(name))):
@@ -65,18 +68,18 @@ def make_plans(
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:
-    """A key that sorts expert 10 after expert 2."""
+    """A sort key by which number 10 comes after number 2."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _frequent_rows(rule: Rule, rows: int, calibration: Calibration | None) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """The rows of the most frequent tokens: by calibration, else by the tokenizer's order."""
+    """`Plan.row_bits` of the most frequent tokens: by calibration, else by the tokenizer's order."""
     count = round(rule.frequent * rows)
     if count == 0 or rule.frequent_bits == rule.bits:
         return ()
     counts = torch.zeros(rows, dtype=torch.int64)
     if calibration is not None:
-        seen = calibration.token_counts[:rows]
-        counts[: len(seen)] = seen
+        calibrated = calibration.token_counts[:rows]
+        counts[: len(calibrated)] = calibrated
     frequent = torch.argsort(counts, descending=True, stable=True)[:count]
     return ((rule.frequent_bits, tuple(sorted(frequent.tolist()))),)

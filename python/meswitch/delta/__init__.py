@@ -1,12 +1,12 @@
-"""Delta directories: opened, verified, and turned back into ordinary parameters.
+"""Delta directories: opening, verifying, and turning them back into ordinary parameters.
 
-    directory     an opened delta: manifest, sites, checks
-    restoration   a site's parameter on the base's own; `restore` writes an ordinary checkpoint
+    directory     `Delta`, an opened delta directory: manifest, sites, checks
+    restoration   a site's parameter rebuilt from the base's; `restore` writes an ordinary checkpoint
     model         an expert as a model in memory
     target        where a delta directory may be written
 
-Threads: an opened `Delta` may be read from any thread. Memory: its tensors are views of the mapped file, alive as long
-as somebody holds one; nobody writes to them.
+Threads: an opened `Delta` may be read from any thread. Memory: its tensors are views of the mapped file, which stays
+mapped while any of them is alive; nobody may write to them.
 
 Imports: `huggingface`, `site`, `reference`, and the delta reader of `_native`.
 """

@@ -1,4 +1,4 @@
-"""An opened delta directory: what it holds, and whether it is sound.
+"""An opened delta directory: its sites, and whether its files are intact.
 
 Delta ── sites ── Site (one of four kinds, see `meswitch.site`)
   └ manifest (meswitch.json), tensors (delta.safetensors), both laid out in docs/format.md
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,35 @@ from torch import Tensor
 
 from meswitch import _native, reference
 from meswitch.huggingface.checkpoint import DTYPES, Checkpoint
-from meswitch.site import LowRank, LowRankSite, Part, QuantizedSite, ReplacedSite, Salient, SharedSite, Site, Sparse
+from meswitch.site import (
+    LowRank,
+    LowRankSite,
+    Part,
+    QuantizedSite,
+    ReplacedSite,
+    Salient,
+    SharedSite,
+    Site,
+    Sparse,
+    matrix_shape,
+)
 
 MANIFEST, TENSORS = "meswitch.json", "delta.safetensors"
 
 
 class Delta:
-    """An opened delta directory.
+    """An opened delta directory; any thread may use it.
 
-    Every tensor of its sites is a view of the mapped file: no copy until a kernel reads it. Never write to one. Only
-    the codes of format versions 1 and 2 are copied at opening, into the order of version 3. May be used from any
-    thread.
+    `path`: the directory. `manifest`: `meswitch.json`, parsed. `sites`: every parameter of the fine-tune by name,
+    in the order in which the model runs them. Their tensors are views of the mapped file, which must not be written to;
+    only the codes of format versions 1 and 2 are copied, into the order of version 3.
 
-    Opening checks manifest, sizes, names, dtypes and shapes; `verify` reads every byte.
-    Raises `FormatError` or `ChecksumError` for what is not a sound delta directory.
+    Opening checks the manifest, and the names, dtypes, shapes and sizes of tensors; `verify` reads every byte.
+    Raises `FormatError` or `ChecksumError` for a directory that is not a valid delta directory.
+
+    >>> delta = Delta.open("experts/math")  # doctest: +SKIP
+    >>> delta.bpw, delta.sites["lm_head.weight"].kind  # doctest: +SKIP
+    (2.26, 'quantized')
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,13 +63,13 @@ class Delta:
 
     @property
     def fingerprint(self) -> str:
-        """Of the base that the delta was made against."""
+        """The hash of the base that the delta was made against."""
         fingerprint: str = self.manifest["base"]["fingerprint"]
         return fingerprint
 
     @property
     def nbytes(self) -> int:
-        """What manifest and tensors weigh."""
+        """Bytes of manifest and tensors."""
         return self._native.nbytes
 
     @property
@@ -65,37 +79,39 @@ class Delta:
 
     @property
     def bpw(self) -> float:
-        """Bits a weight over all parameters, everything included."""
+        """Bits a weight over all parameters, manifest included."""
         return 8 * self.nbytes / max(self.parameters, 1)
 
     def verify(self, base: str | Path | Checkpoint | None = None) -> None:
-        """Reads every byte of the directory, and of the base where one is given.
+        """Reads every byte of the directory, and of `base` (a folder or hub id) if given, and checks their hashes.
 
-        Raises `ChecksumError` or `FormatError` for the first thing that is not sound, `BaseMismatchError` for a wrong
-        base.
+        Raises `ChecksumError` or `FormatError` for the first that differs, `BaseMismatchError` for another base.
         """
         self._native.verify()
         if base is not None:
             self._native.check_base(_as_checkpoint(base).native, True)
 
     def check_base(self, base: str | Path | Checkpoint) -> None:
-        """The quick check: names, shapes, dtypes and a few bytes of each tensor. Raises `BaseMismatchError`."""
+        """Checks the base quickly: names, shapes, dtypes and a few bytes of each tensor. Raises `BaseMismatchError`."""
         self._native.check_base(_as_checkpoint(base).native, False)
 
     def rewrite(
         self, out: str | Path, tensors: Mapping[str, Tensor], errors: Mapping[str, float], settings: dict[str, Any]
     ) -> None:
-        """Writes this delta to `out` with other tensors (by `SITE/ROLE`), relative errors (by site) and settings."""
+        """Writes this delta to `out` with some tensors (by `SITE/ROLE`) and relative errors (by site) replaced.
+
+        `settings` replace the manifest's. `out` may be this directory.
+        """
         content = {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors.items()}
         self._native.rewrite(out, content, dict(errors), json.dumps(settings))
 
     def close(self) -> None:
-        """Releases the mapping; tensors taken from it keep it alive."""
+        """Drops all sites; the file stays mapped while a tensor of it is alive."""
         self._bytes = None
         self.sites = {}
 
     def inspect(self) -> dict[str, Any]:
-        """What the directory holds, as `meswitch inspect --json` prints it; sparse sites alone have a `density`."""
+        """What `meswitch inspect --json` prints; only sparse sites have a `density`."""
         kinds: dict[str, dict[str, int]] = {}
         for site in self.sites.values():
             kind = kinds.setdefault(site.kind, {"sites": 0, "parameters": 0, "bytes": 0})
@@ -140,7 +156,9 @@ class Delta:
             return SharedSite(**common)
         if kind == "replaced":
             return ReplacedSite(**common, value=self._tensor(name, "whole", dtype, entry["shape"]))
-        rows, columns = _matrix_shape(entry)
+        rows, columns = matrix_shape(
+            entry["shape"], transposed=entry.get("transposed", False), added_rows=entry.get("added", 0)
+        )
         if entry.get("added", 0):
             common["added"] = self._tensor(name, "added", dtype, (entry["added"], columns))
         common["exponent"] = entry.get("exponent", 0)
@@ -183,32 +201,24 @@ class Delta:
         return Sparse(starts, gaps, self._tensor(name, "sparse_values", torch.float8_e5m2, (-1,)), entry["changed"])
 
     def _tensor(self, site: str, role: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """A view of a tensor that the native half has checked to be there."""
+        """A view of a tensor that must exist, as the native half checked when it opened the directory."""
         tensor = self._optional(site, role, dtype, shape)
         assert tensor is not None, f"{site}/{role}"
         return tensor
 
     def _optional(self, site: str, role: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor | None:
+        """A view of a tensor; `None` if the site has none of this role."""
         extent = self._native.extent(site, role)
         if extent is None or self._bytes is None:
             return None
         return self._bytes[extent[0] : extent[1]].view(dtype).view(*shape)
 
 
-def _tiled(old: Tensor, bits: int, rows: int, columns: int) -> Tensor:
-    """A copy of codes that lie row after row, as in versions 1 and 2."""
+def _tiled(codes_by_row: Tensor, bits: int, rows: int, columns: int) -> Tensor:
+    """A tiled copy of codes that are stored row after row, as format versions 1 and 2 do."""
     codes = torch.empty(reference.part_bytes(bits, rows, columns) // 4, dtype=torch.int32)
-    _native.tile(old, bits, columns, codes)
+    _native.tile(codes_by_row, bits, columns, codes)
     return codes
-
-
-def _matrix_shape(entry: dict[str, Any]) -> tuple[int, int]:
-    """Output and input channels of the delta's matrix, without added rows."""
-    shape = entry["shape"] or [1]
-    rows, columns = prod(shape[:-1]), shape[-1]
-    if entry.get("transposed", False):
-        rows, columns = columns, rows
-    return rows - entry.get("added", 0), columns
 
 
 def _as_checkpoint(base: str | Path | Checkpoint) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""An expert as a model of its own, in memory."""
+"""An expert as an ordinary transformers model in memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from meswitch.delta.directory import Delta
 from meswitch.delta.restoration import rebuild
 from meswitch.errors import FormatError
 from meswitch.huggingface.checkpoint import Checkpoint
-from meswitch.huggingface.models import built, skeleton
+from meswitch.huggingface.models import from_pretrained, skeleton
 from meswitch.site import Site
 
 
 class _LazyWeight:
-    """A site's weight, rebuilt when transformers asks for it (`[...]`, as it asks a safetensors slice)."""
+    """A site's weight, rebuilt when transformers reads it (by `[...]`, as from a safetensors slice)."""
 
     def __init__(self, base: Checkpoint, site: Site) -> None:
         self._base, self._site = base, site
@@ -29,14 +29,14 @@ class _LazyWeight:
 
 
 def expert_model(base: Checkpoint, delta: Delta, sites: Mapping[str, Site] | None = None) -> Any:
-    """The expert in float32, as exact arithmetic serves it, built one weight at a time.
+    """The expert in float32, base plus delta as exact arithmetic serves it, built one weight at a time.
 
-    `sites`: others than the delta's own. Raises `FormatError` where weights are missing.
+    `sites` replace the delta's. Raises `FormatError` if weights of the model are missing.
     """
     sites = delta.sites if sites is None else sites
     state = {name: _LazyWeight(base, site) for name, site in sites.items()}
     config = AutoConfig.from_pretrained(delta.path)
-    model, missing = built(type(skeleton(delta.path)), None, torch.float32, config=config, state_dict=state)
+    model, missing = from_pretrained(type(skeleton(delta.path)), None, torch.float32, config=config, state_dict=state)
     if missing:
         raise FormatError(
             f"expected every weight of the model, found {len(missing)} missing: {missing[0]}: {delta.path}"

@@ -19,14 +19,14 @@ from meswitch.site import ReplacedSite, Site
 
 
 def rebuild(site: Site, base: Checkpoint, *, rounded: bool = True) -> Tensor:
-    """The parameter of a site on the base's own, rounded to the fine-tune's dtype or, unless `rounded`, in float32.
+    """The parameter of a site: `reference.restored` in the fine-tune's dtype, or `reference.served` unless `rounded`.
 
-    A replaced site does not read the base. May be a view of a mapped file.
+    May be a view of a mapped file, which must not be written to.
     """
     if isinstance(site, ReplacedSite):
         return site.value
-    own = base.tensor(site.name)
-    return reference.restored(site, own) if rounded else reference.served(site, own)
+    parameter = base.tensor(site.name)
+    return reference.restored(site, parameter) if rounded else reference.served(site, parameter)
 
 
 def restore(
@@ -39,9 +39,13 @@ def restore(
 ) -> None:
     """Writes an ordinary checkpoint: base plus delta, in the fine-tune's shapes and dtypes, with its tokenizer.
 
-    Memory holds one file at a time, of about `shard_bytes` at the most. `progress` counts weights.
+    `base`: a folder or hub id. `shard_bytes`: the size of a safetensors file, unless one parameter is larger; memory
+    holds one file's tensors at a time. `progress` counts weights. An interrupted run leaves nothing at `out`.
 
-    Raises `BaseMismatchError` for another base, `FormatError` where `out` stands already.
+    Raises `BaseMismatchError` for another base, `FormatError` if `out` is a file or a folder with something in it,
+    `CheckpointError`, and `OSError` if files cannot be written.
+
+    >>> restore("base/", "experts/math", "merged/")  # doctest: +SKIP
     """
     opened, checkpoint, target = Delta.open(delta), Checkpoint.open(base), Path(out)
     opened.check_base(checkpoint)
@@ -83,6 +87,7 @@ def _write_shards(folder: Path, delta: Delta, base: Checkpoint, shard_bytes: int
 
 
 def _shards(delta: Delta, shard_bytes: int) -> list[list[str]]:
+    """Parameter names by file, in order."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, site in delta.sites.items():

@@ -9,7 +9,7 @@ from meswitch.errors import FormatError
 
 
 def refuse_overwriting(target: Path) -> None:
-    """Raises `FormatError` where something stands at `target` that is not a delta directory."""
+    """Raises `FormatError` if there is something at `target` that is not a delta directory, nor an empty folder."""
     if target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
         raise FormatError(
             f"expected a new folder or a delta directory to write to, found something else at {target}",

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: where they are, what they hold, and their tensors as views of the mapped files."""
+"""Hugging Face checkpoints: finding them, and their tensors as views of the mapped files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from meswitch.huggingface.files import HUB_FILES
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HEAD = "lm_head.weight"
-"""The name under which a tied checkpoint answers with its embedding."""
+"""The head's name. A checkpoint of a tied model has no such tensor, and returns its embedding under it."""
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -35,9 +35,9 @@ DTYPES = {
 
 
 def resolve(source: str | Path) -> Path:
-    """The folder of a checkpoint, given itself or a hub id (whose offline cache is honoured).
+    """The folder of a checkpoint, from its path or a hub id, which is downloaded unless it is in the hub's cache.
 
-    Raises `CheckpointError` where there is neither.
+    Raises `CheckpointError` if it is neither.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -59,31 +59,34 @@ def resolve(source: str | Path) -> Path:
 
 
 class Checkpoint:
-    """A checkpoint folder: single file or shards, bf16, f16 or f32.
+    """A checkpoint folder: one safetensors file or several with an index.
 
-    Raises `CheckpointError` for what is not a whole checkpoint.
+    `path`: the folder. `native`: the native half's checkpoint. Files are mapped when they are first read.
+    Raises `CheckpointError` for a folder that is not a complete checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.native = _native.Checkpoint(path)
-        self._where = self._locate()
+        self._file_of = self._read_index()
         self._open: dict[str, Any] = {}
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
+        """Opens a folder or hub id."""
         return cls(resolve(source))
 
-    def _locate(self) -> dict[str, str]:
+    def _read_index(self) -> dict[str, str]:
+        """The file of every tensor."""
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            where: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return where
+            file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            return file_of
         return dict.fromkeys(self.native.names(), "model.safetensors")
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config.json`, as it stands."""
+        """`config.json`, parsed. Raises `CheckpointError` if there is none."""
         path = self.path / "config.json"
         try:
             config: dict[str, Any] = json.loads(path.read_text())
@@ -95,29 +98,34 @@ class Checkpoint:
         return config
 
     def sample(self) -> str:
-        """Which checkpoint this is, quickly: a hash of names, dtypes, shapes and 3 KiB of each tensor."""
+        """A quick hash of the checkpoint: of names, dtypes, shapes and 3 KiB of each tensor."""
         return self.native.sample()
 
     def names(self) -> list[str]:
-        """The tensors on disk, by name in order."""
+        """The names of the tensors on disk, sorted."""
         return self.native.names()
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is a tensor of that name, its own or, in a tied checkpoint, `lm_head.weight`."""
+        """Whether there is a tensor of that name; in a tied checkpoint, `lm_head.weight` counts."""
         return self.native.has(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
         return tuple(self.native.info(name)[1])
 
     def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor on disk."""
         return DTYPES[self.native.info(name)[0]]
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped tensor, in its own dtype; a tied checkpoint's `lm_head.weight` is its embedding."""
-        file = self._where.get(name)
+        """A view of the mapped tensor, in its own dtype; a tied checkpoint's `lm_head.weight` is its embedding.
+
+        It must not be written to. Raises `CheckpointError` if there is none of that name.
+        """
+        file = self._file_of.get(name)
         if file is None and name in self:
             name = self.native.alias(name)
-            file = self._where[name]
+            file = self._file_of[name]
         if file is None:
             raise CheckpointError(f"expected a tensor {name}, found none in {self.path}")
         if file not in self._open:

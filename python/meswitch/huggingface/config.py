@@ -1,6 +1,7 @@
-"""Which fields of a config change what a model computes.
+"""The fields of a config that change what a model computes.
 
-Two checkpoints share the base's modules only where none does. Whatever is not known to be harmless counts.
+An expert can run on the base's modules only if none of these differs. Every field counts that is not known to be
+harmless.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Read by tokenizers, generation, training or tools, or settled by the weights' own names and shapes.
+# Read by tokenizers, generation, training or tools, or determined by the names and shapes of the weights.
 HARMLESS = frozenset(
     """
     _attn_implementation_autoset _name_or_path architectures attention_dropout attn_pdrop auto_map bad_words_ids
@@ -28,22 +29,23 @@ HARMLESS = frozenset(
     transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache vocab_size
     """.split()
 )
-# What a config resolves into `layer_types` when it is loaded.
-_RESOLVED = ("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern")
+# transformers resolves these into `layer_types` when it loads a config.
+_RESOLVED_FIELDS = ("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern")
 
 
 def text_config(folder: str | Path) -> Any:
-    """The config of a checkpoint's decoder, defaults and old spellings resolved by transformers.
+    """The config of a checkpoint's decoder, with defaults and renamed fields resolved by transformers.
 
-    Raises `OSError` or `ValueError` where there is none that transformers knows.
+    Raises `OSError` or `ValueError` if there is none that transformers knows.
     """
+    # Imported here: transformers takes seconds, and the rest of this file does not need it.
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
 
 
 def config_changes(base: Mapping[str, Any], expert: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The fields of two loaded configs that differ and may matter to a forward pass: base's value, expert's value.
+    """The fields of two loaded configs that differ and may matter to a forward pass, with both values.
 
     >>> config_changes({"rms_norm_eps": 1e-6, "use_cache": True}, {"rms_norm_eps": 1e-5, "use_cache": False})
     {'rms_norm_eps': (1e-06, 1e-05)}
@@ -51,27 +53,28 @@ def config_changes(base: Mapping[str, Any], expert: Mapping[str, Any]) -> dict[s
     missing = object()
     names = (base.keys() | expert.keys()) - HARMLESS
     if "layer_types" in base and "layer_types" in expert:
-        names -= set(_RESOLVED)
+        names -= set(_RESOLVED_FIELDS)
     if not all(re.fullmatch("default|linear|llama3|none", kind) for kind in _rope_types(base)):
-        names.add("max_position_embeddings")  # these derive frequencies from it
+        names.add("max_position_embeddings")  # other rope types derive frequencies from it
     differing = sorted(name for name in names if base.get(name, missing) != expert.get(name, missing))
     return {name: (base.get(name), expert.get(name)) for name in differing}
 
 
 def _rope_types(config: Mapping[str, Any]) -> set[str]:
+    """The rope types of all layers."""
     rope = config.get("rope_parameters") or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
-    return {str(one.get("rope_type", "default")) for one in nested or [rope]}
+    return {str(parameters.get("rope_type", "default")) for parameters in nested or [rope]}
 
 
 def context_limit(config: Any) -> tuple[int, str]:
-    """The most tokens (prompt and answer) that one request may have under this text config, and why."""
-    limit, why = getattr(config, "max_position_embeddings", None) or 2**31 - 1, "the model's context"
+    """The most tokens (prompt and answer) that a request may have under this text config, and the reason."""
+    limit, reason = getattr(config, "max_position_embeddings", None) or 2**31 - 1, "the model's context"
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]:
         kind = str(parameters.get("rope_type", "default"))
         if kind == "longrope":
             original = parameters.get("original_max_position_embeddings") or limit
             if original < limit:
-                limit, why = original, f"beyond it rope type {kind!r} would change the batch's other requests"
-    return int(limit), why
+                limit, reason = original, f"beyond it rope type {kind!r} would change the batch's other requests"
+    return int(limit), reason

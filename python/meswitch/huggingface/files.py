@@ -1,7 +1,4 @@
-"""Which small files belong to a checkpoint: its configs, tokenizer and chat template.
-
-Every list of such files in the package is made from these patterns.
-"""
+"""The files of a checkpoint besides its weights: configs, tokenizer and chat template, by pattern."""
 
 from __future__ import annotations
 
@@ -9,24 +6,24 @@ from collections.abc import Iterable
 from pathlib import Path
 
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece*.model", "*.tiktoken")
-"""Files that hold a tokenizer's vocabulary; a folder without any has no tokenizer."""
+"""Files with a tokenizer's vocabulary; a folder without any of them has no tokenizer."""
 
 TEMPLATE = ("chat_template.*",)
 TOKENIZER = (*VOCABULARY, *TEMPLATE, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER)
-"""Everything of a checkpoint that lies beside a delta's tensors."""
+"""The files that a delta directory keeps of its fine-tune."""
 
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-"""What is fetched from the hub: weights, indices and small files, nothing pickled."""
+"""The files that are downloaded from the hub: weights, indices and small files, no pickles."""
 
 
 def small_files(folder: Path) -> dict[str, Path]:
-    """The small files of a checkpoint, by name."""
+    """The paths of a checkpoint's small files, by name."""
     return {file.name: file for pattern in SMALL_FILES for file in folder.glob(pattern) if file.is_file()}
 
 
 def matches(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    """The names that any of the patterns matches, in order.
+    """The names that match any of the patterns, in their order.
 
     >>> matches(["vocab.json", "config.json"], VOCABULARY)
     ['vocab.json']

@@ -1,4 +1,4 @@
-"""Models as transformers makes them from a checkpoint: whole or not at all, or as a skeleton without weights."""
+"""Models that transformers builds from a checkpoint: with all of their weights, or as a skeleton without any."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from meswitch.errors import CheckpointError, UnsupportedModelError
 
+LINEAR_MODULES = (nn.Linear, Conv1D)
+"""Modules that multiply their input by a matrix `weight`; GPT-2's `Conv1D` stores it transposed."""
+
 Check = Callable[[Any, Any], None]
-"""Called with a config and a model class or model; raises where it cannot be used."""
+"""Called with a config and a model class or model; raises if it cannot be used."""
 
 
 def load_model(folder: Path, dtype: str | torch.dtype = "auto", *, check: Check | None = None) -> Any:
-    """The causal language model of a checkpoint, in the checkpoint's own dtype or in `dtype`.
+    """The causal language model of a checkpoint, in `dtype`; `auto` is the checkpoint's own.
 
-    `check` is asked before any weight is read, with the model's class, and again with the model.
+    `check` is called with the model's class before any weight is read, and with the model afterwards.
 
-    Raises `CheckpointError` where a weight is missing or the folder holds no checkpoint, `UnsupportedModelError` where
+    Raises `CheckpointError` for a folder without a checkpoint or one that lacks weights, and `UnsupportedModelError` if
     transformers knows no such causal language model.
     """
     if not (folder / "config.json").is_file():
@@ -31,13 +35,13 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto", *, check: Check 
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModelError(f"{folder}: transformers does not know this model: {error}") from error
-    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if check is not None and (config.is_encoder_decoder or kind is not None):
-        check(config, kind)
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if check is not None and (config.is_encoder_decoder or model_class is not None):
+        check(config, model_class)
     try:
-        model, missing = built(AutoModelForCausalLM, folder, dtype)
+        model, missing = from_pretrained(AutoModelForCausalLM, folder, dtype)
     except (OSError, ValueError, SafetensorError) as error:
-        if kind is None:
+        if model_class is None:
             raise UnsupportedModelError(f"{config.model_type}: not a causal language model: {error}") from error
         raise CheckpointError(f"{folder}: expected a whole checkpoint: {error}") from error
     if missing:
@@ -49,18 +53,19 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto", *, check: Check 
     return model
 
 
-def built(kind: Any, folder: Path | None, dtype: str | torch.dtype, **state: Any) -> tuple[Any, list[str]]:
-    """`kind.from_pretrained`, and the names of the weights that it did not find in their shape."""
-    model, found = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **state)
-    return model, sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+def from_pretrained(
+    model_class: Any, folder: Path | None, dtype: str | torch.dtype, **arguments: Any
+) -> tuple[Any, list[str]]:
+    """`model_class.from_pretrained`, and the names of weights that were missing or had another shape."""
+    model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **arguments)
+    return model, sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
 
 
 def skeleton(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model of a checkpoint without its weights: its modules and parameter names, on the meta device.
+    """The model of a checkpoint on the meta device: its modules and parameter names, without weights.
 
-    `dtype` is its parameters', the config's own by default.
-
-    Raises `CheckpointError` where transformers knows no such causal language model.
+    `dtype`: of its parameters; `None` takes the config's.
+    Raises `CheckpointError` if transformers knows no such causal language model.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -72,3 +77,8 @@ def skeleton(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
             hint="meswitch serves decoders that transformers' AutoModelForCausalLM loads",
         ) from error
     return model
+
+
+def is_transposed(module: nn.Module | None) -> bool:
+    """Whether a module stores its weight as `[in_features, out_features]`."""
+    return isinstance(module, Conv1D)

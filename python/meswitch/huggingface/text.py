@@ -20,11 +20,14 @@ from transformers import AutoTokenizer
 from meswitch.errors import CheckpointError, DataError
 
 _FORMS = '{"text"}, {"prompt"[, "completion"]} or {"messages"}'
-_CHARACTERS_A_TOKEN = 4  # about; what a passage is cut to
+FORWARD_TOKENS = 2048
+"""Tokens of one forward pass, where text is only run through a model: enough to keep the processor busy."""
+
+_CHARACTERS_PER_TOKEN = 4  # roughly; sets the length of passages
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in the folder `path`; raises `CheckpointError` where there is none."""
+    """The tokenizer in the folder `path`. Raises `CheckpointError` if there is none that loads."""
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -35,12 +38,12 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def read_texts(path: str | Path, tokenizer: Any) -> list[str]:
-    """The documents of a data file: a `.txt` is one, a `.jsonl` one a line.
+    """The documents of a data file: a `.txt` is one document, a `.jsonl` has one a line.
 
-    A line is `{"text": …}`, `{"prompt": …}` with or without `"completion"` (joined as they stand), or
-    `{"messages": […]}`, written out by the tokenizer's chat template.
+    A line is `{"text": …}`, `{"prompt": …}` with or without `"completion"` (joined without anything between), or
+    `{"messages": […]}`, which the tokenizer's chat template renders. Empty documents are left out.
 
-    Raises `DataError` naming file and line; `OSError` where the file cannot be opened.
+    Raises `DataError` with file and line, `OSError` if the file cannot be opened.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
@@ -56,8 +59,8 @@ def read_texts(path: str | Path, tokenizer: Any) -> list[str]:
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`("file:line", object)` of each line of a `.jsonl` file that is not blank."""
-    # Not splitlines(): a JSON string may hold U+2028 and its like.
+    """`("file:line", object)` of each line of a `.jsonl` file that is not blank. Raises `DataError`."""
+    # Not splitlines(): a JSON string may contain U+2028 and other line separators.
     for number, line in enumerate(_decode(Path(path)).split("\n"), start=1):
         if not line.strip():
             continue
@@ -91,12 +94,12 @@ def _text(line: dict[str, Any], where: str, tokenizer: Any) -> str:
 
 
 def string_field(line: dict[str, Any], key: str, where: str) -> str:
-    """`line[key]`, which must be a string; raises `DataError` naming `where`."""
+    """`line[key]`. Raises `DataError`, with `where` in its text, if that is not a string of Unicode text."""
     value = line.get(key)
     if not isinstance(value, str):
         found = type(value).__name__ if key in line else "nothing"
         raise DataError(f"expected a string under {key!r}, found {found}: {where}")
-    # A lone surrogate is legal JSON and no text: tokenizers refuse it with an error of their own.
+    # A lone surrogate is valid JSON but not text, and tokenizers raise errors of their own for it.
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise DataError(f"expected text under {key!r}, found a lone surrogate: {where}")
     return value
@@ -115,7 +118,7 @@ def _chat(messages: Any, where: str, tokenizer: Any) -> str:
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program of the model's author and may raise anything
+    except Exception as error:  # a template is a program that may raise anything
         raise DataError(f"expected messages the chat template accepts, found {error}: {where}") from error
 
 
@@ -124,9 +127,9 @@ def _short(text: str) -> str:
 
 
 def token_windows(texts: Iterable[str], tokenizer: Any, length: int, *, max_tokens: int | None = None) -> list[Tensor]:
-    """The texts as one stream of tokens, cut into windows `int64 [length]`; the last may be shorter.
+    """The texts as one sequence of tokens, cut into windows `int64 [length]`, of which the last may be shorter.
 
-    Texts are parted by the tokenizer's end-of-sequence token. Stops after `max_tokens` tokens.
+    The tokenizer's end-of-sequence token separates texts. At most `max_tokens` tokens.
     """
     ids: list[int] = []
     for text in texts:
@@ -135,18 +138,20 @@ def token_windows(texts: Iterable[str], tokenizer: Any, length: int, *, max_toke
         if ids and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
         ids.extend(token_ids(text, tokenizer))
-    stream = torch.tensor(ids[:max_tokens], dtype=torch.int64)
-    return list(torch.split(stream, length)) if ids else []
+    sequence = torch.tensor(ids[:max_tokens], dtype=torch.int64)
+    return list(torch.split(sequence, length)) if ids else []
 
 
 def token_ids(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of one text; what a chat template wrote keeps the one beginning-of-sequence token it has."""
-    begins = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return list(tokenizer(text, add_special_tokens=not begins, verbose=False)["input_ids"])
+    """The tokens of one text. A text that begins with the beginning-of-sequence token, as chat templates write it, gets
+    no second one.
+    """
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return list(tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"])
 
 
 def batches(windows: Sequence[Tensor], tokens: int) -> Iterator[Tensor]:
-    """Windows of equal length stacked to `int64 [n, length]`, at most about `tokens` tokens each."""
+    """Consecutive windows of equal length as batches `int64 [n, length]`, of at most `tokens` tokens or of one."""
     start = 0
     while start < len(windows):
         length = len(windows[start])
@@ -158,7 +163,7 @@ def batches(windows: Sequence[Tensor], tokens: int) -> Iterator[Tensor]:
 
 
 def check_vocabulary(ids: Tensor, vocabulary: int, data: str | Path) -> None:
-    """Raises `DataError` for a token the model has no row for (an added token whose embedding was never grown)."""
+    """Raises `DataError` for a token that the model has no row for, as one added to the tokenizer alone has."""
     if ids.numel() and int(ids.max()) >= vocabulary:
         raise DataError(
             f"expected token ids below {vocabulary}, the model's vocabulary, found {int(ids.max())}: {data}",
@@ -167,7 +172,7 @@ def check_vocabulary(ids: Tensor, vocabulary: int, data: str | Path) -> None:
 
 
 def shuffled_passages(texts: list[str], size: int, seed: int) -> Iterator[str]:
-    """The texts in pieces of at most `size` characters, in an order drawn by `seed`: any beginning covers them all."""
+    """The texts in pieces of at most `size` characters, shuffled by `seed`, so that the first few are from all over."""
     pieces = [(text, start) for text in texts for start in range(0, len(text), size)]
     random.Random(seed).shuffle(pieces)
     return (text[start : start + size] for text, start in pieces)
@@ -176,14 +181,15 @@ def shuffled_passages(texts: list[str], size: int, seed: int) -> Iterator[str]:
 def draw_windows(
     folder: Path, data: str | Path, *, max_tokens: int, window: int, seed: int, purpose: str
 ) -> list[Tensor]:
-    """Windows of text from all over `data`, `int64 [window]` each or less, in the tokens of the model in `folder`.
+    """Windows of text from all over `data`, at most `int64 [window]` each, tokenized for the model in `folder`.
 
-    `purpose` completes the error for a file without text. Raises `ValueError` for sizes below 1, `DataError`.
+    `purpose` completes the error for a file without text. Raises `ValueError` for sizes below 1, `DataError`,
+    `CheckpointError` if there is no tokenizer.
     """
     if max_tokens < 1 or window < 1:
         raise ValueError(f"expected at least 1 token and a window of at least 1, found {max_tokens}, {window}")
     tokenizer = load_tokenizer(folder)
-    passages = shuffled_passages(read_texts(data, tokenizer), window * _CHARACTERS_A_TOKEN, seed)
+    passages = shuffled_passages(read_texts(data, tokenizer), window * _CHARACTERS_PER_TOKEN, seed)
     windows = token_windows(passages, tokenizer, window, max_tokens=max_tokens)
     if not windows:
         raise DataError(f"expected text to {purpose}, found no token: {data}")

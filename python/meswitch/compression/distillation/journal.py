@@ -1,6 +1,6 @@
-"""What an interrupted distillation leaves for the next one, in a folder beside `out`.
+"""The finished stages of a distillation on disk, so that an interrupted one goes on from there.
 
-.NAME.distilling/
+.NAME.distilling/       beside the delta directory NAME that is written
     key                 which distillation this is: a hash of everything that decides its outcome
     STAGE.safetensors   the scales as they are stored, by SITE/ROLE
 """
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +20,42 @@ from torch import Tensor
 
 
 class Journal:
-    """The folder of one distillation; what another one left there is thrown away."""
+    """The journal of the distillation that writes to `out`.
 
-    def __init__(self, out: Path, about: dict[str, Any]) -> None:
-        """`about`: everything that decides the outcome."""
+    `inputs`: everything that decides the outcome, as JSON. Files are written under another name and renamed, so a
+    journal holds whole stages only. One process at a time may use a journal.
+    """
+
+    def __init__(self, out: Path, inputs: dict[str, Any]) -> None:
         self.folder = out.absolute().with_name(f".{out.absolute().name}.distilling")
-        self._key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        self._key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
-    def begin(self) -> None:
-        """Makes the folder, or finds the one that was left."""
+    def open(self) -> None:
+        """Keeps the stages that an equal distillation left; deletes those of any other."""
         path = self.folder / "key"
         if not path.is_file() or path.read_text() != self._key:
-            self.close()
+            self.delete()
             self.folder.mkdir(parents=True)
-            _write(path, lambda partial: partial.write_text(self._key))
+            _write_atomically(path, lambda partial: partial.write_text(self._key))
 
     def load(self, stage: int) -> dict[str, Tensor] | None:
-        """The scales that a finished stage left."""
+        """The scales of a finished stage; `None` if it is not finished."""
         path = self.folder / f"{stage}.safetensors"
         return load_file(path) if path.is_file() else None
 
     def save(self, stage: int, tensors: dict[str, Tensor]) -> None:
-        """All of the stage, or nothing of it."""
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        _write(self.folder / f"{stage}.safetensors", lambda partial: save_file(whole, partial))
+        """Writes the scales of a finished stage."""
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        _write_atomically(self.folder / f"{stage}.safetensors", lambda partial: save_file(contiguous, partial))
 
-    def close(self) -> None:
-        """Removes the folder."""
+    def delete(self) -> None:
+        """Deletes the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _write(path: Path, fill: Any) -> None:
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f"{path.name}.incomplete")
-    fill(partial)
+    write(partial)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
