@@ -14,14 +14,14 @@ __all__ = [
     "backends",
     "base_linear",
     "base_linear_tokens",
+    "bit_equal",
     "compress",
     "cpu_features",
-    "energies",
+    "estimate_bytes",
     "kernel_threads",
     "probe",
-    "same",
+    "row_energies",
     "tile",
-    "weigh",
     "write",
 ]
 
@@ -92,7 +92,7 @@ def compress(
     progress: Callable[[str, int, int], object],
     factor: Callable[[str], bytes | None] | None = None,
 ) -> None: ...
-def weigh(
+def estimate_bytes(
     base: Checkpoint,
     finetune: Checkpoint,
     plans: Sequence[dict[str, Any]],
@@ -101,8 +101,10 @@ def weigh(
     settings: str,
     base_name: str,
 ) -> int: ...
-def same(base: Checkpoint, finetune: Checkpoint, name: str) -> bool: ...
-def energies(base: Checkpoint, finetune: Checkpoint, name: str, transposed: bool, moments: bytes | None) -> bytes: ...
+def bit_equal(base: Checkpoint, finetune: Checkpoint, name: str) -> bool: ...
+def row_energies(
+    base: Checkpoint, finetune: Checkpoint, name: str, transposed: bool, moments: bytes | None
+) -> bytes: ...
 def probe(
     base: Checkpoint,
     finetune: Checkpoint,

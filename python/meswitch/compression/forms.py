@@ -109,7 +109,7 @@ class CandidateSite:
         moments = costs.moments.get(self.name)
         moment_bytes = None if moments is None else moments.float().contiguous().numpy().tobytes()
         self._arguments = (base.native, finetune.native, self.name, plan.transposed, moment_bytes)
-        self.energy = _floats(_native.energies(*self._arguments))
+        self.energy = _floats(_native.row_energies(*self._arguments))
         self._rows = len(self.energy)
         self._columns = matrix_shape(shape, transposed=plan.transposed)[1]
         self._replaced_bytes = self.parameters * element

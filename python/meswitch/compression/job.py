@@ -223,13 +223,13 @@ class _Job:
         bpw, target = self._options.bpw, self._options.target_bytes
         target = math.floor(bpw * self._parameters / 8) if bpw is not None else target
         self.settings |= {"method": "auto", "target_bytes": target}
-        shared = {plan.name for plan in plans if _native.same(*self._pair, plan.name)}
+        shared = {plan.name for plan in plans if _native.bit_equal(*self._pair, plan.name)}
 
         def weigh(plans: list[Plan], summary: list[dict[str, Any]]) -> int:
             # With the longest number, so that the smallest possible size does not depend on the target.
             settings = json.dumps({**self.settings, "target_bytes": 10**15, "chosen": summary})
             native = [plan.to_native() for plan in plans]
-            return _native.weigh(*self._pair, native, shared, self._files, settings, self._name)
+            return _native.estimate_bytes(*self._pair, native, shared, self._files, settings, self._name)
 
         if target is None:
             target = self.settings["target_bytes"] = weigh(plans, [])

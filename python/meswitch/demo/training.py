@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from meswitch.compression.distillation.bfloat16_gradients import multiplies_bfloat16
+from meswitch.kernels.processor import multiplies_bfloat16
 from meswitch.progress import ProgressMeter
 
 if TYPE_CHECKING:

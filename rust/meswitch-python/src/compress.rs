@@ -22,7 +22,7 @@ use crate::errors::to_python;
 /// `plans` is a list of dicts, one a parameter in execution order; `moments` maps names to little-endian float32
 /// E[x²]; `progress(site, done, total)` is called before every site, first with the weights that an interrupted call
 /// of the same arguments had done. `factor(site)` gives, as little-endian float32, U of H⁻¹ = UᵀU with H = E[x xᵀ] for
-/// error compensation, or none; it is asked in the order of the plans.
+/// error compensation, or `None`; it is asked in the order of the plans.
 #[pyfunction]
 #[pyo3(signature = (base, finetune, out, plans, moments, files, settings, base_name, progress, factor=None))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // the signature that Python sees
@@ -45,7 +45,7 @@ pub fn compress(
     let (mut raised, mut refused) = (None, None);
     let outcome = enter_pool(py, || {
         let job = Job { base, finetune, plans: &plans, out: &out, files: &files, settings, base_name };
-        job.run(&mut |step| tell(&progress, step, &mut raised), &mut |site| {
+        job.run(&mut |step| report_progress(&progress, step, &mut raised), &mut |site| {
             let Some(factor) = &factor else { return Ok(None) };
             let given = Python::attach(|py| {
                 let values: Option<PyBackedBytes> = factor.call1(py, (site,))?.extract(py)?;
@@ -86,7 +86,7 @@ pub fn write(
     let (mut raised, mut refused) = (None, None);
     let outcome = enter_pool(py, || {
         let assembly = Assembly { base, out: &out, files: &files, settings, base_name };
-        assembly.write_given(&entries, &mut |step| tell(&progress, step, &mut raised), &mut |entry| {
+        assembly.write_given(&entries, &mut |step| report_progress(&progress, step, &mut raised), &mut |entry| {
             let given = Python::attach(|py| tensors.call1(py, (&entry.name,))?.extract(py));
             given.map_err(|error| {
                 refused = Some(error);
@@ -98,7 +98,7 @@ pub fn write(
 }
 
 /// Calls Python's `progress`; false where it raised, or a signal did.
-fn tell(progress: &Py<PyAny>, step: Progress<'_>, raised: &mut Option<PyErr>) -> bool {
+fn report_progress(progress: &Py<PyAny>, step: Progress<'_>, raised: &mut Option<PyErr>) -> bool {
     let call = Python::attach(|py| {
         py.check_signals()?;
         progress.call1(py, (step.site, step.done, step.total)).map(drop)
@@ -111,7 +111,7 @@ fn tell(progress: &Py<PyAny>, step: Progress<'_>, raised: &mut Option<PyErr>) ->
 #[pyfunction]
 #[pyo3(signature = (base, finetune, plans, shared, files, settings, base_name))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // the signature that Python sees
-pub fn weigh(
+pub fn estimate_bytes(
     base: &Checkpoint,
     finetune: &Checkpoint,
     plans: Vec<Bound<'_, PyDict>>,
@@ -128,14 +128,14 @@ pub fn weigh(
 
 /// Whether a parameter is bit-equal in base and fine-tune.
 #[pyfunction]
-pub fn same(py: Python<'_>, base: &Checkpoint, finetune: &Checkpoint, name: &str) -> PyResult<bool> {
+pub fn bit_equal(py: Python<'_>, base: &Checkpoint, finetune: &Checkpoint, name: &str) -> PyResult<bool> {
     enter_pool(py, || Ok(meswitch_core::compress::bit_equal(&base.0.view(name)?, &finetune.0.view(name)?)))
 }
 
 /// `Σ importance · Δ²` of every row of a site, as little-endian float32; `moments` are its E[x²].
 #[pyfunction]
 #[pyo3(signature = (base, finetune, name, transposed, moments))]
-pub fn energies<'py>(
+pub fn row_energies<'py>(
     py: Python<'py>,
     base: &Checkpoint,
     finetune: &Checkpoint,

@@ -8,8 +8,8 @@ use meswitch_core::delta;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::{enter, enter_pool};
 use crate::errors::to_python;
+use crate::{enter, enter_pool};
 
 /// A mapped Hugging Face checkpoint.
 #[pyclass(frozen)]

@@ -36,7 +36,7 @@ fn enter_pool<T: Send + Ungil>(py: Python<'_>, work: impl FnOnce() -> Result<T> 
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use super::compress::{compress, energies, probe, same, weigh, write};
+    use super::compress::{bit_equal, compress, estimate_bytes, probe, row_energies, write};
     #[pymodule_export]
     use super::delta::{Checkpoint, Delta};
     #[pymodule_export]

@@ -107,7 +107,7 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Tensor {
         let tensor = Self { object: object.to_owned().unbind(), address, dtype, shape, strides };
         if let Some(dtype) = dtype
             && tensor.count() > 0
-            && (address == 0 || address % dtype.size() != 0)
+            && (address == 0 || !address.is_multiple_of(dtype.size()))
         {
             return Err(PyValueError::new_err(format!(
                 "expected memory aligned to {} bytes, found address {address:#x}",

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from meswitch.kernels.processor import multiplies_bfloat16
+
 
 class Bfloat16Gradients(TorchFunctionMode):
     """A context in which `F.linear` of float32 tensors saves its inputs and multiplies gradients in bfloat16.
@@ -34,12 +36,6 @@ class Bfloat16Gradients(TorchFunctionMode):
     ) -> Any:
         replaced = self._enabled and function is F.linear and torch.is_grad_enabled()
         return (_Linear.apply if replaced else function)(*args, **(kwargs or {}))
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
 class _Linear(torch.autograd.Function):
