@@ -6,15 +6,20 @@ BIN := $(VENV)/bin
 DOCS := .venv-docs
 BUILT := $(VENV)/.built
 RUST := Cargo.toml Cargo.lock $(shell find rust cuda -type f 2>/dev/null)
+SDIST := target/sdist
+AARCH64 := aarch64-unknown-linux-gnu
+MANYLINUX := $(if $(filter Linux,$(shell uname -s)),--zig --compatibility manylinux2014)
+# Overflows and debug assertions are checked in this package alone: what it depends on needs no second build.
+CHECKED := $(foreach check,overflow-checks debug-assertions,--config profile.release.package.meswitch-core.$(check)=true)
 
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench docs wheel clean
+.PHONY: help venv demo test miri lint lint-aarch64 bench docs wheel wheel-check clean
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(BUILT)
 
@@ -25,39 +30,55 @@ $(BIN)/maturin: pyproject.toml
 	@touch $@
 
 $(BUILT): $(BIN)/maturin $(RUST)
+	@echo 'building meswitch and installing what it needs into $(VENV): some minutes and 6 GB the first time'
 	$(BIN)/maturin develop --release --extras dev
 	@touch $@
 
 demo: $(BUILT) ## train a tiny base and three fine-tunes, compress, route and serve them
 	$(BIN)/meswitch demo
 
-test: $(BUILT) ## run the tests of both languages
-	cargo test --release -p meswitch-core
+test: $(BUILT) ## run the tests of both languages, Rust's with checked arithmetic
+	cargo test --release $(CHECKED) -p meswitch-core
 	$(BIN)/python -m pytest
 
-lint: $(BUILT) ## check format, lints, types and stubs
+miri: ## run layout and scalar kernels under Miri, which nightly Rust must have
+	@cargo +nightly miri --version || { echo 'Miri is missing: rustup toolchain install nightly -c miri -c rust-src'; exit 1; }
+	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p meswitch-core
+
+lint: $(BUILT) lint-aarch64 ## check format, lints, types, stubs and documentation
 	cargo fmt --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy -p meswitch-core --no-default-features --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps -p meswitch-core
+	$(BIN)/python tests/msrv.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/stubtest meswitch._native
 
+lint-aarch64: ## check what is compiled for 64-bit Arm only, where Rust and C can be compiled for it
+	@if [ ! -d "$$(rustc --print target-libdir --target $(AARCH64))" ]; then \
+		echo 'skipped: $(AARCH64) is not checked without Rust for it: rustup target add $(AARCH64)'; \
+	elif [ -z "$$CC_aarch64_unknown_linux_gnu" ] && ! command -v aarch64-linux-gnu-gcc >/dev/null; then \
+		echo 'skipped: $(AARCH64) is not checked without aarch64-linux-gnu-gcc or CC_aarch64_unknown_linux_gnu'; \
+	else \
+		cargo check -p meswitch-core --target $(AARCH64); \
+	fi
+
 bench: $(BUILT) ## measure speed: I/O, codec, whole jobs
 	cargo bench -p meswitch-core
 	for job in benches/*.py; do $(BIN)/python $$job || exit; done
 
-$(DOCS)/.built: pyproject.toml
-	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(DOCS)/bin/python -m pip install --quiet --group docs
-	@touch $@
+wheel: $(BIN)/maturin ## build the source distribution, and of it a wheel, into dist/
+	$(BIN)/python -m pip install --quiet 'maturin[zig]>=1.9.4,<2'
+	rm -rf dist $(SDIST)
+	$(BIN)/maturin sdist --out dist
+	mkdir -p $(SDIST)
+	tar -xzmf dist/*.tar.gz -C $(SDIST) --strip-components 1 # -m: new files to cargo, which goes by their times
+	cd $(SDIST) && maturin build --release $(MANYLINUX) --target-dir $(CURDIR)/target --out $(CURDIR)/dist
 
-docs: $(DOCS)/.built ## build the documentation into site/; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
-
-wheel: $(BUILT) ## build a wheel into dist/
-	$(BIN)/maturin build --release --out dist
+wheel-check: wheel ## install the wheel into an empty environment and use it there
+	$(BIN)/python tests/wheel.py dist
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) $(DOCS) site dist target python/meswitch/_native.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

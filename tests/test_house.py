@@ -17,7 +17,7 @@ import pytest
 HOUSE = Path(__file__).parents[1]
 SOURCES = sorted((HOUSE / "python").rglob("*.py"))
 MODULES = [".".join(path.relative_to(HOUSE / "python").with_suffix("").parts) for path in SOURCES]
-VERBS = ("demo", "test", "lint", "bench", "wheel", "clean")
+VERBS = ("demo", "test", "miri", "lint", "lint-aarch64", "bench", "wheel", "wheel-check", "clean")
 
 
 @pytest.mark.parametrize("name", [name.removesuffix(".__init__") for name in MODULES])
@@ -47,3 +47,20 @@ def test_ci_runs_the_verbs() -> None:
     script = HOUSE / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert all(f"make {verb}\n" in script.read_text(encoding="utf-8") for verb in ("lint", "test"))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("verb", "commands"),
+    [
+        (
+            "lint",
+            ("cargo fmt", "cargo clippy", "--no-default-features", "cargo doc", "msrv.py", "ruff", "mypy", "stubtest"),
+        ),
+        ("test", ("cargo test", "overflow-checks=true", "debug-assertions=true", "pytest")),
+        ("wheel-check", ("maturin sdist", "maturin build", "wheel.py")),
+    ],
+)
+def test_verbs_run_every_check(verb: str, commands: tuple[str, ...]) -> None:
+    planned = subprocess.run(["make", "--dry-run", verb], cwd=HOUSE, capture_output=True, text=True, check=True).stdout
+    assert [command for command in commands if command not in planned] == []
