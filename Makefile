@@ -42,7 +42,7 @@ test: $(BUILT) ## run the tests of both languages, Rust's with checked arithmeti
 	$(BIN)/python -m pytest
 
 miri: ## run layout and scalar kernels under Miri, which nightly Rust must have
-	@cargo +nightly miri --version || { echo 'Miri is missing: rustup toolchain install nightly -c miri -c rust-src'; exit 1; }
+	@cargo +nightly miri --version >/dev/null 2>&1 || { echo 'Miri is missing: rustup toolchain install nightly -c miri -c rust-src'; exit 1; }
 	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p meswitch-core
 
 lint: $(BUILT) lint-aarch64 ## check format, lints, types, stubs and documentation
@@ -57,7 +57,7 @@ lint: $(BUILT) lint-aarch64 ## check format, lints, types, stubs and documentati
 	$(BIN)/stubtest meswitch._native
 
 lint-aarch64: ## check what is compiled for 64-bit Arm only, where Rust and C can be compiled for it
-	@if [ ! -d "$$(rustc --print target-libdir --target $(AARCH64))" ]; then \
+	@if [ ! -d "$$("$${RUSTC:-rustc}" --print target-libdir --target $(AARCH64))" ]; then \
 		echo 'skipped: $(AARCH64) is not checked without Rust for it: rustup target add $(AARCH64)'; \
 	elif [ -z "$$CC_aarch64_unknown_linux_gnu" ] && ! command -v aarch64-linux-gnu-gcc >/dev/null; then \
 		echo 'skipped: $(AARCH64) is not checked without aarch64-linux-gnu-gcc or CC_aarch64_unknown_linux_gnu'; \
