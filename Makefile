@@ -69,6 +69,15 @@ bench: $(BUILT) ## measure speed: I/O, codec, whole jobs
 	cargo bench -p meswitch-core
 	for job in benches/*.py; do $(BIN)/python $$job || exit; done
 
+$(DOCS)/.built: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(DOCS)/bin/python -m pip install --quiet --group docs
+	@touch $@
+
+docs: $(DOCS)/.built ## build the documentation into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
 wheel: $(BIN)/maturin ## build the source distribution, and of it a wheel, into dist/
 	$(BIN)/python -m pip install --quiet 'maturin[zig]>=1.9.4,<2'
 	rm -rf dist $(SDIST)
