@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 
@@ -19,3 +20,28 @@ torch.set_num_threads(min(4, os.cpu_count() or 1))
 def family() -> Family:
     """A base and three real fine-tunes of it, trained once and cached."""
     return tiny_family()
+
+
+@pytest.fixture(scope="session")
+def example_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples of docstrings find where they run: a tiny base, a fine-tune, a LoRA, a delta, and text."""
+    from families import config_of, save_finetune, save_random
+    from meswitch import compress
+    from test_adapter import save_adapter
+
+    folder = tmp_path_factory.mktemp("examples")
+    base = save_random(folder / "base", config_of("llama"))
+    finetune = save_finetune(folder / "math", base, seed=1)
+    save_adapter(base, folder / "math-lora", r=4, target_modules=["q_proj", "v_proj"])
+    compress(base, finetune, folder / "experts" / "math")
+    for name, count in (("prompts", 12), ("heldout", 4)):
+        lines = (f'{{"text": "{number} + 1 = {number + 1}."}}\n' for number in range(count))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    prompts = [("What is {} * 2?", "math"), ("Sing of summer {}.", "base")]
+    lines = (
+        f'{{"prompt": "{text.format(number)}", "expert": "{expert}"}}\n'
+        for number in range(8)
+        for text, expert in prompts
+    )
+    (folder / "labelled.jsonl").write_text("".join(lines))
+    return folder

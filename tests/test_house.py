@@ -21,7 +21,8 @@ VERBS = ("demo", "test", "miri", "lint", "lint-aarch64", "bench", "docs", "wheel
 
 
 @pytest.mark.parametrize("name", [name.removesuffix(".__init__") for name in MODULES])
-def test_docstrings_hold(name: str) -> None:
+def test_docstrings_hold(name: str, example_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(example_folder)
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 

@@ -153,9 +153,9 @@ def evaluate(
     `FormatError` for a delta of another fine-tune, `CheckpointError`, `NonFiniteError` for logits that are not finite,
     and `ValueError` for a window or a limit below 2.
 
-    >>> evaluation = evaluate("base/", "experts/math", "math/", "heldout.jsonl")  # doctest: +SKIP
-    >>> evaluation.recovered_share, evaluation.kl  # doctest: +SKIP
-    (0.993, 0.0021)
+    >>> evaluation = evaluate("base/", "experts/math", "math/", "heldout.jsonl", window=16)
+    >>> evaluation.tokens, evaluation.kl < 1, 0 <= evaluation.top1_agreement <= 1
+    (40, True, True)
     """
     if window < 2 or (max_tokens is not None and max_tokens < 2):
         raise ValueError(f"expected at least 2 tokens and a window of at least 2, found {max_tokens}, {window}")

@@ -90,8 +90,10 @@ def compress(
     Raises `CheckpointError`, `ArchitectureError`, `NonFiniteError`; `BudgetError` for a target that cannot be met;
     `FormatError` if something else is at `out`; `OSError` for unwritable files; `ValueError` for an unknown preset.
 
-    >>> compress("base/", "math/", "experts/math", calibration=calibration).bpw  # doctest: +SKIP
-    2.26
+    >>> from meswitch import calibrate
+    >>> report = compress("base/", "math/", "experts/math", calibration=calibrate("math/", "prompts.jsonl"))
+    >>> report.preset, report.compensated
+    ('default', True)
     """
     options = CompressOptions(options) if isinstance(options, str) else options
     start, target = time.perf_counter(), Path(out)

@@ -50,9 +50,14 @@ def measure_sensitivity(
 
     Source: the Fisher information as the curvature of KL; one weight a row as in FWSVD, arXiv 2207.00112.
 
-    >>> sensitivity = measure_sensitivity("math/", "prompts.jsonl", calibration)  # doctest: +SKIP
-    >>> compress("base/", "math/", "experts/math", CompressOptions(bpw=1.5), calibration=calibration,
-    ...          sensitivity=sensitivity)  # doctest: +SKIP
+    >>> from meswitch import CompressOptions, calibrate, compress
+    >>> calibration = calibrate("math/", "prompts.jsonl")
+    >>> sensitivity = measure_sensitivity("math/", "prompts.jsonl", calibration)
+    >>> report = compress(
+    ...     "base/", "math/", "experts/sized", CompressOptions(bpw=9), calibration=calibration, sensitivity=sensitivity
+    ... )
+    >>> report.method, report.bpw <= 9
+    ('auto', True)
     """
     folder = resolve(model_path)
     purpose = "measure sensitivity on"

@@ -45,7 +45,9 @@ def restore(
     Raises `BaseMismatchError` for another base, `FormatError` if `out` is a file or a folder with something in it,
     `CheckpointError`, and `OSError` if files cannot be written.
 
-    >>> restore("base/", "experts/math", "merged/")  # doctest: +SKIP
+    >>> restore("base/", "experts/math", "merged/")
+    >>> Checkpoint.open("merged/").names() == Checkpoint.open("base/").names()
+    True
     """
     opened, checkpoint, target = Delta.open(delta), Checkpoint.open(base), Path(out)
     opened.check_base(checkpoint)

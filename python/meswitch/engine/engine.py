@@ -41,8 +41,11 @@ class Engine:
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong
     with an expert that was named.
 
-    >>> with Engine("base/", experts="experts/") as engine:  # doctest: +SKIP
-    ...     engine.generate("What is 17 * 23?", expert="maths", max_new_tokens=16).text
+    >>> with Engine("base/", experts="experts/") as engine:
+    ...     answer = engine.generate("What is 17 * 23?", expert="math", max_new_tokens=4)
+    ...     pieces = list(engine.stream("What is 17 * 23?", expert="base", max_new_tokens=4))
+    >>> answer.expert, answer.finish_reason, len(answer.token_ids)
+    ('math', 'length', 4)
     """
 
     def __init__(

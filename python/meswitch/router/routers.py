@@ -43,6 +43,9 @@ def train_router(
 
     Raises `RouterError` for an unknown kind or a threshold out of range, `DataError` for data that cannot be learned
     from.
+
+    >>> train_router("base/", "labelled.jsonl", "router/").experts
+    ('base', 'math')
     """
     trainable = find_kind(kind)
     examples = read_examples(data)
