@@ -142,7 +142,7 @@ class _Job:
         self._pair = base.native, finetune.native
         self._parameters = sum(prod(finetune.shape(name)) for name in finetune.names())
         self._files = sorted(small_files(finetune.path).values())
-        self._name = str(base.config.get("_name_or_path") or base.path.name)
+        self._name = base.name
         self.settings: dict[str, Any] = {
             "preset": options.label,
             "bits": options.bits,

@@ -124,7 +124,7 @@ def _write(
             lambda name: [_bytes(tensor) for tensor in sites[name].tensors],
             [files[name] for name in sorted(files)],
             json.dumps({"adapter": "lora", **adapter.settings}),
-            str(base.config.get("_name_or_path") or base.path.name),
+            base.name,
             step,
         )
 

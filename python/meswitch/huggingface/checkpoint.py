@@ -97,6 +97,11 @@ class Checkpoint:
             ) from error
         return config
 
+    @property
+    def name(self) -> str:
+        """What the model is called: by `config.json`, else by its folder. Raises as `config` does."""
+        return str(self.config.get("_name_or_path") or self.path.name)
+
     def sample(self) -> str:
         """A quick hash of the checkpoint: of names, dtypes, shapes and 3 KiB of each tensor."""
         return self.native.sample()
