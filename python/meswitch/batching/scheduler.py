@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from meswitch.batching.bridge import Scheduler
-
-BASE = -1  # the slot of a request that the base answers
+from meswitch.kernels.rows import BASE_SLOT
 
 
 @dataclass
 class RequestSlot:
     """The slot of a request's expert, and the salt that keeps the expert's prefixes apart from others'."""
 
-    slot: int = BASE
+    slot: int = BASE_SLOT
     salt: int = 0
 
 
@@ -50,4 +49,4 @@ class ExpertScheduler(Scheduler):
     def kept_slots(self) -> list[int]:
         """The slot of every row that reaches lm_head: one a request, those with a new token first."""
         slots = [self.slots[entry.state.request_id].slot for entry in self.step if entry.has_new_token]
-        return slots + [BASE] * (len(self.step) - len(slots))
+        return slots + [BASE_SLOT] * (len(self.step) - len(slots))

@@ -28,13 +28,14 @@ from meswitch.batching.bridge import PagedBatch
 from meswitch.batching.cache import CachePlan, cache_geometry, plan_cache
 from meswitch.batching.compatibility import check_supported, check_transformers
 from meswitch.batching.sampler import RequestSampler, SamplingState
-from meswitch.batching.scheduler import BASE, ExpertScheduler, RequestSlot
+from meswitch.batching.scheduler import ExpertScheduler, RequestSlot
 from meswitch.batching.step import NewToken
 from meswitch.engine.request import Request
 from meswitch.errors import BudgetError, MeswitchError, RequestError
 from meswitch.experts.pool import ExpertPool
 from meswitch.huggingface.config import context_limit
 from meswitch.huggingface.models import load_model
+from meswitch.kernels.rows import BASE_SLOT
 from meswitch.kernels.select import select_kernels
 from meswitch.layers.install import ExpertLayers
 
@@ -307,7 +308,7 @@ class Worker(threading.Thread):
         kept = self.scheduler.kept_slots()
         tokens = self.scheduler.token_slots()
         self.step_tokens += len(tokens)
-        if any(slot != BASE for slot in tokens):
+        if any(slot != BASE_SLOT for slot in tokens):
             self.layers.step.begin(tokens, kept)
 
     def _accept(self, new: NewToken) -> None:

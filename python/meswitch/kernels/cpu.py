@@ -37,9 +37,8 @@ FUSED_TOKENS = _native.base_linear_tokens()
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TILE_WEIGHTS = 1 << 24  # merged or unpacked at a time: 32 MiB at 16 bits
-_scratch = (
-    threading.local()
-)  # the memory of a thread's last tile: new memory would cost more than what is written to it
+# The memory of a thread's last tile: new memory would cost more than what is written to it.
+_scratch = threading.local()
 
 
 class CpuKernels:
@@ -243,10 +242,9 @@ def fused_linear(x: Tensor, sites: Sequence[tuple[Tensor, DeltaTable, Rows | Non
     Where `rows` is `None`, every token is the base's.
 
     `x [..., in_features]` contiguous bfloat16 of at most `FUSED_TOKENS` rows, `weight [out_features, in_features]` one
-    that `has_fused_kernel`
-    takes. Summed in float32 and rounded once; the deltas' sums are looked up, as
-    `delta_linear` does unless it is exact. All weights are read in one pass of all threads, which shares what it made
-    of `x` where deltas scale its columns alike. Raises `ValueError` where shapes do not fit.
+    that `has_fused_kernel` takes. Summed in float32 and rounded once; the deltas' sums are looked up, as `delta_linear`
+    does unless it is exact. All weights are read in one pass of all threads, which shares what it made of `x` where
+    deltas scale its columns alike. Raises `ValueError` where shapes do not fit.
     """
     products, given = [], []
     for weight, table, rows in sites:

@@ -141,8 +141,7 @@ class ExpertLayers:
         return targets
 
     def _has_own_head(self, sites: Iterable[Site], tied: bool) -> bool:
-        """Whether lm_head has a site of its own, or is the base's; otherwise it is the fine-tune's
-        embeddings."""
+        """Whether lm_head has a site of its own, or is the base's; otherwise it is the fine-tune's embeddings."""
         return not tied or any(self._find(site.name) == (self.head, "weight") for site in sites)
 
     def _wrapper(self, name: str) -> Wrapper:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from meswitch.kernels.rows import Rows
+from meswitch.kernels.rows import BASE_SLOT, Rows
 
 
 class Step:
@@ -22,9 +22,9 @@ class Step:
         """`tokens`: the slot of every packed token; `kept`: of every row that reaches lm_head. −1 is the base."""
         self.tokens = Rows(tokens, self.device)
         self.kept = Rows(kept, self.device)
-        self.last_slot = max(tokens, default=-1)
+        self.last_slot = max(tokens, default=BASE_SLOT)
 
     def end(self) -> None:
         """No expert is active any more."""
         self.tokens = self.kept = Rows([], self.device)
-        self.last_slot = -1
+        self.last_slot = BASE_SLOT
