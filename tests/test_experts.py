@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Iterable
+import sys
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +63,27 @@ def open_sized(path: Path) -> Any:
     return Sized(path)
 
 
-def pool_of(budget: int | None = None) -> ExpertPool:
-    return ExpertPool(Layers(), None, budget=budget, open_delta=open_sized)  # type: ignore[arg-type]
+def pool_of(budget: int | None = None, **settings: Any) -> ExpertPool:
+    return ExpertPool(Layers(), None, budget=budget, open_delta=open_sized, **settings)  # type: ignore[arg-type]
+
+
+def operations(work: Callable[[], object]) -> int:
+    """How many operations of Python `work` takes: the same on every machine."""
+    count = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
 
 
 @pytest.mark.parametrize("name", ["", "base", "auto", "a/b", "..", "a..b", ".hidden", "a\nb", "a\x00", "a\\b", 3])
@@ -99,8 +121,12 @@ def test_a_broken_expert_takes_no_other_down(tmp_path: Path) -> None:
     pool.discover(tmp_path)
     assert pool.describe().keys() == {"good", "broken", "base"}
     assert "FormatError" in pool.describe()["broken"]["error"]
-    with pytest.raises(FormatError, match="manifest"):
-        pool.get("broken")
+    raised = []
+    for _ in range(2):
+        with pytest.raises(FormatError, match="manifest") as caught:
+            pool.get("broken")
+        raised.append(caught.value)
+    assert raised[0] is not raised[1]  # each caller raises one of its own
     with pytest.raises(FormatError):
         pool.discover([tmp_path / "broken"])
     with pytest.raises(FileNotFoundError):
@@ -121,15 +147,92 @@ def test_least_recently_used_idle_expert_goes() -> None:
     pool.discover({name: "x" for name in "abc"})
     a, b, c = (pool.get(name) for name in "abc")
     for expert in (a, b):
-        assert pool.admit(expert)
-        pool.unpin(expert)
-    assert pool.admit(a)
-    assert pool.admit(c)
+        assert pool.residency.admit(expert)
+        pool.residency.unpin(expert)
+    assert pool.residency.admit(a)
+    assert pool.residency.admit(c)
     assert b.slot is None and a.slot is not None and c.slot is not None
-    assert not pool.admit(b)  # a and c are pinned
-    pool.unpin(a)
-    assert pool.admit(b) and a.slot is None
-    assert (pool.hits, pool.misses, pool.evictions) == (1, 4, 2)
+    assert not pool.residency.admit(b)  # a and c are pinned
+    pool.residency.unpin(a)
+    assert pool.residency.admit(b) and a.slot is None
+    residency = pool.residency
+    assert (residency.hits, residency.misses, residency.evictions) == (1, 4, 2)
+
+
+def test_a_delta_directory_in_the_place_of_a_folder_of_them(tmp_path: Path) -> None:
+    (tmp_path / "maths").mkdir()
+    (tmp_path / "maths" / "meswitch.json").write_text("{}")
+    pool = pool_of()
+    pool.discover(tmp_path / "maths")
+    assert list(pool.describe()) == ["maths"]
+
+
+def test_two_experts_of_one_name_are_refused() -> None:
+    with pytest.raises(ExpertNameError, match="a name for each of 2 experts, found 1: maths"):
+        pool_of().discover(["here/maths", "there/maths"])
+
+
+def test_the_bases_files_are_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    monkeypatch.setattr("meswitch.experts.pool.Checkpoint.open", lambda path: opened.append(path) or "checkpoint")
+    checked: list[object] = []
+    monkeypatch.setattr(Sized, "check_base", lambda self, base: checked.append(base))
+    pool = ExpertPool(Layers(), Path("base"), open_delta=open_sized)  # type: ignore[arg-type]
+    pool.discover({name: name for name in "abc"})
+    assert opened == [Path("base")] and checked == ["checkpoint"] * 3
+
+
+def test_a_description_waits_for_nobody() -> None:
+    pool = pool_of()
+    pool.discover({"a": "x", "b": "y"})
+    pool.residency.admit(pool.get("a"))
+    found: list[Any] = []
+    reader = threading.Thread(target=lambda: found.append(pool.describe()), daemon=True)
+    with pool._lock:
+        reader.start()
+        reader.join(10)
+    assert [one["residency"] for one in found[0].values()] == ["host", "disk"]
+
+
+def test_bookkeeping_does_not_grow_with_the_number_of_experts() -> None:
+    """Installing, describing and evicting so many experts: twice the work for twice as many."""
+
+    def work(count: int) -> None:
+        pool = pool_of(100 * count)
+        pool.discover({f"expert-{at}": "x" for at in range(count)})
+        for name in list(pool.catalogue):
+            expert = pool.get(name)
+            assert pool.residency.admit(expert)
+            pool.residency.unpin(expert)
+        pool.describe()
+        huge = pool.add("huge", Path(f"x-{100 * count}"))
+        assert pool.residency.admit(huge) and pool.residency.evictions == count
+
+    one, two = operations(lambda: work(60)), operations(lambda: work(120))
+    assert two < 2.1 * one
+
+
+def test_adds_and_removes_leave_nothing() -> None:
+    gone: list[int] = []
+    pool = pool_of(250, closed=gone.append)
+    pool.add("stays", Path("x"))
+
+    def replace(times: int) -> None:
+        for _ in range(times):
+            expert = pool.add("a", Path("x"))
+            assert pool.residency.admit(expert)
+            pool.residency.unpin(expert)
+            pool.remove("a")
+
+    replace(10)
+    gc.collect()
+    before = len(gc.get_objects())
+    replace(1000)
+    assert len(gone) == 1010 == len(set(gone))
+    gone.clear()
+    gc.collect()
+    assert len(gc.get_objects()) < before + 100
+    assert pool.residency.bytes == 0 and pool.residency._free == [0]
 
 
 def test_an_expert_beyond_the_budget_is_refused_with_the_sizes() -> None:
@@ -141,12 +244,12 @@ def test_what_is_in_use_stays_open_when_removed_or_replaced() -> None:
     pool = pool_of()
     pool.discover({"a": "old"})
     old = pool.acquire("a")
-    pool.admit(old)
+    pool.residency.admit(old)
     delta = old.delta
     new = pool.add("a", Path("new"))
     assert pool.get("a") is new and new.salt != old.salt
     assert not delta.closed and old.slot is not None
-    pool.unpin(old)
+    pool.residency.unpin(old)
     pool.release(old)
     assert delta.closed and old.slot is None
     held = pool.acquire("a")
@@ -164,14 +267,16 @@ def test_budget_and_pins_hold_whatever_happens(seed: int, budget: int) -> None:
     pinned: list[Expert] = []
     for _ in range(60):
         if pinned and chance.random() < 0.5:
-            pool.unpin(pinned.pop(chance.randrange(len(pinned))))
+            pool.residency.unpin(pinned.pop(chance.randrange(len(pinned))))
             continue
         expert = pool.get(chance.choice("abcd"))
-        if pool.admit(expert):
+        if pool.residency.admit(expert):
             pinned.append(expert)
-        assert pool.resident_bytes <= budget
+        assert pool.residency.bytes <= budget
         assert all(one.slot is not None for one in pinned)
-        assert len({one.slot for one in pool.resident.values()}) == len(pool.resident)
+        resident = [one for one in map(pool.get, "abcd") if one.slot is not None]
+        assert len({one.slot for one in resident}) == len(resident)
+        assert pool.residency.bytes == sum(one.nbytes for one in resident)
 
 
 def test_an_expert_with_other_settings_is_refused_by_field(tmp_path: Path) -> None:

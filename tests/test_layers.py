@@ -16,6 +16,7 @@ from meswitch import reference
 from meswitch.errors import ArchitectureError, UnsupportedModelError
 from meswitch.kernels import cpu
 from meswitch.kernels.cpu import CpuKernels
+from meswitch.layers.bank import Bank
 from meswitch.layers.install import ExpertLayers
 from meswitch.site import ReplacedSite, Site
 
@@ -340,3 +341,15 @@ def test_a_whole_model_outside_a_step_is_the_base() -> None:
     assert torch.equal(model(ids).logits, before)
     layers.step.begin([0, 0, 0], [0, 0, 0])
     assert not torch.equal(model(ids).logits, before)
+
+
+def test_a_bank_of_many_slots_is_copied_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[int] = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts: copies.append(1) or cat(parts))
+    bank, base = Bank(torch.zeros(4)), torch.zeros(4)
+    for slot in range(200):
+        bank.set(slot, torch.full((4,), float(slot + 1)))
+    assert len(copies) <= 8
+    assert [int(bank.value(slot)[0]) for slot in range(200)] == list(range(1, 201))
+    assert torch.equal(bank.value(500), base)

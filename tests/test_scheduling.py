@@ -72,6 +72,18 @@ def test_prefixes_are_salted_by_expert() -> None:
     assert searched[-1] != a
 
 
+def test_numbers_of_prefixes_are_dropped_with_their_expert_and_never_used_again() -> None:
+    cache: Any = SimpleNamespace(search_prefix_match=lambda request_id, ids: ids, cache_allocators={})
+    slots: dict[str, RequestSlot] = {}
+    scheduler = scheduler_with(cache, slots)
+    seen = set()
+    for salt in range(1, 10_001):
+        slots["a"] = RequestSlot(0, salt)
+        seen.add(cache.search_prefix_match("a", [5, 6])[0])
+        scheduler.forget(salt)
+    assert len(seen) == 10_000 and not scheduler._first_ids
+
+
 def test_rows_of_a_step() -> None:
     cache: Any = SimpleNamespace(search_prefix_match=None, cache_allocators={})
     scheduler = scheduler_with(cache, {"a": RequestSlot(0, 1), "base": RequestSlot(), "b": RequestSlot(1, 2)})

@@ -5,6 +5,24 @@ Operating-system failures (a missing file, a full disk) stay Python's own `OSErr
 
 from __future__ import annotations
 
+import copy
+
+
+def fresh(error: BaseException) -> BaseException:
+    """A copy of an error for another caller to raise: no two threads raise one object, and a copy keeps no frames
+    alive, nor what is in them.
+
+    >>> again = fresh(BudgetError("expected 2, found 3", hint="take one away"))
+    >>> type(again).__name__, again.hint, again.__traceback__
+    ('BudgetError', 'take one away', None)
+    """
+    try:
+        other = copy.copy(error)
+    except Exception:  # of a class that cannot be made from what it holds
+        other = MeswitchError(f"{type(error).__name__}: {error}")
+    other.__cause__ = None if error.__cause__ is None else fresh(error.__cause__)
+    return other
+
 
 class MeswitchError(Exception):
     """Anything meswitch refuses or finds broken.

@@ -7,6 +7,7 @@ cache apart by expert.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ class ExpertScheduler(Scheduler):
 
     def __init__(self, cache: Any, safety_margin: float | None, max_requests_per_batch: int) -> None:
         self.slots: dict[str, RequestSlot] = {}
-        self._first_ids: dict[tuple[int, int], int] = {}
+        self._first_ids: dict[int, dict[int, int]] = {}  # by salt
+        self._numbers = itertools.count(-2, -1)  # never one twice: pages outlive the expert whose number they have
         super().__init__(cache, safety_margin, max_requests_per_batch)
 
     def prefix_ids(self, request_id: str, ids: list[int]) -> list[int]:
@@ -36,8 +38,14 @@ class ExpertScheduler(Scheduler):
         salt = self.slots[request_id].salt
         if not salt or not ids:
             return ids
-        first = self._first_ids.setdefault((salt, ids[0]), -1 - len(self._first_ids))
-        return [first, *ids[1:]]
+        own = self._first_ids.setdefault(salt, {})
+        if ids[0] not in own:
+            own[ids[0]] = next(self._numbers)
+        return [own[ids[0]], *ids[1:]]
+
+    def forget(self, salt: int) -> None:
+        """Drops what is kept for a salt that no later request has."""
+        self._first_ids.pop(salt, None)
 
     def token_slots(self) -> list[int]:
         """The slot of every packed token of the step, in order."""

@@ -30,8 +30,8 @@ class Engine:
     """Serves a base and its experts from one thread.
 
     `base`: a folder or hub id. `experts`: a folder of delta directories (one sub-folder an expert; a broken one is
-    listed with its error and takes no other down), a list of delta directories, or `{name: directory}`. `router`: a
-    folder or an object with `route`, for `expert="auto"`. `device`: torch's name of one; `kernels`: `"auto"`, `"cpu"`
+    listed with its error and takes no other down), a delta directory or a list of them, or `{name: directory}`.
+    `router`: a folder or an object with `route`, for `expert="auto"`. `device`: torch's name of one; `kernels`: `"auto"`, `"cpu"`
     (native) or `"torch"` (any device, slow). `exact` asks for the reference's arithmetic. Budgets are bytes, or text
     such as `"8GiB"`: `host_budget` over the resident deltas (no bound without), `kv_budget` over the KV cache with its
     masks and indices (without: what four full contexts need, 1 GiB at most). `max_batch_tokens`: the tokens of one
@@ -105,7 +105,7 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start; sizes in bytes."""
-        return {**self._worker.counters(), "host": self._worker.pool.counters(), "experts": self.experts}
+        return {**self._worker.counters(), "host": self._worker.pool.residency.counters(), "experts": self.experts}
 
     def close(self) -> None:
         """Ends the engine's thread after the running step; requests still in flight fail."""

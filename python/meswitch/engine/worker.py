@@ -178,8 +178,14 @@ class Worker(threading.Thread):
         self.text_config = model.config.get_text_config(decoder=True)
         kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
         self.layers = ExpertLayers(model, kernels)
-        self.pool = ExpertPool(self.layers, settings.base, self.text_config, budget=settings.host_budget)
         self._start_batching()
+        self.pool = ExpertPool(
+            self.layers,
+            settings.base,
+            self.text_config,
+            budget=settings.host_budget,
+            closed=self.scheduler.forget,
+        )
         self._try_step()
 
     def _start_batching(self) -> None:
@@ -273,7 +279,7 @@ class Worker(threading.Thread):
                 if request.cancelled:
                     self._release_expert(request)
                     request.fail(_cancelled())
-                elif request.expert is not None and (blocked or not self.pool.admit(request.expert)):
+                elif request.expert is not None and (blocked or not self.pool.residency.admit(request.expert)):
                     blocked = True
                     self.waiting.append(request)
                 else:
@@ -358,7 +364,7 @@ class Worker(threading.Thread):
         for by_id in (self.live, self.scheduler.slots, self.sampler.states):
             by_id.pop(request.id, None)
         if request.expert is not None:
-            self.pool.unpin(request.expert)
+            self.pool.residency.unpin(request.expert)
         self._release_expert(request)
 
     def _release_expert(self, request: Request) -> None:

@@ -1,7 +1,8 @@
 """The experts of one engine: their names, their settings, and which of them are resident.
 
     catalogue   an expert, and which names and folders are safe
-    pool        names to opened deltas; uses, pins, slots, a byte budget
+    pool        names to opened deltas, and who uses them
+    residency   which are resident under a byte budget; pins, slots
 
 Threads: `ExpertPool` says which of its methods may be called from any thread; the rest belongs to the engine's.
 Memory: a resident expert's bytes are its delta's; the pool closes a delta once it is removed and nobody uses it.

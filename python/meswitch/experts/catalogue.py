@@ -49,17 +49,20 @@ def check_folder(folder: Path) -> Path:
 class Expert:
     """One fine-tune that requests can name.
 
-    It is opened (`delta`, `config`) or broken (`error`). `tied`: whether its lm_head is its embeddings.
-    `vocabulary` and `outputs`: token ids that it reads, and those it can answer with. `salt` keeps its prefix-cache
-    pages apart from other experts' and earlier generations'. `slot`: its adapter slot while resident. `uses` and `pins`
-    count requests that have acquired it and that run on it. `extras`: what is read of its folder once (tokenizer, …).
+    It is opened (`delta`, `config`; `nbytes` and `bpw` are the delta's, kept as numbers) or broken (`error`). `tied`:
+    whether its lm_head is its embeddings. `vocabulary` and `outputs`: token ids that it reads, and those it can answer
+    with. `salt` keeps its prefix-cache pages apart from other experts' and earlier generations'. `slot`: its adapter
+    slot while resident. `uses` and `pins` count requests that have acquired it and that run on it. `extras`: what is
+    read of its folder once (tokenizer, …).
     """
 
     name: str
     path: Path | None = None
     delta: Any = None
     config: Any = None
-    error: Exception | None = None
+    error: BaseException | None = None
+    nbytes: int = 0
+    bpw: float | None = None
     tied: bool = True
     vocabulary: int = 0
     outputs: int = 0
@@ -74,7 +77,3 @@ class Expert:
     @property
     def sites(self) -> Iterable[Site]:
         return () if self.delta is None else self.delta.sites.values()
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.delta is None else int(self.delta.nbytes)

@@ -16,8 +16,9 @@ class Bank:
         self._values = self._base.unsqueeze(0).clone()
 
     def set(self, slot: int, value: Tensor) -> None:
-        missing = slot + 2 - self._values.shape[0]
-        if missing > 0:
+        count = self._values.shape[0]
+        if slot + 2 > count:  # at least doubled, so that many experts are not copied for each one more
+            missing = max(slot + 2 - count, count)
             self._values = torch.cat([self._values, self._base.expand(missing, *self._base.shape)])
         self._values[slot + 1] = value.to(self._values)
 
