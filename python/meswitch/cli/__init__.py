@@ -1,11 +1,12 @@
 """The `meswitch` command: parses, calls, prints.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 fine, 1 refused or broken (the error's name, message
-and hint on stderr), 2 wrong usage, 130 interrupted. torch and transformers are imported by the commands that need them,
-so that help is quick.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 fine, 1 refused or broken (one line and a hint on
+stderr; `MESWITCH_DEBUG=1` adds the traceback), 2 wrong usage, 130 interrupted. torch and transformers are imported by
+the commands that need them, so that help is quick.
 
-    app          the command itself: its commands in order, `main`
-    group        errors to exit codes
+    guard        the process: `main`, signals, streams, and whatever is raised to exit codes
+    message      an exception to a line and a hint
+    app          the command itself: its commands in order
     arguments    arguments that several commands have
     choices      wrong values of options to wrong usage
 
@@ -22,6 +23,6 @@ Imports: everything below, inside the command that needs it.
 
 from __future__ import annotations
 
-from meswitch.cli.app import app, main
+from meswitch.cli.guard import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

@@ -13,11 +13,9 @@ from meswitch.cli.demo import demo
 from meswitch.cli.doctor import doctor
 from meswitch.cli.evaluate import evaluate
 from meswitch.cli.generate import generate
-from meswitch.cli.group import ErrorGroup
 from meswitch.cli.router import router_app
 
 app = typer.Typer(
-    cls=ErrorGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
@@ -30,6 +28,8 @@ app = typer.Typer(
       meswitch generate base/ --experts experts/ --expert math "What is 17 * 23?"
       meswitch demo         all of it on models trained on the spot
     """,
+    epilog="Exit codes: 0 fine, 1 refused or broken, 2 wrong usage, 130 interrupted. With MESWITCH_DEBUG=1 in the"
+    " environment an error shows its traceback.",
 )
 app.command()(compress)
 app.command("import")(import_)
@@ -56,8 +56,3 @@ def _top_options(
     ] = False,
 ) -> None:
     """Options before any command."""
-
-
-def main() -> None:
-    """The entry point of the `meswitch` command."""
-    app()

@@ -9,7 +9,6 @@ import typer
 
 from meswitch.cli.arguments import Base, Json, LabelledPrompts
 from meswitch.cli.choices import check_choice
-from meswitch.cli.group import ErrorGroup
 from meswitch.router.kinds import KINDS, UNSUPPORTED_KINDS
 from meswitch.terminal.progress import show_progress
 from meswitch.terminal.tables import format_share, make_table, print_json, shorten, stdout_console, write_text
@@ -17,7 +16,6 @@ from meswitch.terminal.tables import format_share, make_table, print_json, short
 _LISTED_MISROUTES = 10
 
 router_app = typer.Typer(
-    cls=ErrorGroup,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="""Train and evaluate routers.

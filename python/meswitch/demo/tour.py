@@ -10,7 +10,6 @@ On a family of ours, or on models of one's own. What was made once is kept under
 from __future__ import annotations
 
 from collections.abc import Mapping
-from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from meswitch.demo.steps import PRESETS, compress_experts, evaluate_experts, rou
 from meswitch.demo.subject import Subject, family_subject, own_subject
 from meswitch.progress import ProgressCallback
 from meswitch.terminal.progress import show_progress
+from meswitch.terminal.tables import print_json
 
 
 def run(
@@ -51,7 +51,7 @@ def run(
             subject = own_subject(model, experts, data, out)
         report = _report(subject, show)
     if json:
-        print(dumps(report))
+        print_json(report)
     else:
         print_report(report)
     return report

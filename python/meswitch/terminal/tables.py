@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
+_json_stream: TextIO | None = None
+
+
+@contextmanager
+def json_alone() -> Iterator[None]:
+    """While it lasts, stdout gets what `print_json` prints; whatever else is printed there goes to stderr."""
+    global _json_stream
+    _json_stream = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json_stream = None
+
 
 def print_json(value: Any) -> None:
     """One JSON value on stdout."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    print(json.dumps(value, indent=2, allow_nan=False), file=_json_stream or sys.stdout, flush=True)
 
 
 def write_text(text: str) -> None:

@@ -1,0 +1,5 @@
+"""`python -m meswitch.cli` is the `meswitch` command, also where its script is not installed."""
+
+from meswitch.cli.guard import main
+
+main()

@@ -1,0 +1,113 @@
+"""The process of a command: its streams, its signals, and what it ends with, whatever is raised in it.
+
+    main ── streams, signals ── run ── the command ── an exception ── one line, a hint ── exit code
+
+Nothing that takes time is imported before the signals are taken care of: an interrupt ends quietly from the start.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from meswitch.cli.message import say, say_error
+
+REFUSED = 1
+_SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminated: the terminal was closed"}
+_WORD_OF_CODE = {128 + getattr(signal, name): word for name, word in _SIGNALS.items() if hasattr(signal, name)}
+_INTERRUPTED = 128 + signal.SIGINT
+_received: list[int] = []
+
+
+def main() -> NoReturn:
+    """The entry point of the `meswitch` command."""
+    _take_signals(_unwind)
+    try:
+        _prepare_streams()
+        threading.excepthook = _say_thread_error
+        sys.unraisablehook = lambda _: None  # it would print a traceback of what nobody can catch
+        code = run(sys.argv[1:])
+        _take_signals(_end_at_once)
+        _give_streams_up()
+    except KeyboardInterrupt:  # outside `run`
+        os._exit(_INTERRUPTED)
+    sys.exit(code)
+
+
+def run(args: Sequence[str]) -> int:
+    """Runs the command with these arguments and returns its exit code; never raises. Errors are on stderr."""
+    try:
+        code = _run(args)
+    except BrokenPipeError:
+        return REFUSED  # whoever reads has enough
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except BaseException as error:  # a panic of the native module is no Exception
+        if not _received:
+            say_error(error)
+            return REFUSED
+        code = 128 + _received[0]  # an interrupted import may turn into any other error
+    if code in _WORD_OF_CODE:
+        say(_WORD_OF_CODE[code])
+    return code
+
+
+def _run(args: Sequence[str]) -> int:
+    from typer.main import get_command
+
+    from meswitch.cli.app import app
+
+    try:
+        get_command(app).main(args=list(args), prog_name="meswitch")
+    except SystemExit as end:  # typer's way, also of wrong usage and interrupts
+        sys.stdout.flush()  # a disk that is full shows now
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else REFUSED
+    return 0
+
+
+def _take_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for name in _SIGNALS:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup
+            signal.signal(number, handler)
+
+
+def _unwind(number: int, _: FrameType | None) -> None:
+    """Ends the command by an exception, so that nothing half written stays; a second signal ends it at once."""
+    _take_signals(_end_at_once)
+    _received.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def _end_at_once(number: int, _: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+def _prepare_streams() -> None:
+    """Every stream is there, closed ones as an empty one, and none fails for a letter that it cannot encode."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    stdout: Any = sys.stdout
+    stdout.reconfigure(errors="replace")
+
+
+def _give_streams_up() -> None:
+    """What is left in a stream that takes nothing any more is dropped, or Python complains of it at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _say_thread_error(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None:
+        say_error(args.exc_value)
