@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -60,7 +61,9 @@ def test_a_forked_process_compresses_too(tmp_path: Path) -> None:
 
     def work() -> None:
         torch.set_num_threads(1)  # torch's own operators would wait for their threads
-        compress(base, finetune, tmp_path / "childs")
+        callers = set()
+        compress(base, finetune, tmp_path / "childs", progress=lambda _: callers.add(threading.get_ident()))
+        assert callers == {threading.get_ident()}, "callbacks run on the calling thread"
         Delta.open(tmp_path / "childs").verify(base)
 
     assert forked(work) == 0

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -256,6 +260,49 @@ def test_a_forked_process_works_alone() -> None:
         assert again.numpy().tobytes() == y.numpy().tobytes()
 
     assert forked(work) == 0
+
+
+TEAM = """
+import os, torch
+from meswitch import reference
+from meswitch.kernels import cpu
+from meswitch.site import Part, QuantizedSite
+
+rows = torch.arange(1024).int()
+codes = torch.randint(0, 4, (1024, 1024)).to(torch.uint8)
+part = Part(2, 1.5, reference.pack(codes, 2), torch.ones(1024, 1).half(), rows=rows)
+table = cpu.DeltaTable(2048, 1024)
+table.set(0, QuantizedSite(name="big", shape=(2048, 1024), dtype=torch.float32, parts=(part,)))
+
+def multiply():
+    cpu.delta_linear(torch.zeros(1, 2048), torch.ones(1, 1024), cpu.Rows([0]), table)
+
+torch.ones(1 << 22).exp()
+threads = len(os.listdir("/proc/self/task"))
+multiply()
+assert len(os.listdir("/proc/self/task")) == threads, "kernels have a team of their own"
+rows[1000] = 3_000_000  # what nobody may do: the kernel panics on one thread of the team
+try:
+    multiply()
+except RuntimeError as error:
+    assert "a bug in meswitch" in str(error), error
+else:
+    raise AssertionError("expected an error")
+rows[1000] = 1000
+multiply()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+@pytest.mark.parametrize("first", ["libgomp.so.1", None])
+def test_kernels_run_on_torchs_threads_and_survive_a_panic_there(first: str | None) -> None:
+    try:
+        ctypes.CDLL(first)
+    except OSError:
+        pytest.skip(f"no {first} on this system")
+    load = f"import ctypes; ctypes.CDLL({first!r})"
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    subprocess.run([sys.executable, "-c", f"{load}\n{TEAM}"], env=environment, check=True)
 
 
 def test_a_site_whose_tensors_do_not_fit_is_refused() -> None:

@@ -77,8 +77,8 @@
 //! # Features
 //!
 //! * `compress` (default): the codec, reading of checkpoints, and writing of delta directories. Implies `rayon`.
-//! * `rayon`: hashing and kernels on rayon's pool. Without it they run on the calling thread, except that kernels always use
-//!   the OpenMP threads of libgomp where the process has loaded it.
+//! * `rayon`: hashing and kernels on rayon's pool. Without it they run on the calling thread, except that kernels always
+//!   use torch's own OpenMP threads where the process has loaded torch, or libgomp's where it has loaded that.
 //!
 //! # Platforms
 //!

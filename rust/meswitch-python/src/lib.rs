@@ -68,7 +68,7 @@ mod _native {
     /// How many threads kernels run on, and whether they are torch's own.
     #[pyfunction]
     fn kernel_threads() -> (usize, bool) {
-        (kernels::threads::thread_count(), kernels::threads::uses_libgomp())
+        (kernels::threads::thread_count(), kernels::threads::uses_openmp())
     }
 
     /// The processor features that kernels ask about, and whether each is there.

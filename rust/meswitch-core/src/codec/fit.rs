@@ -10,9 +10,23 @@ const LANES: usize = 16;
 pub(super) const MAX_SCALE_GROWTH: f32 = 4.0;
 
 /// The largest code of a width.
+///
+/// # Panics
+/// Where a code would not fit a byte.
 #[must_use]
 pub fn max_code(bits: u32) -> f32 {
-    ((1u32 << bits) - 1) as f32
+    MaxCode::of(bits).0
+}
+
+/// The largest code of a width of at most 8 bits.
+#[derive(Clone, Copy)]
+struct MaxCode(f32);
+
+impl MaxCode {
+    fn of(bits: u32) -> Self {
+        assert!(bits <= 8, "a code fits a byte");
+        Self(((1u32 << bits) - 1) as f32)
+    }
 }
 
 /// The uniform step, in standard deviations, that quantizes a Gaussian best: a first guess.
@@ -28,8 +42,8 @@ fn gaussian_step(bits: u32) -> f32 {
 by_backend! {
     /// Finds the scale that minimises `Σ weight · (delta − scale · (code − zero))²` over one row, and its codes.
     ///
-    /// `delta`, `weight` and `codes` must have the same length; `bits` must be at most 8. `guess` is a scale near the
-    /// best one, or 0. Returns the scale; 0 where the row is all zeros.
+    /// `delta`, `weight` and `codes` must have the same length. `guess` is a scale near the best one, or 0. Returns the
+    /// scale; 0 where the row is all zeros. Panics where `bits` are more than 8.
     pub fn fit_row(delta: &[f32], weight: &[f32], bits: u32, zero: f32, guess: f32, codes: &mut [u8]) -> f32
         = fit_row_body
 }
@@ -53,7 +67,7 @@ by_backend! {
 
 #[inline(always)]
 fn fit_row_body(delta: &[f32], weight: &[f32], bits: u32, zero: f32, guess: f32, codes: &mut [u8]) -> f32 {
-    let max_code = max_code(bits);
+    let max_code = MaxCode::of(bits);
     let mut scale = if guess > 0.0 && bits > 1 { guess } else { search(delta, weight, bits, zero).0 };
     if scale > 0.0 && bits > 1 {
         for _ in 0..2 {
@@ -83,7 +97,7 @@ fn search(delta: &[f32], weight: &[f32], bits: u32, zero: f32) -> (f32, f32) {
     let first = (square / mass).sqrt() * gaussian_step(bits);
     let factors: &[f32] = if bits == 1 { &[1.0] } else { &[0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0] };
     for factor in factors {
-        let (num, den) = level_sums(delta, weight, 1.0 / (first * factor), zero, max_code(bits));
+        let (num, den) = level_sums(delta, weight, 1.0 / (first * factor), zero, MaxCode::of(bits));
         if den > 0.0 && num > 0.0 && num * num / den > best.1 {
             best = (num / den, num * num / den);
         }
@@ -112,7 +126,7 @@ fn energy(delta: &[f32], weight: &[f32]) -> (f32, f32) {
 /// `Σ w·d·l` and `Σ w·l²`, where `l = code − zero` of each element at the scale `1 / inverse`. Their quotient is the
 /// best scale for those codes, and `num² / den` the energy that it explains.
 #[inline(always)]
-fn level_sums(delta: &[f32], weight: &[f32], inverse: f32, zero: f32, max_code: f32) -> (f32, f32) {
+fn level_sums(delta: &[f32], weight: &[f32], inverse: f32, zero: f32, max_code: MaxCode) -> (f32, f32) {
     let (mut num, mut den) = ([0f32; LANES], [0f32; LANES]);
     let (deltas, weights) = (delta.chunks_exact(LANES), weight.chunks_exact(LANES));
     for (lane, (d, w)) in deltas.remainder().iter().zip(weights.remainder()).enumerate() {
@@ -146,7 +160,7 @@ fn unbiased_body(delta: &[f32], weight: &[f32], scale: f32, zero: f32, codes: &[
 
 #[inline(always)]
 fn encode_body(delta: &[f32], scale: f32, bits: u32, zero: f32, codes: &mut [u8]) {
-    let max_code = max_code(bits);
+    let max_code = MaxCode::of(bits);
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
     for (code, d) in codes.iter_mut().zip(delta) {
         *code = code_of(*d, inverse, zero, max_code) as u8;
@@ -155,11 +169,11 @@ fn encode_body(delta: &[f32], scale: f32, bits: u32, zero: f32, codes: &mut [u8]
 
 /// The code nearest to `d · inverse + zero`. Halves are rounded up, so a symmetric 1-bit code is the sign.
 #[inline(always)]
-fn code_of(d: f32, inverse: f32, zero: f32, max_code: f32) -> i32 {
+fn code_of(d: f32, inverse: f32, zero: f32, MaxCode(max_code): MaxCode) -> i32 {
     let nearest = d * inverse + (zero + 0.5);
     let nearest = if nearest > 0.0 { nearest } else { 0.0 };
     let nearest = if nearest < max_code { nearest } else { max_code };
-    // SAFETY: the two comparisons leave 0 to `max_code`, and turn NaN into 0.
+    // SAFETY: the two comparisons leave 0 to `max_code`, at most 255, and turn NaN into 0.
     unsafe { nearest.to_int_unchecked() }
 }
 
@@ -237,6 +251,12 @@ mod tests {
         let mut codes = vec![0; 64];
         let scale = fit_row(&delta, &weight, 2, 1.5, 0.0, &mut codes);
         assert!((delta[7] - scale * (f32::from(codes[7]) - 1.5)).abs() < 0.02 * delta[7].abs());
+    }
+
+    #[test]
+    #[should_panic(expected = "a code fits a byte")]
+    fn a_code_wider_than_a_byte_is_refused() {
+        encode(&[1e30], 1.0, 31, 0.0, &mut [0]);
     }
 
     proptest! {

@@ -38,10 +38,14 @@ impl fmt::Display for Backend {
 }
 
 /// The instruction set in use: the one that the environment variable `MESWITCH_BACKEND` names, else the best that the
-/// processor has. Read once per process; an unusable name counts as unset (see [`check`]).
+/// processor has. Read once per process.
+///
+/// # Panics
+/// Where `MESWITCH_BACKEND` is set to anything that this processor cannot run; [`check`] says so without a panic.
+#[must_use]
 pub fn backend() -> Backend {
     static CHOSEN: OnceLock<Backend> = OnceLock::new();
-    *CHOSEN.get_or_init(|| requested().unwrap_or_else(|_| best()))
+    *CHOSEN.get_or_init(|| requested().unwrap_or_else(|error| panic!("{error}")))
 }
 
 /// Checks that `MESWITCH_BACKEND` is unset or names a backend that this processor can run.

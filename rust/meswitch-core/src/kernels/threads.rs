@@ -1,29 +1,25 @@
 //! The threads that kernels run on.
 //!
-//! Where the process has loaded libgomp (torch does), kernels run on libgomp's own OpenMP threads. A second thread pool
-//! would make every later torch operator slower, because its threads and libgomp's would spin against each other.
-//! Without libgomp, rayon's global pool serves; without rayon (feature `rayon` off), the calling thread does the work.
+//! Where the process has loaded torch, kernels run on the threads of torch's own OpenMP runtime. A second thread pool
+//! would make every later torch operator slower, because its threads and torch's would spin against each other.
+//! Without torch, a loaded libgomp serves, then rayon's global pool; without rayon (feature `rayon` off), the calling
+//! thread does the work.
 //!
 //! Neither pool's threads survive a fork, and a child that waits for them waits forever. After
 //! [`watch_forks`], a forked child runs kernels on the calling thread alone.
 
-use std::ffi::{c_int, c_uint, c_void};
-use std::sync::OnceLock;
+mod openmp;
+
+use std::any::Any;
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use self::openmp::OpenMp;
 
 /// Multiplications below which waking other threads costs more than it saves.
 pub(crate) const MIN_PARALLEL_WORK: usize = 1 << 18;
-
-type RegionFn = extern "C" fn(*mut c_void);
-
-/// The entry points of a loaded libgomp.
-#[derive(Clone, Copy)]
-struct Gomp {
-    parallel: unsafe extern "C" fn(RegionFn, *mut c_void, c_uint, c_uint),
-    thread_num: unsafe extern "C" fn() -> c_int,
-    num_threads: unsafe extern "C" fn() -> c_int,
-    max_threads: unsafe extern "C" fn() -> c_int,
-}
 
 /// Work divided by thread index and number of threads.
 type Work<'a> = &'a (dyn Fn(usize, usize) + Sync);
@@ -43,38 +39,50 @@ pub fn watch_forks() {
     }
 }
 
-/// Runs `work`, whose rayon calls use the global pool; in a forked child they use a new pool, dropped afterwards.
+/// Runs `work` on the calling thread. Its rayon calls use the global pool; in a forked child, whose copy of that pool
+/// has no threads, a pool of the calling thread's own.
 ///
 /// # Panics
 /// In a forked child that cannot start threads.
 #[cfg(feature = "rayon")]
 #[doc(hidden)]
 pub fn with_rayon_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    use std::cell::OnceCell;
+    use std::process;
+
+    use rayon::{ThreadPool, ThreadPoolBuilder};
+
+    thread_local! {
+        /// The pool that the thread belongs to, and the process that has its other threads.
+        static OWN: OnceCell<(u32, Option<ThreadPool>)> = const { OnceCell::new() };
+    }
     if !FORKED.load(Ordering::Relaxed) {
         return work();
     }
-    rayon::ThreadPoolBuilder::new().build().expect("a forked child can start threads").install(work)
+    let process = OWN
+        .with(|own| own.get_or_init(|| (process::id(), ThreadPoolBuilder::new().use_current_thread().build().ok())).0);
+    if process == process::id() {
+        return work();
+    }
+    // Forked again: this thread cannot leave its pool, so another thread takes the work to a new one.
+    ThreadPoolBuilder::new().build().expect("a forked child can start threads").install(work)
 }
 
-/// Calls `work(index, threads)` once on each thread and returns after the last call. `work` must not panic: under
-/// libgomp that aborts the process.
+/// Calls `work(index, threads)` once on each thread and returns after the last call. A panic in one of them is resumed
+/// on the calling thread once the others have ended.
 #[doc(hidden)]
 pub fn run_on_all(work: Work<'_>) {
     if FORKED.load(Ordering::Relaxed) {
         return work(0, 1);
     }
-    match gomp() {
-        Some(gomp) => {
-            let mut task = Task { work, gomp };
-            // SAFETY: libgomp calls `enter` on every thread with this pointer and returns after the last call ended.
-            unsafe { (gomp.parallel)(enter, (&raw mut task).cast(), 0, 0) };
-        }
-        None => run_without_gomp(work),
+    match openmp::loaded() {
+        Some(openmp) => run_on_openmp(openmp, work),
+        None => run_without_openmp(work),
     }
 }
 
 #[cfg(feature = "rayon")]
-fn run_without_gomp(work: Work<'_>) {
+fn run_without_openmp(work: Work<'_>) {
     let threads = rayon::current_num_threads();
     rayon::scope(|scope| {
         for index in 1..threads {
@@ -85,7 +93,7 @@ fn run_without_gomp(work: Work<'_>) {
 }
 
 #[cfg(not(feature = "rayon"))]
-fn run_without_gomp(work: Work<'_>) {
+fn run_without_openmp(work: Work<'_>) {
     work(0, 1);
 }
 
@@ -96,7 +104,7 @@ pub fn thread_count() -> usize {
         return 1;
     }
     // SAFETY: a query without preconditions.
-    gomp().map_or_else(pool_threads, |gomp| unsafe { (gomp.max_threads)() }.max(1) as usize)
+    openmp::loaded().map_or_else(pool_threads, |openmp| unsafe { (openmp.max_threads)() }.max(1) as usize)
 }
 
 fn pool_threads() -> usize {
@@ -106,101 +114,84 @@ fn pool_threads() -> usize {
     1
 }
 
-/// Whether kernels run on the threads of a loaded libgomp.
+/// Whether kernels run on the threads of a loaded OpenMP runtime, torch's own where torch is loaded.
 #[must_use]
-pub fn uses_libgomp() -> bool {
-    gomp().is_some()
+pub fn uses_openmp() -> bool {
+    openmp::loaded().is_some()
 }
 
+/// What the threads of a parallel region share.
 struct Task<'a> {
     work: Work<'a>,
-    gomp: Gomp,
+    openmp: OpenMp,
+    /// The first panic: C code cannot be unwound, so none may leave the region.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+fn run_on_openmp(openmp: OpenMp, work: Work<'_>) {
+    let mut task = Task { work, openmp, panic: Mutex::new(None) };
+    // SAFETY: the runtime calls `enter` on every thread with this pointer and returns after the last call ended.
+    unsafe { (openmp.parallel)(enter, (&raw mut task).cast(), 0, 0) };
+    if let Some(panic) = task.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        resume_unwind(panic);
+    }
 }
 
 extern "C" fn enter(task: *mut c_void) {
-    // SAFETY: `run_on_all` passes a task that outlives the region; threads only read it.
+    // SAFETY: `run_on_openmp` passes a task that outlives the region; threads only read it.
     let task = unsafe { &*task.cast::<Task<'_>>() };
     // SAFETY: inside a parallel region both are queries without preconditions.
-    let (index, threads) = unsafe { ((task.gomp.thread_num)(), (task.gomp.num_threads)()) };
-    (task.work)(index as usize, threads as usize);
-}
-
-/// The libgomp that the process has loaded. A find is remembered; a miss is not, because torch may be loaded later.
-fn gomp() -> Option<Gomp> {
-    static FOUND: OnceLock<Gomp> = OnceLock::new();
-    if let Some(gomp) = FOUND.get() {
-        return Some(*gomp);
+    let (index, threads) = unsafe { ((task.openmp.thread_num)(), (task.openmp.num_threads)()) };
+    // Unwind safe: the panic is resumed by the caller of the region, who sees it as if it had been its own.
+    let outcome = catch_unwind(AssertUnwindSafe(|| (task.work)(index as usize, threads as usize)));
+    if let Err(panic) = outcome {
+        task.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
     }
-    let gomp = find_gomp()?;
-    Some(*FOUND.get_or_init(|| gomp))
-}
-
-#[cfg(all(target_os = "linux", not(miri)))]
-fn find_gomp() -> Option<Gomp> {
-    use std::ffi::{CStr, CString};
-
-    extern "C" fn visit(info: *mut libc::dl_phdr_info, _: usize, found: *mut c_void) -> c_int {
-        // SAFETY: the loader passes a valid record, and `found` points to the option below.
-        let (name, found) = unsafe { ((*info).dlpi_name, &mut *found.cast::<Option<CString>>()) };
-        if name.is_null() {
-            return 0;
-        }
-        // SAFETY: the loader's names are C strings.
-        let name = unsafe { CStr::from_ptr(name) };
-        if name.to_bytes().windows(7).any(|part| part == b"libgomp") {
-            *found = Some(name.to_owned());
-            return 1;
-        }
-        0
-    }
-
-    let mut name: Option<CString> = None;
-    // SAFETY: `visit` has the required signature and `name` outlives the call.
-    unsafe { libc::dl_iterate_phdr(Some(visit), (&raw mut name).cast()) };
-    let name = name?;
-    // SAFETY: RTLD_NOLOAD opens only a library that is loaded already; the handle is never closed.
-    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOLOAD | libc::RTLD_LAZY) };
-    if handle.is_null() {
-        return None;
-    }
-    let symbol = |name: &CStr| {
-        // SAFETY: an open handle and a C string.
-        let symbol = unsafe { libc::dlsym(handle, name.as_ptr()) };
-        (!symbol.is_null()).then_some(symbol)
-    };
-    let (parallel, thread_num) = (symbol(c"GOMP_parallel")?, symbol(c"omp_get_thread_num")?);
-    let (num_threads, max_threads) = (symbol(c"omp_get_num_threads")?, symbol(c"omp_get_max_threads")?);
-    // SAFETY: the documented signatures of these four OpenMP entry points.
-    unsafe {
-        Some(Gomp {
-            parallel: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(RegionFn, *mut c_void, c_uint, c_uint)>(
-                parallel,
-            ),
-            thread_num: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> c_int>(thread_num),
-            num_threads: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> c_int>(num_threads),
-            max_threads: std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> c_int>(max_threads),
-        })
-    }
-}
-
-#[cfg(not(all(target_os = "linux", not(miri))))]
-fn find_gomp() -> Option<Gomp> {
-    None
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::ffi::{c_int, c_uint};
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
 
     #[test]
     fn every_thread_is_called_once() {
         let calls = AtomicUsize::new(0);
         let total = AtomicUsize::new(0);
-        super::run_on_all(&|index, threads| {
+        run_on_all(&|index, threads| {
             assert!(index < threads);
             calls.fetch_add(1, Ordering::Relaxed);
             total.store(threads, Ordering::Relaxed);
         });
         assert_eq!(calls.into_inner(), total.into_inner());
+    }
+
+    /// A runtime with one thread, which runs a region twice.
+    fn twice() -> OpenMp {
+        unsafe extern "C" fn parallel(region: openmp::RegionFn, data: *mut c_void, _: c_uint, _: c_uint) {
+            region(data);
+            region(data);
+        }
+        unsafe extern "C" fn zero() -> c_int {
+            0
+        }
+        unsafe extern "C" fn one() -> c_int {
+            1
+        }
+        OpenMp { parallel, thread_num: zero, num_threads: one, max_threads: one }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_after_the_last_thread() {
+        let calls = AtomicUsize::new(0);
+        let work = |_: usize, _: usize| {
+            let call = calls.fetch_add(1, Ordering::Relaxed);
+            assert!(call > 0, "the first call panics");
+        };
+        let panic = catch_unwind(AssertUnwindSafe(|| run_on_openmp(twice(), &work))).unwrap_err();
+        assert_eq!(panic.downcast_ref::<&str>(), Some(&"the first call panics"));
+        assert_eq!(calls.into_inner(), 2);
     }
 }
