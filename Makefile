@@ -16,10 +16,10 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test miri lint lint-aarch64 bench docs wheel wheel-check clean
+.PHONY: help venv demo test test-models miri lint lint-aarch64 bench docs wheel wheel-check clean
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(BUILT)
 
@@ -40,6 +40,9 @@ demo: $(BUILT) ## train a tiny base and three fine-tunes, compress, route and se
 test: $(BUILT) ## run the tests of both languages, Rust's with checked arithmetic
 	cargo test --release $(CHECKED) -p meswitch-core
 	$(BIN)/python -m pytest
+
+test-models: $(BUILT) ## serve a tiny model of every class of transformers, and compare it with the class alone
+	$(BIN)/python -m pytest -m slow tests/test_causal_models.py
 
 miri: ## run layout and scalar kernels under Miri, which nightly Rust must have
 	@cargo +nightly miri --version >/dev/null 2>&1 || { echo 'Miri is missing: rustup toolchain install nightly -c miri -c rust-src'; exit 1; }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +30,7 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler,
 
 from families import config_of, save_random
 from meswitch.batching import bridge, compatibility
-from meswitch.batching.attention import PAGED, paged_attention, plan_attention
+from meswitch.batching.attention import PAGED, AttentionPlan, paged_attention, plan_attention
 from meswitch.batching.bridge import INTERNALS
 from meswitch.batching.compatibility import check_transformers, run_checks
 from meswitch.batching.sampler import RequestSampler, SamplingState
@@ -377,9 +379,9 @@ def end_of_sequence_elsewhere(monkeypatch: Patch) -> None:
         (sampler_left_out, "logits processors"),
         (sampler_not_asked, "of 0 rows of logits"),
         (inputs_elsewhere, "does not receive what a step hands"),
-        (another_attention, "logits of a packed step are"),
+        (another_attention, "an attention of their own"),
         (window_renamed, "sliding_window"),
-        (window_without_effect, "logits of a packed step are"),
+        (window_without_effect, "a window of 6, and its config says None"),
         (other_lengths, "logits of a packed step are"),
         (softcap_left_out, "logits of a packed step are"),
         (waiting_flag_renamed, "block_new_requests"),
@@ -411,6 +413,11 @@ def test_an_engine_does_not_start_on_another_transformers(tmp_path: Path, monkey
 
 class Layer:
     layer_idx = 0
+    config: Any = None
+
+
+class Bidirectional(Layer):
+    is_causal = False
 
 
 @pytest.mark.parametrize(
@@ -432,9 +439,44 @@ def test_attention_refuses_what_it_does_not_know(more: dict[str, Any], says: str
         paged_attention(Layer(), *tensors, scaling=1.0, **given)
 
 
+def test_attention_refuses_a_module_that_looks_ahead() -> None:
+    """Whatever a step says: there is one keyword for all layers."""
+    tensors = [torch.zeros(1, 2, 1, 8)] * 3
+    with pytest.raises(UnsupportedModelError, match=r"Bidirectional cannot run .*later ones"):
+        paged_attention(Bidirectional(), *tensors, None, 1.0, is_causal=True, paged_step=PagedStep({}, {}))
+
+
 def test_a_model_with_its_own_mask_is_refused_at_start(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"DogeAttention.*mask"):
         Engine(save_random(tmp_path, config_of("doge")))
+
+
+def test_a_layer_that_goes_past_the_paged_attention_is_refused_at_start(tmp_path: Path, monkeypatch: Patch) -> None:
+    forward = transformers.models.llama.modeling_llama.LlamaAttention.forward
+
+    def past(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.layer_idx == 1:
+            self.config = copy.copy(self.config)
+            self.config._attn_implementation = "sdpa"
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaAttention, "forward", past)
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM.*attention of their own"):
+        Engine(save_random(tmp_path, config_of("llama")))
+
+
+@pytest.mark.parametrize(("window", "longest", "refused"), [(8, 16, True), (16, 16, False), (None, 16, True)])
+def test_a_window_counts_that_the_model_does_not_apply(window: int | None, longest: int, refused: bool) -> None:
+    """Planned windows that the attention is not told of; one as long as the context hides nothing."""
+    layer = Layer()
+    layer.config = SimpleNamespace(max_position_embeddings=longest)
+    given = None if window else 4
+    plan = AttentionPlan([], torch.empty(0), torch.empty(0), window)
+    step = PagedStep({0: SimpleNamespace(index=0)}, {0: plan})
+    tensors = [torch.zeros(1, 2, 1, 8)] * 3
+    says = rf"window of {given}, and its config says {window}" if refused else "has no attribute 'update'"
+    with pytest.raises(UnsupportedModelError if refused else AttributeError, match=says):
+        paged_attention(layer, *tensors, None, scaling=1.0, sliding_window=given, paged_step=step)
 
 
 # nothing in a step waits for the device: a tensor on the meta device has no value that could be asked for

@@ -17,7 +17,19 @@ import pytest
 HOUSE = Path(__file__).parents[1]
 SOURCES = sorted((HOUSE / "python").rglob("*.py"))
 MODULES = [".".join(path.relative_to(HOUSE / "python").with_suffix("").parts) for path in SOURCES]
-VERBS = ("demo", "test", "miri", "lint", "lint-aarch64", "bench", "docs", "wheel", "wheel-check", "clean")
+VERBS = (
+    "demo",
+    "test",
+    "test-models",
+    "miri",
+    "lint",
+    "lint-aarch64",
+    "bench",
+    "docs",
+    "wheel",
+    "wheel-check",
+    "clean",
+)
 
 
 @pytest.mark.parametrize("name", [name.removesuffix(".__init__") for name in MODULES])
@@ -59,6 +71,7 @@ def test_ci_runs_the_verbs() -> None:
             ("cargo fmt", "cargo clippy", "--no-default-features", "cargo doc", "msrv.py", "ruff", "mypy", "stubtest"),
         ),
         ("test", ("cargo test", "overflow-checks=true", "debug-assertions=true", "pytest")),
+        ("test-models", ("pytest -m slow",)),
         ("docs", ("mkdocs build --strict",)),
         ("wheel-check", ("maturin sdist", "maturin build", "wheel.py")),
     ],

@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList
+from transformers import AutoModelForCausalLM, LogitsProcessorList
 from transformers.generation.continuous_batching.requests import RequestState
 
 from families import config_of
+from meswitch.batching.attention import PAGED, plan_attention
+from meswitch.batching.bridge import PagedBatch
 from meswitch.batching.cache import cache_geometry, plan_cache
 from meswitch.batching.sampler import RequestSampler, SamplingState
 from meswitch.batching.scheduler import ExpertScheduler, RequestSlot
@@ -30,6 +32,32 @@ def test_plan_stays_within_its_budget(budget: int, tokens: int, family: str) -> 
     assert plan.blocks >= 1
     assert plan.nbytes <= budget
     assert plan.blocks * cache_geometry(config, torch.float32).block_bytes <= budget
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", PAGED])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("budget", [2**20, 2**22])
+def test_planned_bytes_are_those_that_are_allocated(family: str, attention: str, dtype: str, budget: int) -> None:
+    """For layers of one kind and of two, with and without masks."""
+    config = config_of(family, **({"sliding_window": 16} if family == "mistral" else {}))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    if attention == "eager":
+        model.set_attn_implementation("eager")
+    plan = plan_cache(config, model.dtype, budget, max_batch_tokens=48, masks=attention != PAGED)
+    batch = PagedBatch(
+        model,
+        page_size=plan.page_size,
+        blocks=plan.blocks,
+        max_batch_tokens=48,
+        scheduler=ExpertScheduler,
+        sampler=RequestSampler(),
+        attention=PAGED if attention == PAGED else None,
+        plan_attention=plan_attention if attention == PAGED else None,
+    )
+    assert plan.nbytes == pytest.approx(batch.nbytes, rel=0.01)
+    assert plan.nbytes > 0.7 * budget
+    plan.check(batch.nbytes)
 
 
 def test_need_and_plan_agree() -> None:

@@ -26,12 +26,16 @@ from meswitch.batching.step import CacheAccess, PagedStep
 from meswitch.errors import UnsupportedModelError
 
 PAGED = "meswitch_paged"
-# Keywords that change nothing: `PagedStep` holds what transformers hands every attention function in a step, and the
-# kind of a layer says its window.
-IGNORED = frozenset(
-    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k read_index write_index cache logits_indices "
-    "logits_processor_args position_ids use_cache sliding_window".split()
-)
+# Keywords that change nothing here, and why.
+IGNORED = {
+    **dict.fromkeys(
+        ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "read_index", "write_index", "cache"),
+        "how the requests of a step lie side by side: `PagedStep` holds it",
+    ),
+    **dict.fromkeys(("logits_indices", "logits_processor_args"), "what follows the last layer"),
+    "position_ids": "queries and keys have their positions already",
+    "use_cache": "keys and values are always kept",
+}
 
 
 def group_requests(queries: list[int], keys: list[int]) -> Iterator[slice]:
@@ -67,11 +71,13 @@ class AttentionGroup:
 @dataclass(frozen=True)
 class AttentionPlan:
     """What the layers of one kind of attention do in a step. `read int64 [keys of all groups]`: where the keys lie in
-    the cache, empty where nothing was cached before; `write int64 [tokens]`: where the new ones go."""
+    the cache, empty where nothing was cached before; `write int64 [tokens]`: where the new ones go. `window`: how many
+    keys a token sees at most."""
 
     groups: list[AttentionGroup]
     read: Tensor
     write: Tensor
+    window: int | None
 
 
 def plan_attention(access: CacheAccess) -> AttentionPlan:
@@ -91,7 +97,7 @@ def plan_attention(access: CacheAccess) -> AttentionPlan:
         own, done = access.read[done : done + sum(counts)], done + sum(counts)
         padded.append(own if min(counts) == longest else _padded(own, longest, on_device, access.padding))
         token, key = token_range.stop, key_range.stop
-    return AttentionPlan(groups, torch.cat(padded), access.write)
+    return AttentionPlan(groups, torch.cat(padded), access.write, access.window)
 
 
 def _padded(read: Tensor, longest: int, counts: Tensor, padding: int) -> Tensor:
@@ -127,6 +133,7 @@ def paged_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
     paged_step: PagedStep | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -136,7 +143,7 @@ def paged_attention(
         raise _unsupported(module, "does not receive what a step hands to the model")
     if attention_mask is not None:
         raise _unsupported(module, "makes an attention mask of its own")
-    if is_causal is False:
+    if is_causal is False or getattr(module, "is_causal", True) is False:
         raise _unsupported(module, "lets tokens see later ones")
     if dropout:
         raise _unsupported(module, "drops attention weights")
@@ -145,6 +152,10 @@ def paged_attention(
             raise _unsupported(module, f"passes {name!r}, which attention over the paged cache does not know")
     layer = module.layer_idx
     plan: AttentionPlan = paged_step.plan(layer)
+    if sliding_window != plan.window and not _is_whole(plan.window, module):
+        raise _unsupported(module, f"has a window of {sliding_window}, and its config says {plan.window}")
+    if not paged_step.enter(layer):
+        raise _unsupported(module, "attends more than once in a layer")
     new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     keys, values = paged_step.write_and_read(layer, new_keys, new_values, plan.read, plan.write)
     queries = query[0].transpose(0, 1)
@@ -153,6 +164,11 @@ def paged_attention(
         for group in plan.groups
     ]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+
+
+def _is_whole(window: int | None, module: Any) -> bool:
+    """Whether a window hides nothing in the longest sequence that a model takes."""
+    return window is not None and window >= getattr(module.config, "max_position_embeddings", torch.inf)
 
 
 def _unsupported(module: Any, why: str) -> UnsupportedModelError:

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 
 from meswitch.batching.step import STEP, CacheAccess, NewToken, PagedStep
-from meswitch.errors import TransformersVersionError
+from meswitch.errors import TransformersVersionError, UnsupportedModelError
 
 
 def changed(what: str) -> TransformersVersionError:
@@ -193,6 +193,7 @@ class PagedBatch:
     ) -> None:
         self.model = model
         self._plan_attention = plan_attention
+        self._step: PagedStep | None = None
         name = f"meswitch.{scheduler.__qualname__}"
         SCHEDULER_MAPPING[name] = scheduler
         manager: ContinuousBatchingManager = model.init_continuous_batching(
@@ -253,7 +254,9 @@ class PagedBatch:
 
     def close(self) -> None:
         """Frees the cache; the batch is of no use any more."""
-        self.model = self.scheduler = self._processor = self._inputs = self._cache = self._model_kwargs = None
+        self.model = self.scheduler = self._processor = self._inputs = self._cache = self._model_kwargs = self._step = (
+            None
+        )
 
     # a step
 
@@ -267,8 +270,16 @@ class PagedBatch:
         return True
 
     def run(self) -> None:
-        """The model's forward pass over the step, and sampling."""
+        """The model's forward pass over the step, and sampling.
+
+        Raises `UnsupportedModelError` where a layer went past the attention function.
+        """
         self._processor._generation_step(self.model)
+        if self._step is not None and not self._step.complete:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} cannot run under continuous batching: "
+                "some of its layers have an attention of their own"
+            )
 
     def update(self) -> list[NewToken]:
         """Ends the step; its new tokens, in the order of the requests. A request that finished has left the batch."""
@@ -306,7 +317,7 @@ class PagedBatch:
                 allocator.cache_dtype,
             )
             plans[allocator.index] = self._plan_attention(access)
-        kwargs[STEP] = kwargs["cache"] = PagedStep(self._cache.layer_to_allocator, plans)
+        self._step = kwargs[STEP] = kwargs["cache"] = PagedStep(self._cache.layer_to_allocator, plans)
         return kwargs
 
     # sizes, and what `compatibility` looks at
@@ -318,11 +329,11 @@ class PagedBatch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache, of the index of its tokens, and of the masks over them."""
+        """Bytes of the cache, of the indices of its tokens, and of the masks over them."""
         inputs = self._inputs
         masks = [] if inputs.attention_mask is None else list(inputs.attention_mask.values())
-        index = inputs.read_index_storage[:, : self._cache.max_tokens_read]
-        return sum(tensor.nbytes for tensor in (self._cache.cache_tensor, index, *masks))
+        indices = inputs.read_index_storage, inputs.write_index_storage
+        return sum(tensor.nbytes for tensor in (self._cache.cache_tensor, *indices, *masks))
 
     @property
     def sectors(self) -> tuple[int, tuple[int, ...]]:

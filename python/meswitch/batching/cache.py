@@ -11,10 +11,12 @@ import torch
 from meswitch.batching.bridge import FULL, SLIDING, changed, key_value_shape, layers_by_attention
 from meswitch.errors import BudgetError, UnsupportedModelError
 
+_INDEX_BYTES = 8
+
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The size of the KV cache: `blocks` of `page_size` tokens for every layer, at most `nbytes` in all."""
+    """The size of the KV cache: `blocks` of `page_size` tokens for every layer, `nbytes` in all."""
 
     page_size: int
     blocks: int
@@ -28,13 +30,14 @@ class CachePlan:
 
 
 def plan_cache(
-    config: Any, dtype: torch.dtype, budget: int, *, max_batch_tokens: int, page_size: int = 32
+    config: Any, dtype: torch.dtype, budget: int, *, max_batch_tokens: int, page_size: int = 32, masks: bool = False
 ) -> CachePlan:
-    """What fits `budget` bytes: the pages, two spare sectors, the read indices and the attention masks over them.
+    """What fits `budget` bytes: the pages, two spare sectors, the indices of tokens, and `masks` where attention is
+    transformers' own, which needs them.
 
     `config` is the text config of a model that continuous batching knows. Raises `BudgetError` with the least budget.
     """
-    size = cache_geometry(config, dtype, page_size)
+    size = cache_geometry(config, dtype, page_size, masks=masks)
     fixed = size.fixed(max_batch_tokens)
     sectors = (budget - fixed) // size.per_sector(max_batch_tokens)
     if sectors < size.least_sectors:
@@ -45,7 +48,8 @@ def plan_cache(
             hint="raise kv_budget or lower max_batch_tokens",
         )
     blocks = sectors * size.sector_bytes // size.block_bytes
-    nbytes = fixed + sectors * size.per_sector(max_batch_tokens)
+    built = -(-blocks * size.block_bytes // size.sector_bytes)  # as many sectors as hold the blocks, perhaps fewer
+    nbytes = fixed + built * size.per_sector(max_batch_tokens)
     return CachePlan(page_size, blocks, max_batch_tokens, nbytes)
 
 
@@ -54,27 +58,33 @@ class CacheGeometry:
     """Bytes and tokens of the units that transformers' paged cache is made of.
 
     A sector belongs to one kind of attention at a time and holds `blocks_per_sector` blocks of it; a block holds
-    `page_size` tokens for every layer of that kind. `block_bytes` is a block over all layers.
+    `page_size` tokens for every layer of that kind. `block_bytes` is a block over all layers. `mask_bytes`: of a number
+    of an attention mask, a row for each token of a step and a mask for each kind; 0 where there are none.
     """
 
     page_size: int
     sector_bytes: int
     blocks_per_sector: tuple[int, ...]
     block_bytes: int
-    itemsize: int
+    mask_bytes: int
 
     @property
     def least_sectors(self) -> int:
         return len(self.blocks_per_sector)
 
     def per_sector(self, max_batch_tokens: int) -> int:
-        """A sector, and what its tokens take in the read indices and in the attention masks."""
-        kinds = len(self.blocks_per_sector)
+        """A sector, and what its tokens take in the index of what is read and in the masks."""
         tokens = max(self.blocks_per_sector) * self.page_size
-        return self.sector_bytes + tokens * kinds * (8 + max_batch_tokens * self.itemsize)
+        return self.sector_bytes + tokens * self._readable(max_batch_tokens)
 
     def fixed(self, max_batch_tokens: int) -> int:
-        return 2 * self.sector_bytes + len(self.blocks_per_sector) * self.itemsize * max_batch_tokens**2
+        """Two spare sectors, and what a step's own tokens take in both indices and in the masks."""
+        written = len(self.blocks_per_sector) * _INDEX_BYTES
+        return 2 * self.sector_bytes + max_batch_tokens * (written + self._readable(max_batch_tokens))
+
+    def _readable(self, max_batch_tokens: int) -> int:
+        """Bytes that a token that can be read takes beside its keys and values."""
+        return len(self.blocks_per_sector) * (_INDEX_BYTES + max_batch_tokens * self.mask_bytes)
 
     def need(self, tokens: int, max_batch_tokens: int) -> int:
         """Bytes of a cache that holds `tokens` tokens in every layer."""
@@ -83,7 +93,7 @@ class CacheGeometry:
         return self.fixed(max_batch_tokens) + sectors * self.per_sector(max_batch_tokens)
 
 
-def cache_geometry(config: Any, dtype: torch.dtype, page_size: int = 32) -> CacheGeometry:
+def cache_geometry(config: Any, dtype: torch.dtype, page_size: int = 32, *, masks: bool = False) -> CacheGeometry:
     """Raises `UnsupportedModelError` where the text config has layers that continuous batching does not know."""
     try:
         layers = [len(indices) for indices in layers_by_attention(config).values()]
@@ -95,4 +105,4 @@ def cache_geometry(config: Any, dtype: torch.dtype, page_size: int = 32) -> Cach
     page_bytes = 2 * heads * width * dtype.itemsize * page_size
     sector = lcm(*(count * page_bytes for count in layers), 128)
     blocks = tuple(sector // (count * page_bytes) for count in layers)
-    return CacheGeometry(page_size, sector, blocks, config.num_hidden_layers * page_bytes, dtype.itemsize)
+    return CacheGeometry(page_size, sector, blocks, config.num_hidden_layers * page_bytes, dtype.itemsize * masks)

@@ -49,7 +49,9 @@ def check_supported(config: Any, model: Any) -> None:
     name = config.model_type if model is None else getattr(model, "__name__", type(model).__name__)
     text = config.get_text_config(decoder=True)
     reason = None
-    if config.is_encoder_decoder:
+    if getattr(text, "is_heterogeneous", False):
+        reason = "its layers differ from each other (per_layer_config)"
+    elif config.is_encoder_decoder:
         reason = "it is an encoder-decoder model"
     elif getattr(model, "_is_stateful", False):
         reason = "its state is more than a cache of keys and values"
@@ -59,9 +61,16 @@ def check_supported(config: Any, model: Any) -> None:
         reason = "its layers share keys and values"
     elif getattr(text, "kv_lora_rank", None) is not None:
         reason = "its keys and values are latent (kv_lora_rank)"
+    elif isinstance(model, torch.nn.Module) and any(map(_numbers_positions, model.modules())):
+        reason = "it numbers its tokens in a way of its own"
     if reason is not None:
         raise UnsupportedModelError(f"{name} cannot run under continuous batching: {reason}")
     cache_geometry(text, torch.float32)
+
+
+def _numbers_positions(module: torch.nn.Module) -> bool:
+    """RoBERTa's embeddings count from behind the padding id, unless they are given positions as a step gives them."""
+    return hasattr(module, "create_position_ids_from_input_ids")
 
 
 # transformers

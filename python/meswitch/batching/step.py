@@ -52,10 +52,22 @@ class PagedStep:
     def __init__(self, allocators: Mapping[int, Any], plans: Mapping[int, Any]) -> None:
         """`allocators`: transformers' part of the cache by layer; `plans`: by `index` of an allocator."""
         self._allocators, self._plans = allocators, plans
+        self._entered: set[int] = set()
 
     def plan(self, layer: int) -> Any:
         """What `plan_attention` made of the `CacheAccess` of the layer's kind."""
         return self._plans[self._allocators[layer].index]
+
+    def enter(self, layer: int) -> bool:
+        """Notes that a layer attends; false where it has already done so in this step, and its keys would be lost."""
+        first = layer not in self._entered
+        self._entered.add(layer)
+        return first
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer has attended."""
+        return self._entered == self._allocators.keys()
 
     def write_and_read(
         self, layer: int, keys: Tensor, values: Tensor, read: Tensor, write: Tensor

@@ -31,7 +31,7 @@ from meswitch.batching.sampler import RequestSampler, SamplingState
 from meswitch.batching.scheduler import ExpertScheduler, RequestSlot
 from meswitch.batching.step import NewToken
 from meswitch.engine.request import Request
-from meswitch.errors import BudgetError, MeswitchError, RequestError
+from meswitch.errors import BudgetError, MeswitchError, RequestError, UnsupportedModelError
 from meswitch.experts.pool import ExpertPool
 from meswitch.huggingface.config import context_limit
 from meswitch.huggingface.models import load_model
@@ -189,10 +189,10 @@ class Worker(threading.Thread):
         self._try_step()
 
     def _start_batching(self) -> None:
-        self.plan = plan = self._plan_cache()
+        paged = attention.can_be_paged(self.model)
+        self.plan = plan = self._plan_cache(masks=not paged)
         self.sampler = RequestSampler()
         self._plain_attention = attention.plain_attention(self.model)
-        paged = attention.can_be_paged(self.model)
         try:
             self.batch: Any = PagedBatch(
                 self.model,
@@ -210,24 +210,31 @@ class Worker(threading.Thread):
         self.scheduler: Any = self.batch.scheduler
         self.kv_tokens: int = self.batch.kv_tokens
 
-    def _plan_cache(self) -> CachePlan:
+    def _plan_cache(self, *, masks: bool) -> CachePlan:
         steps = self.settings.max_batch_tokens
-        geometry = cache_geometry(self.text_config, self.model.dtype)
+        geometry = cache_geometry(self.text_config, self.model.dtype, masks=masks)
         budget = self.settings.kv_budget
         if budget is None:
             tokens = max(4 * context_limit(self.text_config)[0], 8192)
             budget = min(geometry.need(tokens, steps), max(_DEFAULT_KV_BYTES, geometry.need(512, steps)))
-        return plan_cache(self.text_config, self.model.dtype, budget, max_batch_tokens=steps)
+        return plan_cache(self.text_config, self.model.dtype, budget, max_batch_tokens=steps, masks=masks)
 
     def _try_step(self) -> None:
-        """One token through the base, so that a model whose attention asks for more than paged attention gives is
-        refused at start."""
+        """One token through the base, so that a model that asks for more than a step gives is refused at start."""
         name = "start"
         self.scheduler.slots[name] = RequestSlot()
         self.sampler.states[name] = SamplingState(LogitsProcessorList(), self.layers.outputs)
         self.batch.add(name, [0], 1, ())
         self.batch.prepare()
-        self.batch.run()
+        try:
+            self.batch.run()
+        except MeswitchError:
+            raise
+        except Exception as error:  # whatever a model does with a cache that is not its own
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} cannot run under continuous batching: its first step failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         self.batch.update()
         del self.scheduler.slots[name], self.sampler.states[name]
 
