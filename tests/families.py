@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from meswitch import reference
+from meswitch import _native, reference
+from meswitch.huggingface.files import small_files
 from meswitch.site import Part, QuantizedSite, ReplacedSite, SharedSite, Site, Sparse
 
 VOCABULARY = 264  # 256 bytes and eight special tokens
@@ -153,6 +154,13 @@ class HandDelta:
     @property
     def bpw(self) -> float:
         return 2.0
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {name: _native.checksum(path.read_bytes()) for name, path in small_files(self.path).items()}
+
+    def read_file(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
 
     def check_base(self, base: Path) -> None: ...
 

@@ -38,6 +38,7 @@ from meswitch.errors import (
     RequestError,
     RouterError,
 )
+from meswitch.experts.tokenizers import Tokenizer
 from meswitch.huggingface.config import context_limit
 from meswitch.router.routers import train_router
 
@@ -115,18 +116,20 @@ def test_stop_strings(shared: Engine) -> None:
     assert shared.generate(PROMPT, expert="a", max_new_tokens=12, stop="never").text == whole
 
 
-def test_special_tokens_as_stop_strings_and_end_of_sequence(shared: Engine) -> None:
-    ids = shared.generate(PROMPT, expert="a", max_new_tokens=12, repetition_penalty=1.1).token_ids
-    request = shared._preparation.requests([PROMPT], "a", {"stop": "<a>"})[0]
-    assert 261 in request.eos and 257 in request.eos and not request.decoder.stops
-    shared._preparation.release([request])
-    assert len(ids) == 12
+def test_a_special_token_as_stop_string_ends_a_request(shared: Engine) -> None:
+    drawn: dict[str, Any] = {"expert": "a", "temperature": 5.0, "max_new_tokens": 100}
+    for seed in range(400):
+        ids = shared.generate([1], seed=seed, **drawn).token_ids
+        if 261 in ids[:60] and len(ids) == 100:
+            break
+    answer = shared.generate([1], seed=seed, stop="<a>", **drawn)
+    assert answer.token_ids == ids[: ids.index(261) + 1] and answer.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("stops", [(), ("lo w", "zzz"), ("é",), ("🙂!",), ("wörld",)])
 def test_text_tail_never_emits_half_of_anything(stops: tuple[str, ...]) -> None:
     tokenizer, text = tokenizer_of(), "héllo wörld 🙂🙂! é"
-    decoder, pieces = TextDecoder(tokenizer, stops), []
+    decoder, pieces = TextDecoder(Tokenizer(tokenizer), stops), []
     ends = [text.find(stop) for stop in stops if stop in text]
     expected = text[: min(ends, default=len(text))]
     for token in tokenizer(text)["input_ids"]:
@@ -215,10 +218,12 @@ def test_sampling_follows_transformers(shared: Engine, family: Path) -> None:
         *({"max_new_tokens": value} for value in (0, -1, 1.5, True, "3")),
         *({"temperature": value} for value in (-0.1, float("nan"), float("inf"), "hot", True)),
         *({"top_p": value} for value in (0, 1.1, -1)),
-        *({"top_k": value} for value in (0, 2.0)),
+        *({"top_k": value} for value in (-1, 2.0)),
         *({"min_p": value} for value in (-0.1, 2)),
-        *({"repetition_penalty": 0}, {"seed": -1}, {"seed": "x"}, {"seed": [1, 2]}),
-        *({"stop": ""}, {"stop": [3]}, {"colour": "red"}, {"expert": ["a", "b"]}),
+        *({"repetition_penalty": value} for value in (0, 1e-46, 1e300)),
+        *({"temperature": 10**400}, {"seed": -1}, {"seed": "x"}, {"seed": [1, 2]}),
+        *({"stop": value} for value in ("", [3], 5, b"x", "\ud83d")),
+        *({"colour": "red"}, {"expert": ["a", "b"]}),
     ],
 )
 def test_bad_numbers(shared: Engine, wrong: dict[str, Any]) -> None:

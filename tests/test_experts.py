@@ -25,6 +25,7 @@ from meswitch.errors import (
 )
 from meswitch.experts.catalogue import Expert, check_folder, check_name
 from meswitch.experts.pool import ExpertPool
+from meswitch.experts.settings import SettingsReader
 from meswitch.site import Site
 from meswitch.sizes import parse_bytes
 
@@ -280,11 +281,13 @@ def test_budget_and_pins_hold_whatever_happens(seed: int, budget: int) -> None:
 
 
 def test_an_expert_with_other_settings_is_refused_by_field(tmp_path: Path) -> None:
-    config_of("llama", rms_norm_eps=1e-3).save_pretrained(tmp_path)
+    for name, eps in (("base", 1e-6), ("a", 1e-3)):
+        config_of("llama", rms_norm_eps=eps).save_pretrained(tmp_path / name)
     layers: Any = Layers()
-    pool = ExpertPool(layers, None, config_of("llama"), open_delta=open_sized)
+    settings = SettingsReader(tmp_path / "base", config_of("llama"))
+    pool = ExpertPool(layers, None, settings, open_delta=open_sized)
     with pytest.raises(ArchitectureError, match=r"rms_norm_eps: base 1e-06, expert 0\.001"):
-        pool.add("a", tmp_path)
+        pool.add("a", tmp_path / "a")
     with pytest.raises(FormatError, match=r"config\.json"):
         pool.add("a", tmp_path / "nowhere")
 

@@ -92,6 +92,19 @@ class Delta:
         if base is not None:
             self._native.check_base(_as_checkpoint(base).native, True)
 
+    @property
+    def files(self) -> dict[str, str]:
+        """The checksums of the fine-tune's small files (config, tokenizer, …) by name."""
+        return {name: entry["checksum"] for name, entry in self.manifest["files"].items() if name != TENSORS}
+
+    def read_file(self, name: str) -> bytes:
+        """One of `files`, as it was written. Raises `ChecksumError` where it has changed, `OSError` where it is gone.
+
+        >>> Delta.open("experts/math").read_file("config.json")[:1]
+        b'{'
+        """
+        return self._native.read_file(name)
+
     def check_base(self, base: str | Path | Checkpoint) -> None:
         """Checks the base quickly: names, shapes, dtypes and a few bytes of each tensor. Raises `BaseMismatchError`."""
         self._native.check_base(_as_checkpoint(base).native, False)

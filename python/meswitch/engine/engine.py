@@ -12,14 +12,13 @@ import torch
 
 from meswitch.engine.model import ServedModel
 from meswitch.engine.preparation import Preparation
-from meswitch.engine.prompt import Conversation, Prompt
+from meswitch.engine.prompt import Conversation, Prompt, conversations_of, one_prompt, prompts_of
 from meswitch.engine.request import Answer, Request
 from meswitch.engine.routing import Routing, base_embeddings, open_router
 from meswitch.engine.sampling import check_whole_number
 from meswitch.engine.stream import TextStream
 from meswitch.engine.worker import Settings, Worker, closed
 from meswitch.errors import RequestError
-from meswitch.experts.settings import ExpertSettings
 from meswitch.huggingface.checkpoint import resolve
 from meswitch.kernels.select import usable_device
 from meswitch.router.protocol import Router
@@ -80,9 +79,9 @@ class Engine:
         worker.start()
         try:
             worker.ready.result()
-            own = ExpertSettings(settings.base, worker.text_config)
-            routing = Routing(router, base_embeddings(worker, own))
-            self._preparation = Preparation(ServedModel.of(worker), own, worker, routing)
+            base_settings = worker.settings_reader.base
+            routing = Routing(router, base_embeddings(worker, base_settings))
+            self._preparation = Preparation(ServedModel.of(worker), base_settings, worker, routing)
             worker.call(lambda: worker.pool.discover(experts))
         except BaseException:
             self.close()
@@ -137,13 +136,13 @@ class Engine:
 
         Raises `ExpertNotFoundError`, `RequestError`, `RouterError`, and what a failed step raised.
         """
-        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
-        answers = self._answers(self._prepare([prompt] if single else list(prompt), expert, sampling))
+        prompts, single = prompts_of(prompt)
+        answers = self._answers(self._prepare(prompts, expert, sampling))
         return answers[0] if single else answers
 
     def stream(self, prompt: Prompt, expert: str | None = None, **sampling: Any) -> TextStream:
         """The answer to one prompt as pieces of text; arguments as in `generate`."""
-        return self._stream(self._prepare([prompt], expert, sampling)[0])
+        return self._stream(self._prepare([one_prompt(prompt)], expert, sampling)[0])
 
     def chat(
         self,
@@ -158,11 +157,10 @@ class Engine:
         A list of conversations is one batch, `expert` as in `generate`. An `Answer`, a list of them for a list, or a
         `TextStream` with `stream=True` (one conversation only).
         """
-        batch: Any = messages
-        single = not batch or isinstance(batch[0], Mapping)
+        batch, single = conversations_of(messages)
         if stream and not single:
             raise RequestError(f"stream: expected one conversation, found {len(batch)}")
-        requests = self._prepare([batch] if single else list(batch), expert, sampling, chat=True)
+        requests = self._prepare(batch, expert, sampling, chat=True)
         if stream:
             return self._stream(requests[0])
         answers = self._answers(requests)

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakSet
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
 
 from meswitch.batching.sampler import SamplingState
+from meswitch.engine.encoder import PromptEncoder
 from meswitch.engine.model import ServedModel
-from meswitch.engine.prompt import PromptEncoder
 from meswitch.engine.request import Request
 from meswitch.engine.routing import Routing, expert_of_each
 from meswitch.engine.sampling import SamplingSettings, random_generator, seed_of_each
 from meswitch.engine.text import TextDecoder
 from meswitch.engine.worker import Worker
+from meswitch.errors import MeswitchError, RequestError
 from meswitch.experts.catalogue import Expert
-from meswitch.experts.settings import ExpertSettings
+from meswitch.experts.settings import ModelSettings
 
 
 class Preparation:
     """Makes requests on the callers' threads. A request holds its expert until it is released."""
 
-    def __init__(self, model: ServedModel, settings: ExpertSettings, worker: Worker, routing: Routing) -> None:
-        self._model, self._settings, self._worker, self._routing = model, settings, worker, routing
-        self._encoder = PromptEncoder(model, settings)
+    def __init__(self, model: ServedModel, base: ModelSettings, worker: Worker, routing: Routing) -> None:
+        self._model, self._worker, self._routing = model, worker, routing
+        self._encoder = PromptEncoder(model, base)
+        self._sound: WeakSet[ModelSettings] = WeakSet()
 
     def requests(
         self, prompts: list[Any], expert: str | Sequence[str] | None, keywords: dict[str, Any], *, chat: bool = False
     ) -> list[Request]:
-        """A request for each prompt, or none at all.
+        """A request for each prompt, or none at all. `prompts` are in the form that `engine.prompt` gives them.
 
         Raises `ExpertNotFoundError`, `RequestError`, `RouterError`, or what is wrong with an expert that was named.
         """
@@ -60,19 +66,62 @@ class Preparation:
     ) -> Request:
         expert = None if name == "base" else self._worker.pool.acquire(name)
         try:
-            ids = self._encoder.encode(prompt, expert, chat=chat)
+            settings = self._encoder.settings(expert)
+            ids = self._encoder.encode(prompt, expert)
             limit = self._encoder.limit(len(ids), expert, sampling.max_new_tokens)
-            own = self._settings.generation_config(expert)
-            own_stops = [own.stop_strings] if isinstance(own.stop_strings, str) else list(own.stop_strings or ())
-            stops, eos = self._encoder.stops([*sampling.stop, *own_stops], expert)
-            config = sampling.generation_config(own, chat=chat)
+            stops, eos = self._encoder.stops(sampling.stop, expert)
+            config = sampling.generation_config(settings.generation, chat=chat)
+            config.max_length = len(ids) + limit  # where forced_eos_token_id stands
+            outputs = self._model.outputs if expert is None else expert.outputs
+            self._check_own_processors(settings, outputs, eos)
             state = SamplingState(
-                self._model.logits_processors(config, len(ids), eos),
-                self._model.outputs if expert is None else expert.outputs,
+                self._processors(settings, config, len(ids), eos),
+                outputs,
                 random_generator(seed) if config.do_sample else None,
             )
-            decoder = TextDecoder(self._settings.tokenizer(expert), stops)
-            return Request(ids, expert, state, limit, eos, decoder, route)
+            return Request(ids, expert, state, limit, eos, TextDecoder(settings.tokenizer, stops), route)
         except BaseException:
             self._release(expert)
             raise
+
+    def _processors(
+        self, settings: ModelSettings, config: GenerationConfig, prompt_tokens: int, eos: set[int]
+    ) -> LogitsProcessorList:
+        try:
+            return self._model.logits_processors(config, prompt_tokens, eos)
+        except Exception as error:  # transformers raises what it likes for values that it does not take
+            raise _refused(settings, error) from error
+
+    def _check_own_processors(self, settings: ModelSettings, outputs: int, eos: set[int]) -> None:
+        """Tries what a model's own generation config does to logits, once, between two steps.
+
+        It may name tokens that the model has not, or leave none to choose: such a request is refused here.
+        """
+        if settings in self._sound:
+            return
+        greedy = SamplingSettings(temperature=0.0, repetition_penalty=1.0)  # what warps a draw is checked by itself
+        config = greedy.generation_config(settings.generation, chat=False)
+        config.max_length = 2
+        processors = self._processors(settings, config, 1, eos)
+        if processors:
+
+            def tried() -> bool:
+                ids: Any = torch.zeros(1, 1, dtype=torch.int64, device=self._worker.settings.device)
+                scores: Any = torch.linspace(-8, 8, outputs, device=ids.device)[None]
+                return bool(processors(ids, scores).max().isfinite())
+
+            try:
+                usable = self._worker.call(tried)
+            except MeswitchError:
+                raise
+            except Exception as error:  # a processor indexes with what the file says
+                raise _refused(settings, error) from error
+            if not usable:
+                raise _refused(settings, ValueError("no token is left to choose"))
+        self._sound.add(settings)
+
+
+def _refused(settings: ModelSettings, error: Exception) -> RequestError:
+    return RequestError(
+        f"the generation config of {settings.name} cannot be used: {error}", hint="correct its generation_config.json"
+    )

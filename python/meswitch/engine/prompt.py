@@ -1,104 +1,184 @@
-"""Prompts to token ids: text, chats, or ids as they are, checked against the model's vocabulary and limits."""
+"""What callers pass as prompts and conversations, brought into one form: text, token ids, or messages.
+
+    text                                                        one prompt
+    whole numbers in a list, tuple, array or tensor             one prompt of token ids
+    what a tokenizer returns: a mapping with `input_ids`        those ids, without what `attention_mask` hides
+    a list of these, an array or tensor [n, length]             n prompts
+
+Anything else is a `RequestError`, the same one from `generate`, `stream` and `chat`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from operator import index
+from typing import Any, NoReturn, TypeAlias
 
-from meswitch.engine.model import ServedModel
 from meswitch.errors import RequestError
-from meswitch.experts.catalogue import Expert
-from meswitch.experts.settings import ExpertSettings
-from meswitch.huggingface.config import context_limit
+from meswitch.experts.tokenizers import check_unicode, parts_text
 
 Prompt: TypeAlias = str | Sequence[int]
+"""What a caller may pass for one prompt; also an array or tensor of ids, or a mapping with `input_ids`."""
+
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 
 
-class PromptEncoder:
-    """Encodes prompts on the caller's thread. Every method raises `RequestError` for what cannot be run."""
+def prompts_of(given: Any) -> tuple[list[str | list[int]], bool]:
+    """The prompts of a call, and whether it was one by itself.
 
-    def __init__(self, model: ServedModel, settings: ExpertSettings) -> None:
-        self._model, self._settings = model, settings
+    >>> prompts_of((1, 2)), prompts_of(["one", [3]])
+    (([[1, 2]], True), (['one', [3]], False))
+    """
+    if isinstance(given, Mapping):
+        given = _input_ids(given)
+    given = _as_list(given)
+    if isinstance(given, str):
+        return [_text(given)], True
+    if not isinstance(given, list):
+        _refuse(given)
+    if given and _is_number(given[0]):
+        return [_ids(given)], True
+    return [one_prompt(prompt) for prompt in given], False
 
-    def encode(self, prompt: Any, expert: Expert | None, *, chat: bool) -> list[int]:
-        """The ids of a prompt, at least one, all within the expert's vocabulary."""
-        if chat:
-            ids = self._encode_chat(prompt, expert)
-        elif isinstance(prompt, str):
-            ids = self._encode_text(prompt, expert)
-        else:
-            ids = list(prompt)
-        if not ids:
-            raise RequestError("the prompt is empty and the tokenizer has no beginning-of-sequence token")
-        vocabulary = self._model.vocabulary if expert is None else expert.vocabulary
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
-                raise RequestError(f"expected token ids from 0 to {vocabulary - 1}, found {token!r}")
+
+def one_prompt(given: Any) -> str | list[int]:
+    """One prompt: text, or token ids. A batch of one, as tokenizers return it, is that one."""
+    if isinstance(given, Mapping):
+        given = _input_ids(given)
+    given = _as_list(given)
+    if isinstance(given, str):
+        return _text(given)
+    if not isinstance(given, list):
+        _refuse(given)
+    if len(given) == 1 and not _is_number(given[0]) and not isinstance(given[0], str):
+        given = _as_list(given[0])
+    return _ids(given)
+
+
+def conversations_of(given: Any) -> tuple[list[list[Mapping[str, Any]]], bool]:
+    """The conversations of a call, and whether it was one by itself."""
+    if isinstance(given, Mapping):
+        raise RequestError(
+            f"expected a list of messages, found one mapping: {repr(given)[:80]}", hint="put a message into a list"
+        )
+    if not isinstance(given, list | tuple) or not given:
+        _refuse_messages(given)
+    if isinstance(given[0], Mapping):
+        return [_messages(given)], True
+    return [_messages(conversation) for conversation in given], False
+
+
+def routing_text(prompt: str | list[int] | list[Mapping[str, Any]]) -> str | list[int]:
+    """What a router reads of a prompt: its text, the last message of a conversation's user, or ids to decode."""
+    if isinstance(prompt, str):
+        return prompt
+    said = [message for message in prompt if isinstance(message, Mapping)]
+    if not said:
+        return prompt  # type: ignore[return-value]
+    users = [message for message in said if message["role"] == "user"]
+    content = users[-1].get("content") if users else None
+    if isinstance(content, list | tuple):
+        texts = [part for part in content if not isinstance(part, Mapping) or "text" in part]  # a router sees no image
+        return parts_text(texts)
+    return content or ""
+
+
+def checked_ids(ids: list[int], vocabulary: int) -> list[int]:
+    """`ids`, at least one, all below `vocabulary`. Raises `RequestError`."""
+    if not ids:
+        raise RequestError("the prompt is empty and the tokenizer has no beginning-of-sequence token")
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        wrong = next(token for token in ids if not 0 <= token < vocabulary)
+        raise RequestError(f"expected token ids from 0 to {vocabulary - 1}, found {wrong}")
+    return ids
+
+
+def _as_list(given: Any) -> Any:
+    """Arrays, tensors, tuples and ranges as lists; all else as it is."""
+    if hasattr(given, "tolist") and not isinstance(given, memoryview):
+        return given.tolist()
+    return list(given) if isinstance(given, tuple | range) else given
+
+
+def _input_ids(encoding: Mapping[str, Any]) -> Any:
+    """The ids of what a tokenizer returned."""
+    if "input_ids" not in encoding:
+        raise RequestError(
+            f"expected a prompt, found a mapping without 'input_ids': {', '.join(map(repr, encoding)) or 'empty'}",
+            hint="conversations are for chat",
+        )
+    ids, mask = _as_list(encoding["input_ids"]), _as_list(encoding.get("attention_mask"))
+    if not isinstance(ids, list):
+        _refuse(ids)
+    if mask is None:
         return ids
+    if _is_row(ids):
+        return _visible(ids, mask)
+    if not isinstance(mask, list) or len(mask) != len(ids):
+        raise RequestError(f"attention_mask: expected the shape of input_ids, {len(ids)} rows, found another")
+    return [_visible(_as_list(row), _as_list(visible)) for row, visible in zip(ids, mask, strict=True)]
 
-    def limit(self, prompt_tokens: int, expert: Expert | None, wanted: int) -> int:
-        """How many tokens may follow a prompt of `prompt_tokens`, at most `wanted`."""
-        context, reason = context_limit(self._settings.config(expert))
-        kv_tokens = self._model.kv_tokens
-        for most, why, hint in (
-            (context, reason, "shorten the prompt"),
-            (kv_tokens, f"kv_budget ({self._model.kv_bytes} bytes)", "shorten the prompt or raise kv_budget"),
-        ):
-            if prompt_tokens >= most:
-                raise RequestError(
-                    f"the prompt is too long: expected less than {most} tokens ({why}), found {prompt_tokens}",
-                    hint=hint,
-                )
-        return min(wanted, context - prompt_tokens, kv_tokens - prompt_tokens)
 
-    def stops(self, texts: list[str], expert: Expert | None) -> tuple[list[str], set[int]]:
-        """The stop strings, and the end-of-sequence ids.
+def _visible(ids: Any, mask: Any) -> Any:
+    if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
+        raise RequestError("attention_mask: expected the shape of input_ids, found another")
+    return [token for token, visible in zip(ids, mask, strict=True) if visible]
 
-        A stop string that is a special token, which text never shows, becomes an id instead.
-        """
-        eos = self._settings.eos_ids(expert)
-        if not texts:
-            return [], eos
-        tokenizer = self._settings.required_tokenizer(expert)
-        special = set(getattr(tokenizer, "all_special_tokens", ()))
-        eos |= {int(tokenizer.convert_tokens_to_ids(text)) for text in texts if text in special}
-        return [text for text in texts if text not in special], eos
 
-    def routing_text(self, prompt: Any) -> str:
-        """What a router gets to read: the text, the last user message of a chat, or decoded ids."""
-        if isinstance(prompt, str):
-            return prompt
-        if prompt and isinstance(prompt[0], Mapping):
-            messages = [str(message.get("content", "")) for message in prompt if message.get("role") == "user"]
-            return messages[-1] if messages else ""
-        return str(self._settings.required_tokenizer(None).decode(list(prompt)))
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, str | bytes | list | tuple | Mapping) and getattr(value, "ndim", 0) == 0
 
-    def _encode_text(self, prompt: str, expert: Expert | None) -> list[int]:
-        tokenizer = self._settings.required_tokenizer(expert)
-        with self._settings.lock:
-            ids = list(tokenizer(prompt)["input_ids"])
-        if not ids and tokenizer.bos_token_id is not None:
-            ids = [int(tokenizer.bos_token_id)]
-        return ids
 
-    def _encode_chat(self, messages: Any, expert: Expert | None) -> list[int]:
-        if not messages or not all(isinstance(m, Mapping) and "role" in m and "content" in m for m in messages):
-            raise RequestError(
-                'expected messages such as {"role": "user", "content": "..."}, found ' + repr(messages)[:80]
-            )
-        tokenizer = self._settings.required_tokenizer(expert)
-        if not getattr(tokenizer, "chat_template", None):
-            name = "the base" if expert is None else f"expert {expert.name!r}"
-            raise RequestError(f"{name} has no chat template", hint="use generate with a prompt of your own")
-        with self._settings.lock:
-            try:
-                encoded = tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                )
-            except Exception as error:  # a template is a program and may raise anything
-                raise RequestError(f"the chat template refuses these messages: {error}") from error
-        return list(encoded["input_ids"])
+def _is_row(values: Sequence[Any]) -> bool:
+    return not values or _is_number(values[0])
+
+
+def _ids(values: Sequence[Any]) -> list[int]:
+    if all(type(value) is int for value in values):
+        return list(values)
+    ids = []
+    for value in values:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            ids.append(index(value))
+        except TypeError:
+            raise RequestError(f"expected token ids, whole numbers, found {repr(value)[:80]}") from None
+    return ids
+
+
+def _text(text: str) -> str:
+    check_unicode(text)
+    return text
+
+
+def _messages(given: Any) -> list[Mapping[str, Any]]:
+    if not isinstance(given, list | tuple) or not given:
+        _refuse_messages(given)
+    for message in given:
+        known = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+        if not known or ("content" not in message and "tool_calls" not in message):
+            _refuse_messages(given)
+        content = message.get("content")
+        if content is not None and not isinstance(content, str | list | tuple):
+            _refuse_messages(given)
+        for part in [content] if isinstance(content, str) else content or ():
+            text = part.get("text") if isinstance(part, Mapping) else part
+            if isinstance(text, str):
+                check_unicode(text)
+    return list(given)
+
+
+def _refuse(given: Any) -> NoReturn:
+    hint = "decode it first" if isinstance(given, bytes | bytearray | memoryview) else None
+    raise RequestError(
+        f"expected a prompt, text or token ids, or a list of prompts; found {type(given).__name__}: {repr(given)[:80]}",
+        hint=hint,
+    )
+
+
+def _refuse_messages(given: Any) -> NoReturn:
+    hint = "use generate for text" if isinstance(given, str) else None
+    raise RequestError(
+        'expected messages such as {"role": "user", "content": "..."}, found ' + repr(given)[:80], hint=hint
+    )

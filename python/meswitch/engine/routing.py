@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meswitch.engine.worker import Worker
 from meswitch.errors import RequestError, RouterError
-from meswitch.experts.settings import ExpertSettings
+from meswitch.experts.settings import ModelSettings
 from meswitch.router.base import embed
 from meswitch.router.protocol import Router
 
@@ -65,10 +65,11 @@ def open_router(router: Router | str | Path | None, base: Path) -> Router | None
     return load_router(Path(router), base)
 
 
-def base_embeddings(worker: Worker, settings: ExpertSettings) -> Callable[[list[str]], Tensor]:
+def base_embeddings(worker: Worker, base: ModelSettings) -> Callable[[list[str]], Tensor]:
     """What a router calls for the base's embeddings of prompts: they are computed between two steps, by no expert."""
 
     def embeddings(prompts: list[str]) -> Tensor:
-        return worker.call_plain(lambda: embed(worker.model, settings.required_tokenizer(None), prompts))
+        tokenizer = base.required_tokenizer.inner  # built here if need be, not on the engine's thread
+        return worker.call_plain(lambda: embed(worker.model, tokenizer, prompts))
 
     return embeddings

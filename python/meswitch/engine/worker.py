@@ -33,6 +33,7 @@ from meswitch.batching.step import NewToken
 from meswitch.engine.request import Request
 from meswitch.errors import BudgetError, MeswitchError, RequestError, UnsupportedModelError
 from meswitch.experts.pool import ExpertPool
+from meswitch.experts.settings import SettingsReader
 from meswitch.huggingface.config import context_limit
 from meswitch.huggingface.models import load_model
 from meswitch.kernels.rows import BASE_SLOT
@@ -179,10 +180,11 @@ class Worker(threading.Thread):
         kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
         self.layers = ExpertLayers(model, kernels)
         self._start_batching()
+        self.settings_reader = SettingsReader(settings.base, self.text_config)
         self.pool = ExpertPool(
             self.layers,
             settings.base,
-            self.text_config,
+            self.settings_reader,
             budget=settings.host_budget,
             closed=self.scheduler.forget,
         )

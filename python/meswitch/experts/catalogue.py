@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meswitch.errors import ExpertNameError
+from meswitch.experts.settings import ModelSettings
 from meswitch.site import Site
 
 RESERVED = ("base", "auto")
@@ -49,17 +50,16 @@ def check_folder(folder: Path) -> Path:
 class Expert:
     """One fine-tune that requests can name.
 
-    It is opened (`delta`, `config`; `nbytes` and `bpw` are the delta's, kept as numbers) or broken (`error`). `tied`:
+    It is opened (`delta`, `settings`; `nbytes` and `bpw` are the delta's, kept as numbers) or broken (`error`). `tied`:
     whether its lm_head is its embeddings. `vocabulary` and `outputs`: token ids that it reads, and those it can answer
     with. `salt` keeps its prefix-cache pages apart from other experts' and earlier generations'. `slot`: its adapter
-    slot while resident. `uses` and `pins` count requests that have acquired it and that run on it. `extras`: what is
-    read of its folder once (tokenizer, …).
+    slot while resident. `uses` and `pins` count requests that have acquired it and that run on it.
     """
 
     name: str
     path: Path | None = None
     delta: Any = None
-    config: Any = None
+    settings: ModelSettings | None = None
     error: BaseException | None = None
     nbytes: int = 0
     bpw: float | None = None
@@ -72,7 +72,6 @@ class Expert:
     pins: int = 0
     served: int = 0
     retired: bool = False
-    extras: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sites(self) -> Iterable[Site]:

@@ -17,25 +17,23 @@ from typing import Any
 
 from meswitch.delta.directory import MANIFEST, Delta
 from meswitch.errors import (
-    ArchitectureError,
     BudgetError,
     ExpertNameError,
     ExpertNotFoundError,
-    FormatError,
     MeswitchError,
     fresh,
 )
 from meswitch.experts.catalogue import Expert, check_folder, check_name
 from meswitch.experts.residency import Residency
+from meswitch.experts.settings import SettingsReader
 from meswitch.huggingface.checkpoint import Checkpoint
-from meswitch.huggingface.config import config_changes, text_config
 from meswitch.layers.install import ExpertLayers
 
 
 class ExpertPool:
     """The experts of one engine.
 
-    `base`: what `Delta.check_base` compares with; `config`: the base's text config, `None` where experts have none.
+    `base`: what `Delta.check_base` compares with; `settings` reads those of experts, `None` where they have none.
     `open_delta` is `Delta.open` unless a test says otherwise; `closed` is told the salt of every expert that is gone.
     `put`, `remove` and `release` change the layers and run on the engine's thread, as does everything of `residency`.
     The rest may be called from any thread: what takes time, opening and checking a delta, is done in `open` alone.
@@ -45,14 +43,14 @@ class ExpertPool:
         self,
         layers: ExpertLayers,
         base: Path | None,
-        config: Any = None,
+        settings: SettingsReader | None = None,
         *,
         budget: int | None = None,
         open_delta: Callable[[Path], Any] | None = None,
         closed: Callable[[int], None] | None = None,
     ) -> None:
         self._layers: ExpertLayers | None = layers
-        self.base, self.config = base, config
+        self.base, self._settings = base, settings
         self.open_delta = open_delta or (lambda path: Delta.open(path))
         self.residency = Residency(layers, budget)
         self.catalogue: dict[str, Expert] = {}
@@ -112,8 +110,10 @@ class ExpertPool:
             if self.base is not None:
                 delta.check_base(self._base_checkpoint)
             expert = Expert(name, path, delta, nbytes=int(delta.nbytes), bpw=float(delta.bpw), salt=next(self._salts))
-            expert.config = self._checked_config(name, path)
-            tied = layers.tied if expert.config is None else bool(expert.config.tie_word_embeddings)
+            tied = layers.tied
+            if self._settings is not None:
+                expert.settings = self._settings.read(name, delta)
+                tied = bool(expert.settings.config.tie_word_embeddings)
             expert.tied = tied
             layers.check(expert.sites, tied=tied)
             expert.vocabulary, expert.outputs = layers.vocabulary_of(expert.sites, tied=tied)
@@ -138,24 +138,6 @@ class ExpertPool:
         """Opened once, for all experts."""
         assert self.base is not None
         return Checkpoint.open(self.base)
-
-    def _checked_config(self, name: str, path: Path) -> Any:
-        if self.config is None:
-            return None
-        try:
-            config = text_config(path)
-        except (OSError, ValueError) as error:
-            raise FormatError(
-                f"{path}: expected the fine-tune's config.json, found none that reads: {error}"
-            ) from error
-        changes = config_changes(self.config.to_dict(), config.to_dict())
-        if changes:
-            found = ", ".join(f"{field}: base {ours!r}, expert {theirs!r}" for field, (ours, theirs) in changes.items())
-            raise ArchitectureError(
-                f"expert {name!r} computes differently from the base; {found}",
-                hint="one base serves only fine-tunes that keep its settings: `meswitch restore` it, serve it alone",
-            )
-        return config
 
     def get(self, name: str) -> Expert:
         """The expert that a new request for `name` runs on. Raises `ExpertNotFoundError`, or the expert's own

@@ -1,81 +1,165 @@
-"""What an expert's own small files say: tokenizer, generation config, end-of-sequence ids.
+"""What a model's own small files say: config, generation config, end-of-sequence ids, tokenizer.
 
-Each is read from the expert's folder when it is first needed, and from the base's where the expert brings none.
+Everything is read when the model is opened and stays with it; nothing is read of a path later. An expert is never given
+the base's settings in the place of its own: without a generation_config.json it has the one that transformers makes of
+its config.json. Only an expert whose directory has no vocabulary at all speaks with the base's.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+import json
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
-from meswitch.errors import RequestError
-from meswitch.experts.catalogue import Expert
-from meswitch.huggingface.files import has_tokenizer
-from meswitch.huggingface.text import load_tokenizer
+from meswitch.delta.directory import Delta
+from meswitch.errors import ArchitectureError, CheckpointError, FormatError, MeswitchError, RequestError
+from meswitch.experts.files import ContentStore, SmallFiles, base_files, delta_files, written_out
+from meswitch.experts.tokenizers import Tokenizer, TokenizerFiles, TokenizerStore
+from meswitch.huggingface.config import config_changes, text_config
+
+_log = logging.getLogger(__name__)
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+_OTHER_WAYS: dict[str, tuple[Any, ...]] = {
+    "constraints": (),
+    "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "force_words_ids": (),
+    "guidance_scale": (1,),
+    "max_time": (),
+    "num_beam_groups": (1,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0,),
+    "token_healing": (False,),
+}
+"""Settings of transformers that ask for a way to decode that the engine has not, and their values that do not ask."""
 
 
-class ExpertSettings:
-    """Settings of the base in `folder` and of its experts; `None` in an expert's place is the base.
+@dataclass(frozen=True, eq=False)
+class ModelSettings:
+    """What was read of one model, the base or an expert, when it was opened. May be used from any thread.
 
-    May be used from any thread. `lock` guards loading and encoding: a tokenizer must not be used by two threads at
-    once.
+    `name`: as errors say it. `config`: its text config. `generation`: its generation config, without what the engine
+    does not do. `tokenizer_files`: `None` where it has no tokenizer.
     """
 
-    def __init__(self, folder: Path, text_config: Any) -> None:
-        self._folder, self._text_config = folder, text_config
-        self._base: dict[str, Any] = {}
-        self.lock = threading.RLock()
+    name: str
+    config: Any
+    generation: GenerationConfig
+    tokenizer_files: TokenizerFiles | None
+    tokenizers: TokenizerStore
 
-    def config(self, expert: Expert | None) -> Any:
-        """The text config that the expert's requests run under."""
-        return self._text_config if expert is None or expert.config is None else expert.config
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer, built when it is first needed: never on the engine's thread. Raises `CheckpointError`."""
+        if self.tokenizer_files is None:
+            return None
+        try:
+            return self.tokenizers.get(self.tokenizer_files)
+        except CheckpointError as error:
+            cause = error.__cause__ or error
+            raise CheckpointError(f"the tokenizer of {self.name} does not load: {cause}", hint=error.hint) from error
 
-    def tokenizer(self, expert: Expert | None) -> Any:
-        """The tokenizer, or `None` where neither the expert nor the base has one."""
-        tokenizer = self._read(expert, "tokenizer", _read_tokenizer)
-        return self.tokenizer(None) if tokenizer is None and expert is not None else tokenizer
-
-    def required_tokenizer(self, expert: Expert | None) -> Any:
-        """The tokenizer. Raises `RequestError` where there is none."""
-        tokenizer = self.tokenizer(expert)
+    @property
+    def required_tokenizer(self) -> Tokenizer:
+        """Its tokenizer. Raises `RequestError` where there is none."""
+        tokenizer = self.tokenizer
         if tokenizer is None:
-            raise RequestError("the base has no tokenizer files", hint="pass prompts as lists of token ids")
+            raise RequestError(f"{self.name} has no tokenizer files", hint="pass prompts as lists of token ids")
         return tokenizer
 
-    def generation_config(self, expert: Expert | None) -> GenerationConfig:
-        """The expert's generation config, else the base's, else transformers' defaults."""
-        config = self._read(expert, "generation_config", _read_generation_config)
-        if isinstance(config, GenerationConfig):
-            return config
-        return GenerationConfig() if expert is None else self.generation_config(None)
-
-    def eos_ids(self, expert: Expert | None) -> set[int]:
+    @property
+    def eos_ids(self) -> set[int]:
         """The ids that end a sequence: by the generation config, else the model's config, else the tokenizer."""
-        for owner in (self.generation_config(expert), self.config(expert), self.tokenizer(expert)):
-            ids = getattr(owner, "eos_token_id", None)
-            if ids is not None:
-                return {int(i) for i in (ids if isinstance(ids, list | tuple) else [ids])}
-        return set()
-
-    def _read(self, expert: Expert | None, what: str, read: Callable[[Path], Any]) -> Any:
-        """Something of the expert's folder, or the base's, read once."""
-        kept = self._base if expert is None else expert.extras
-        with self.lock:
-            if what not in kept:
-                folder = self._folder if expert is None else expert.path
-                kept[what] = None if folder is None else read(folder)
-            return kept[what]
+        for owner in (self.generation, self.config):
+            if ids := _eos_ids(owner, self.name):
+                return ids
+        tokenizer = self.tokenizer
+        return set() if tokenizer is None else _eos_ids(tokenizer.inner, self.name)
 
 
-def _read_tokenizer(folder: Path) -> Any:
-    return load_tokenizer(folder) if has_tokenizer(folder) else None
+class SettingsReader:
+    """Reads the settings of the base in `folder`, at once, and of experts when they are opened.
+
+    `config`: the base's text config. `base`: its settings. Raises `CheckpointError` for a generation_config.json of the
+    base that transformers does not read.
+    """
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        self._contents = ContentStore()
+        self._tokenizers = TokenizerStore()
+        self._base_files = files = base_files(folder, self._contents)
+        generation = _generation_config(files, folder, CheckpointError)
+        self.base = self._settings("the base", config, generation, TokenizerFiles.of(files))
+
+    def read(self, name: str, delta: Delta) -> ModelSettings:
+        """The settings of the expert `name`, whose delta was opened.
+
+        Raises `FormatError`, `OSError`, and `ArchitectureError` where its config computes differently from the base's.
+        """
+        files = delta_files(delta, self._contents)
+        if _CONFIG not in files:
+            raise FormatError(f"{delta.path}: expected the fine-tune's config.json, found none")
+        with written_out({_CONFIG: files[_CONFIG]}) as folder:
+            try:
+                config = text_config(folder)
+            except (OSError, ValueError) as error:
+                raise _unreadable(delta.path, _CONFIG, error, folder, FormatError) from error
+        changes = config_changes(self.base.config.to_dict(), config.to_dict())
+        if changes:
+            found = ", ".join(f"{field}: base {ours!r}, expert {theirs!r}" for field, (ours, theirs) in changes.items())
+            raise ArchitectureError(
+                f"expert {name!r} computes differently from the base; {found}",
+                hint="one base serves only fine-tunes that keep its settings: `meswitch restore` it, serve it alone",
+            )
+        generation = _generation_config(files, delta.path, FormatError)
+        tokenizer = TokenizerFiles.of(files, self._base_files) or self.base.tokenizer_files
+        return self._settings(f"expert {name!r}", config, generation, tokenizer)
+
+    def _settings(
+        self, name: str, config: Any, generation: GenerationConfig, tokenizer: TokenizerFiles | None
+    ) -> ModelSettings:
+        asked = {field: value for field in _OTHER_WAYS if (value := getattr(generation, field, None)) is not None}
+        for field in asked:
+            setattr(generation, field, None)
+        ignored = [f"{field}={value!r}" for field, value in asked.items() if value not in _OTHER_WAYS[field]]
+        if ignored:
+            _log.warning("%s: its generation settings ask for %s; answers are made without", name, ", ".join(ignored))
+        _eos_ids(generation, name)
+        return ModelSettings(name, config, generation, tokenizer, self._tokenizers)
 
 
-def _read_generation_config(folder: Path) -> GenerationConfig | None:
-    if not (folder / "generation_config.json").exists():
-        return None
-    return GenerationConfig.from_pretrained(folder, local_files_only=True)
+def _eos_ids(owner: Any, name: str) -> set[int]:
+    value = getattr(owner, "eos_token_id", None)
+    ids = value if isinstance(value, list | tuple) else [value]
+    if not all(token is None or type(token) is int for token in ids):
+        raise FormatError(f"{name}: expected eos_token_id to be a token id or a list of them, found {value!r}")
+    return {token for token in ids if token is not None}
+
+
+def _generation_config(files: SmallFiles, path: Path, kind: type[MeswitchError]) -> GenerationConfig:
+    """The model's generation_config.json, else what transformers makes of its config.json."""
+    name = _GENERATION if _GENERATION in files else _CONFIG
+    if name not in files:
+        return GenerationConfig()
+    from_model = {"_from_model_config": True} if name == _CONFIG else {}
+    with written_out({name: files[name]}) as folder:
+        try:
+            if not isinstance(json.loads(files[name].data), dict):
+                raise ValueError("not a JSON object")
+            config: GenerationConfig = GenerationConfig.from_pretrained(
+                folder, config_file_name=name, local_files_only=True, **from_model
+            )
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise _unreadable(path, name, error, folder, kind) from error
+    return config
+
+
+def _unreadable(path: Path, name: str, error: Exception, folder: Path, kind: type[MeswitchError]) -> MeswitchError:
+    found = str(error).replace(str(folder), str(path))
+    return kind(f"{path}: expected a {name} that transformers reads, found otherwise: {found}")

@@ -7,6 +7,8 @@ use meswitch_core::checkpoint;
 use meswitch_core::delta;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::PyBytes;
 
 use crate::errors::to_python;
 use crate::{enter, enter_pool};
@@ -78,6 +80,12 @@ impl Delta {
         self.0.extent(site, role)
     }
 
+    /// The bytes of a small file that the manifest names.
+    fn read_file<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes = enter_pool(py, || self.0.read_file(name))?;
+        Ok(PyBytes::new(py, &bytes))
+    }
+
     /// Reads every byte and compares it with its checksum.
     fn verify(&self, py: Python<'_>) -> PyResult<()> {
         enter_pool(py, || self.0.verify())
@@ -101,4 +109,11 @@ impl Delta {
     fn check_base(&self, py: Python<'_>, base: &Checkpoint, whole: bool) -> PyResult<()> {
         enter_pool(py, || self.0.check_base(&base.0, whole))
     }
+}
+
+/// The checksum of some bytes, as manifests state it.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // what Python hands over
+pub fn checksum(py: Python<'_>, bytes: PyBackedBytes) -> PyResult<String> {
+    enter_pool(py, || Ok(delta::checksum(&bytes)))
 }

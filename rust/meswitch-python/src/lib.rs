@@ -38,7 +38,7 @@ mod _native {
     #[pymodule_export]
     use super::compress::{bit_equal, compress, estimate_bytes, probe, row_energies, write};
     #[pymodule_export]
-    use super::delta::{Checkpoint, Delta};
+    use super::delta::{Checkpoint, Delta, checksum};
     #[pymodule_export]
     use super::matrix::{Matrix, tile};
     #[pymodule_export]

@@ -1,8 +1,9 @@
 //! Verifying a delta directory: every byte against its checksum, every index against its range.
 
-use std::fs;
+use std::fs::File;
+use std::io::Read;
 
-use super::manifest::TENSORS;
+use super::manifest::{FileEntry, TENSORS};
 use super::site::SiteEntry;
 use super::tensor::Role;
 use super::{Delta, PADDING, checksum};
@@ -13,6 +14,14 @@ use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, sample};
 use crate::layout::row_in_two_parts;
 
+fn check_bytes(name: &str, entry: &FileEntry, bytes: &[u8]) -> Result<()> {
+    let found = checksum(bytes);
+    if found == entry.checksum {
+        return Ok(());
+    }
+    Err(Error::Checksum(format!("expected checksum {} of {name}, found {found}", entry.checksum)))
+}
+
 impl Delta {
     /// Reads every byte, compares it with its checksum, and checks that indices are in range.
     ///
@@ -21,14 +30,10 @@ impl Delta {
     /// range, [`Error::Io`] where a file cannot be read.
     pub fn verify(&self) -> Result<()> {
         for (name, entry) in &self.manifest().files {
-            let found = if name == TENSORS {
-                checksum(&self.map[..self.header_bytes])
+            if name == TENSORS {
+                check_bytes(name, entry, &self.map[..self.header_bytes])?;
             } else {
-                let path = self.path().join(name);
-                checksum(&fs::read(&path).map_err(Error::io(&path))?)
-            };
-            if found != entry.checksum {
-                return Err(Error::Checksum(format!("expected checksum {} of {name}, found {found}", entry.checksum)));
+                self.read_file(name)?;
             }
         }
         for site in &self.manifest().sites {
@@ -40,6 +45,23 @@ impl Delta {
             }
         }
         Ok(())
+    }
+
+    /// The bytes of one of the small files that the manifest names: those that were written, or an error.
+    ///
+    /// # Errors
+    /// [`Error::Checksum`] where the file has changed, [`Error::Format`] where the manifest names no such file,
+    /// [`Error::Io`] where it cannot be read.
+    pub fn read_file(&self, name: &str) -> Result<Vec<u8>> {
+        let entry = self.manifest().files.get(name).filter(|_| name != TENSORS);
+        let entry = entry.ok_or_else(|| Error::Format(format!("expected {name} among the small files, found none")))?;
+        let path = self.path().join(name);
+        let mut bytes = Vec::new();
+        // A byte more than it should have, so that a file that has grown is not read to its end.
+        let read = File::open(&path).and_then(|file| file.take(entry.bytes + 1).read_to_end(&mut bytes));
+        read.map_err(Error::io(&path))?;
+        check_bytes(name, entry, &bytes)?;
+        Ok(bytes)
     }
 
     fn verify_site(&self, site: &SiteEntry) -> Result<()> {
