@@ -147,7 +147,7 @@ def _generation_config(files: SmallFiles, path: Path, kind: type[MeswitchError])
     name = _GENERATION if _GENERATION in files else _CONFIG
     if name not in files:
         return GenerationConfig()
-    from_model = {"_from_model_config": True} if name == _CONFIG else {}
+    from_model: dict[str, Any] = {"_from_model_config": True} if name == _CONFIG else {}
     with written_out({name: files[name]}) as folder:
         try:
             if not isinstance(json.loads(files[name].data), dict):
