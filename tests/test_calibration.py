@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from families import CHAT_TEMPLATE, VOCABULARY, config_of, save_random, tokenizer_of
+from families import VOCABULARY, config_of, save_random, tokenizer_of
 from meswitch.compression.calibration import calibrate
 from meswitch.errors import DataError
-from meswitch.huggingface.text import batches, read_texts, token_windows
+from meswitch.huggingface.text import batches, token_windows
 
 TEXT = "the quick brown fox jumps over the lazy dog, and naps. " * 40
 
@@ -29,83 +29,6 @@ def tokenizer() -> Any:
 def lines(path: Path, *rows: Any) -> Path:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
-
-
-# --- reading ------------------------------------------------------------------------------------------------------
-
-
-def test_reads_a_text_file_as_one_document(tmp_path: Path, tokenizer: Any) -> None:
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    assert read_texts(tmp_path / "a.txt", tokenizer) == ["one\n\ntwo\n"]
-
-
-def test_reads_every_form_of_line(tmp_path: Path, tokenizer: Any) -> None:
-    tokenizer.chat_template = CHAT_TEMPLATE
-    path = lines(
-        tmp_path / "a.jsonl",
-        {"text": "plain\u2028still the same line"},
-        {"prompt": "2+2=", "completion": "4"},
-        {"prompt": "only this"},
-        "",
-        {"messages": [{"role": "user", "content": "hello"}]},
-    )
-    assert read_texts(path, tokenizer) == [
-        "plain\u2028still the same line",
-        "2+2=4",
-        "only this",
-        "<user>hello<assistant>",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("{not json", "JSON object"),
-        ("[" * 100_000, "JSON object"),
-        ("[1]", "JSON object"),
-        ({"txt": "x"}, "'txt'"),
-        ({}, "no key"),
-        ({"text": 3}, "'text'"),
-        ({"text": None}, "'text'"),
-        ({"text": "\ud800"}, "surrogate"),
-        ({"prompt": "a", "completion": 1}, "'completion'"),
-        ({"completion": "a"}, "'completion'"),
-        ({"messages": []}, "'messages'"),
-        ({"messages": "hi"}, "'messages'"),
-        ({"messages": [{"role": "user"}]}, "'content'"),
-        ({"messages": [{"content": "x"}]}, "'role'"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Any, line: Any, says: str) -> None:
-    path = lines(tmp_path / "a.jsonl", {"text": "fine"}, "", line)
-    with pytest.raises(DataError, match=says) as caught:
-        read_texts(path, tokenizer)
-    assert f"{path}:3" in str(caught.value)
-
-
-def test_messages_need_a_template_that_takes_them(tmp_path: Path) -> None:
-    plain = tokenizer_of()
-    path = lines(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "x"}]})
-    with pytest.raises(DataError, match="chat template"):
-        read_texts(path, plain)
-    plain.chat_template = "{{ raise_exception('no such role') }}"
-    with pytest.raises(DataError, match=r"no such role.*:1"):
-        read_texts(path, plain)
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe"])
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_empty_and_undecodable_files_are_refused(tmp_path: Path, tokenizer: Any, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=name):
-        read_texts(tmp_path / name, tokenizer)
-
-
-def test_other_files_are_refused(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"\.txt or \.jsonl"):
-        read_texts(tmp_path / "a.csv", tokenizer)
-    with pytest.raises(FileNotFoundError):
-        read_texts(tmp_path / "a.txt", tokenizer)
 
 
 # --- windows ------------------------------------------------------------------------------------------------------

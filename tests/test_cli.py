@@ -267,6 +267,13 @@ def test_evaluate_measures(paths: dict[str, Path]) -> None:
     assert "SVD of rank" in run(*given, "--svd").stdout
 
 
+def test_evaluate_against_the_base_itself_says_so(paths: dict[str, Path]) -> None:
+    given = ["evaluate", paths["base"], paths["delta"], "--against", paths["base"], "--data", paths["text.txt"]]
+    found = run(*given, "--max-tokens", "60")
+    assert found.exit_code == 0 and "recovered share -" in found.stdout
+    assert "no better than the base\nhint: " in found.stderr
+
+
 def test_import_reports(paths: dict[str, Path], tmp_path: Path) -> None:
     adapter = save_adapter(paths["base"], tmp_path / "adapter", r=4, target_modules=["q_proj"])
     found = read("import", paths["base"], adapter, "-o", tmp_path / "delta")

@@ -213,11 +213,20 @@ def test_of_a_real_fine_tune_an_svd_of_equal_bytes_keeps_less(family: Any, tmp_p
 def test_recovered_share(scores: list[float]) -> None:
     base, finetune, expert = scores
     found = Evaluation(1, Score(base), Score(finetune), Score(expert), 0.0, 1.0)
-    if base == finetune:
-        assert found.recovered_share is None
+    assert found.gain == base - finetune
+    if base - finetune < 1e-6:
+        assert found.recovered_share is None, "nothing was gained"
     else:
         assert found.recovered_share == (base - expert) / (base - finetune)
     json.dumps(found.to_json())
+
+
+@pytest.mark.parametrize("words", [5, 13, 40, 90])
+def test_a_fine_tune_that_is_the_base_gained_nothing(trio: dict[str, Path], tmp_path: Path, words: int) -> None:
+    (tmp_path / "a.txt").write_text(" ".join(f"w{i * 7 % 61}" for i in range(words)))
+    found = evaluate(trio["base"], trio["delta"], trio["base"], tmp_path / "a.txt")
+    assert found.base == found.finetune and found.gain == 0.0, "equal models are scored in the same way"
+    assert found.recovered_share is None and found.to_json()["recovered_share"] is None
 
 
 def test_an_infinite_perplexity_is_null() -> None:

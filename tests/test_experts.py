@@ -23,7 +23,8 @@ from meswitch.errors import (
     FormatError,
     RequestError,
 )
-from meswitch.experts.catalogue import Expert, check_folder, check_name
+from meswitch.expert_name import check_name
+from meswitch.experts.catalogue import Expert, check_folder
 from meswitch.experts.pool import ExpertPool
 from meswitch.experts.settings import SettingsReader
 from meswitch.site import Site
@@ -87,7 +88,9 @@ def operations(work: Callable[[], object]) -> int:
     return count
 
 
-@pytest.mark.parametrize("name", ["", "base", "auto", "a/b", "..", "a..b", ".hidden", "a\nb", "a\x00", "a\\b", 3])
+@pytest.mark.parametrize(
+    "name", ["", "base", "auto", "a/b", "..", "a..b", ".hidden", "a\nb", "a\x00", "a\\b", "a ", " a", 3]
+)
 def test_unsafe_names(name: Any) -> None:
     with pytest.raises(ExpertNameError):
         check_name(name)

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM
 
 from families import config_of, save_finetune, save_random, tokenizer_of
-from meswitch.errors import DataError, RequestError, RouterError
+from meswitch.errors import DataError, DataWarning, RequestError, RouterError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.router.base import LoadedBase, embed
 from meswitch.router.embedding.router import EmbeddingRouter
@@ -115,6 +115,20 @@ def test_an_empty_prompt_is_refused(base: Path, prompt: str) -> None:
         embed(load(base), tokenizer_of(), ["fine", prompt])
 
 
+def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
+    small = save_random(tmp_path / "base", config_of("llama", vocab_size=260))  # the tokenizer has 264
+    rows = [{"prompt": f"{i} <a>", "expert": "ab"[i % 2]} for i in range(8)]
+    data = write(tmp_path / "a.jsonl", *rows)
+    with pytest.raises(RequestError, match=r"below 260.*found 261: prompt '0 <a>'"):
+        train_router(small, data, tmp_path / "router")
+    known = [{**row, "prompt": row["prompt"].replace("<a>", "a")} for row in rows]
+    train_router(small, write(tmp_path / "b.jsonl", *known), tmp_path / "router")
+    with pytest.raises(RequestError, match="below 260"):
+        evaluate_router(small, tmp_path / "router", data)
+    with pytest.raises(RequestError, match="below 260"):
+        load_router(tmp_path / "router").route(["1 <a>"], LoadedBase(load(small), tokenizer_of()))
+
+
 def test_no_prompts_are_no_rows(base: Path) -> None:
     assert embed(load(base), tokenizer_of(), []).shape == (0, 64)
 
@@ -180,6 +194,8 @@ def test_bad_training_data_is_refused() -> None:
         EmbeddingRouter.fit(x, ["a"] * 12)
     with pytest.raises(DataError, match="at least 4"):
         EmbeddingRouter.fit(x[:9], labels[:9])
+    with pytest.raises(DataError, match="'auto' is reserved"):
+        EmbeddingRouter.fit(x, ["auto"] * 6 + ["b"] * 6)
     with pytest.raises(RouterError, match="shape"):
         EmbeddingRouter.fit(x[:5], labels)
     with pytest.raises(RouterError, match="threshold"):
@@ -378,6 +394,8 @@ def test_reads_labelled_prompts(tmp_path: Path) -> None:
         ({"prompt": 1, "expert": "x"}, "'prompt'"),
         ({"prompt": " ", "expert": "x"}, "empty"),
         ({"prompt": "x", "expert": "unheard of"}, "unheard of"),
+        ({"prompt": "x", "expert": None}, "'expert', found null"),
+        *(({"prompt": "x", "expert": name}, "expert's name") for name in ("auto", "../x", "maths ", "", ".", "a\nb")),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: Any, says: str) -> None:
@@ -390,6 +408,13 @@ def test_a_bad_line_is_named(tmp_path: Path, line: Any, says: str) -> None:
 def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none"):
         read_examples(write(tmp_path / "a.jsonl"))
+
+
+def test_columns_that_no_router_reads_are_named(tmp_path: Path) -> None:
+    row = {"prompt": "1+1", "expert": "maths", "completion": "2"}
+    assert len(read_examples(write(tmp_path / "a.jsonl", row))) == 1
+    with pytest.warns(DataWarning, match=r"'context', 'id'.*b\.jsonl"):
+        read_examples(write(tmp_path / "b.jsonl", {**row, "id": 1}, {**row, "context": "x"}))
 
 
 def test_the_report_counts() -> None:

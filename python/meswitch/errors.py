@@ -95,6 +95,10 @@ class DataError(MeswitchError, ValueError):
     """A data file that cannot be read as what it should be."""
 
 
+class DataWarning(UserWarning):
+    """Something of a data file that is not used."""
+
+
 class RouterError(MeswitchError):
     """A router that is missing, malformed, or made for another base."""
 

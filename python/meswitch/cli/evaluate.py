@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meswitch.cli.arguments import Base, DeltaDirectory, Json
 from meswitch.terminal.progress import show_progress
 from meswitch.terminal.tables import format_number, format_size, make_table, print_json, stdout_console
+
+if TYPE_CHECKING:
+    from meswitch.compression.evaluation import Evaluation
 
 
 def evaluate(
@@ -43,13 +46,26 @@ def evaluate(
     with show_progress(first="evaluating") as progress:
         from meswitch.compression import evaluation
 
-        scores = evaluation.evaluate(
+        found = evaluation.evaluate(
             base, delta, against, data, max_tokens=max_tokens, window=window, svd=svd, progress=progress
-        ).to_json()
+        )
+    _explain_no_share(found)
+    scores = found.to_json()
     if as_json:
         print_json(scores)
     else:
         _print_scores(scores)
+
+
+def _explain_no_share(found: Evaluation) -> None:
+    """Why there is no recovered share, on stderr."""
+    if found.recovered_share is not None:
+        return
+    if found.gain is None:
+        typer.echo("no recovered share: the text holds tokens that the base has no row for", err=True)
+    else:
+        typer.echo("no recovered share: the fine-tune predicts this text no better than the base", err=True)
+        typer.echo("hint: give the fine-tune itself to --against, and text of its own domain to --data", err=True)
 
 
 def _print_scores(scores: dict[str, Any]) -> None:

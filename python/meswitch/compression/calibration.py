@@ -56,7 +56,7 @@ def calibrate(
 ) -> Calibration:
     """Runs a fine-tune over text and measures the second moments of its linear inputs, and token counts.
 
-    `model_path`: a folder or hub id. `data`: a `.txt` or `.jsonl` file (see `huggingface.text.read_texts`). At most
+    `model_path`: a folder or hub id. `data`: a `.txt` or `.jsonl` file (see `huggingface.documents`). At most
     `max_tokens` tokens are run, in windows of `window` tokens; of longer data, passages from all over the file that
     `seed` draws. `progress` counts tokens.
 

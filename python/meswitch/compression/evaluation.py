@@ -23,24 +23,25 @@ import torch
 from torch import Tensor
 
 from meswitch.compression import low_rank
-from meswitch.compression.likelihood import nll_sum, prediction_sums
+from meswitch.compression.likelihood import nll_score, prediction_sums
 from meswitch.delta.directory import Delta
 from meswitch.delta.model import expert_model
 from meswitch.errors import DataError, FormatError, NonFiniteError
 from meswitch.huggingface.checkpoint import Checkpoint, resolve
+from meswitch.huggingface.documents import read_texts
 from meswitch.huggingface.models import load_model
 from meswitch.huggingface.text import (
     FORWARD_TOKENS,
     batches,
     check_vocabulary,
     load_tokenizer,
-    read_texts,
     token_windows,
 )
 from meswitch.progress import ProgressCallback, ProgressMeter
 from meswitch.site import QuantizedSite
 
 _LOGITS = 2**26  # logits of one batch and model: 256 MiB
+_LEAST_GAIN = 1e-6  # nats a token: what float32 leaves in doubt
 _ROWS = 256  # tokens whose log-probabilities are in memory at a time
 
 
@@ -96,14 +97,22 @@ class Evaluation:
     svd: SvdComparison | None = None
 
     @property
+    def gain(self) -> float | None:
+        """NLL base − NLL fine-tune, in nats a token; `None` where the base has no score."""
+        return None if self.base is None else self.base.nll - self.finetune.nll
+
+    @property
     def recovered_share(self) -> float | None:
-        """(NLL base − NLL expert) / (NLL base − NLL fine-tune); `None` where there is no gain to recover."""
+        """(NLL base − NLL expert) / (NLL base − NLL fine-tune).
+
+        `None` where there is nothing to recover: the fine-tune predicts the text no better than the base.
+        """
         return self._recovered(self.expert)
 
     def _recovered(self, score: Score) -> float | None:
-        if self.base is None or self.base.nll == self.finetune.nll:
+        if self.base is None or self.gain is None or self.gain < _LEAST_GAIN:
             return None
-        return (self.base.nll - score.nll) / (self.base.nll - self.finetune.nll)
+        return (self.base.nll - score.nll) / self.gain
 
     def to_json(self) -> dict[str, Any]:
         """`{tokens, base, finetune, expert, recovered_share}`, and `svd` if it was scored.
@@ -143,7 +152,7 @@ def evaluate(
 ) -> Evaluation:
     """Scores base, fine-tune (`against`) and expert on held-out text: NLL, KL, agreement, recovered share.
 
-    `base` and `against` are folders or hub ids, `data` a `.txt` or `.jsonl` file (see `huggingface.text.read_texts`).
+    `base` and `against` are folders or hub ids, `data` a `.txt` or `.jsonl` file (see `huggingface.documents`).
     The expert is base plus delta in float32, not rounded. Text is tokenized by the fine-tune's tokenizer and cut into
     windows of `window` tokens that do not overlap; the first token of each is context only. `max_tokens` limits the
     text, `svd` also scores truncated SVDs of equal bytes. `progress` counts tokens of all models together. Memory: two
@@ -249,7 +258,7 @@ def _score_base(run: _Run, base: Any) -> Score | None:
         logits = _logits(base, batch)
         for start in range(0, len(targets), _ROWS):
             rows = slice(start, start + _ROWS)
-            total += float(nll_sum(logits[rows].log_softmax(-1), targets[rows]))
+            total += float(nll_score(logits[rows].log_softmax(-1), targets[rows]))
         run.meter.advance(batch.numel())
     return Score(run.mean(total, "the base"))
 

@@ -4,8 +4,9 @@
     KL(p ‖ q)         Σ p · (log p − log q)
     NLL               −log q[target]
 
-`kl_sum` and `nll_sum` are differentiable and sum in float32, `prediction_sums` is for scores and sums in float64, and
-`kl_by_vocabulary_pieces` never holds all logits.
+`kl_sum` and `nll_sum` are differentiable and sum in float32. `nll_score` and `prediction_sums` are for scores: they sum
+in float64, the NLL in the same way, so that equal models get equal scores. `kl_by_vocabulary_pieces` never holds all
+logits.
 """
 
 from __future__ import annotations
@@ -38,6 +39,15 @@ def nll_sum(log_q: Tensor, targets: Tensor) -> Tensor:
     return F.nll_loss(log_q, targets, ignore_index=NO_TARGET, reduction="sum")
 
 
+def nll_score(log_q: Tensor, targets: Tensor) -> Tensor:
+    """NLL of `targets int64 [tokens]`, a `float64` scalar.
+
+    >>> round(float(nll_score(torch.tensor([[0.5, 0.5], [0.1, 0.9]]).log(), torch.tensor([0, 1]))), 4)
+    0.7985
+    """
+    return -log_q.gather(1, targets[:, None]).sum(dtype=torch.float64)
+
+
 def prediction_sums(log_p: Tensor, log_q: Tensor, targets: Tensor) -> Tensor:
     """`float64 [4]`: NLL of p, NLL of q, KL(p ‖ q), and on how many tokens both find the same token most likely.
 
@@ -45,14 +55,13 @@ def prediction_sums(log_p: Tensor, log_q: Tensor, targets: Tensor) -> Tensor:
     >>> [round(value, 4) for value in prediction_sums(p, q, torch.tensor([0])).tolist()]
     [0.6931, 1.3863, 0.1733, 0.0]
     """
-    index = targets[:, None]
     p = log_p.exp()
     # A token that both rule out would give 0 · (−∞ + ∞) = NaN.
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0)
     return torch.stack(
         [
-            -log_p.gather(1, index).sum(dtype=torch.float64),
-            -log_q.gather(1, index).sum(dtype=torch.float64),
+            nll_score(log_p, targets),
+            nll_score(log_q, targets),
             kl.sum(dtype=torch.float64),
             (log_p.argmax(-1) == log_q.argmax(-1)).sum(dtype=torch.float64),
         ]

@@ -40,7 +40,7 @@ def measure_sensitivity(
     """The sensitivity of every linear and embedding site: `float32 [rows of the delta's matrix]` by parameter name.
 
     `model_path`: the fine-tune, a folder or hub id. `data`: a `.txt` or `.jsonl` file (see
-    `huggingface.text.read_texts`). `calibration`: of the same model; it says how often an embedding's rows are used.
+    `huggingface.documents`). `calibration`: of the same model; it says how often an embedding's rows are used.
     One backward pass over at most `max_tokens` tokens, a window at a time, for tokens that `seed` draws from the
     model's own predictions. `progress` counts tokens. The model runs in its own dtype and has no weight gradients:
     memory is the model, the activations and logits of one window, and 256 MiB.

@@ -23,7 +23,8 @@ from meswitch.errors import (
     MeswitchError,
     fresh,
 )
-from meswitch.experts.catalogue import Expert, check_folder, check_name
+from meswitch.expert_name import check_name
+from meswitch.experts.catalogue import Expert, check_folder
 from meswitch.experts.residency import Residency
 from meswitch.experts.settings import SettingsReader
 from meswitch.huggingface.checkpoint import Checkpoint

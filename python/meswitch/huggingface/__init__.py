@@ -3,7 +3,7 @@
     files        which small files belong to a checkpoint        config    which fields of a config change a model
     checkpoint   a folder's tensors, mapped                      names     one parameter's names: file, model, adapter
     models       a model with all of its weights, or none        decoder   a model run a block at a time
-    text         data files, tokenizers, windows of tokens
+    documents    data files to documents, line by line       text      tokenizers, windows of tokens
 
 Every other package reads checkpoint folders, loads models and looks for parameters through this one.
 

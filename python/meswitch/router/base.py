@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from meswitch.errors import RequestError
-from meswitch.huggingface.text import token_ids
+from meswitch.huggingface.text import check_vocabulary, token_ids
 from meswitch.progress import ProgressCallback, ProgressMeter
 
 MAX_TOKENS = 512
@@ -51,9 +52,10 @@ def embed(
     with no expert active; later layers do not run. Of a prompt beyond `max_tokens` tokens the first and the last half
     of that are read: a question stands at an end. Prompts run in padded batches of about 2,048 tokens.
 
-    Raises `RequestError` for an empty prompt.
+    Raises `RequestError` for an empty prompt, and for one with a token that the model has no row for.
     """
-    ids = [_prompt_ids(prompt, tokenizer, max_tokens) for prompt in prompts]
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = [_prompt_ids(prompt, tokenizer, vocabulary, max_tokens) for prompt in prompts]
     out = torch.empty(len(ids), 2 * model.get_input_embeddings().embedding_dim)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     meter = ProgressMeter(progress, "reading prompts", len(ids))
@@ -67,10 +69,11 @@ def embed(
     return out
 
 
-def _prompt_ids(prompt: str, tokenizer: Any, max_tokens: int) -> list[int]:
+def _prompt_ids(prompt: str, tokenizer: Any, vocabulary: int, max_tokens: int) -> list[int]:
     ids = token_ids(prompt, tokenizer)
     if not prompt.strip() or not ids:
         raise RequestError("expected a prompt to route, found an empty one")
+    check_vocabulary(torch.tensor(ids), vocabulary, f"prompt {reprlib.repr(prompt)}", RequestError)
     return ids if len(ids) <= max_tokens else ids[: max_tokens // 2] + ids[-(max_tokens - max_tokens // 2) :]
 
 

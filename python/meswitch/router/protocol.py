@@ -23,7 +23,10 @@ class BaseModel(Protocol):
     """
 
     def embed(self, prompts: list[str]) -> Tensor:
-        """The embeddings of prompts, `float32 [n, 2 · hidden]`. Raises `RequestError` for an empty prompt."""
+        """The embeddings of prompts, `float32 [n, 2 · hidden]`.
+
+        Raises `RequestError` for an empty prompt, and for a token that the base has no row for.
+        """
         ...
 
 

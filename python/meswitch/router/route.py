@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meswitch.errors import DataError
-from meswitch.huggingface.text import json_lines, string_field
+from meswitch.errors import DataError, ExpertNameError
+from meswitch.expert_name import BASE, check_name
+from meswitch.huggingface.documents import json_lines, string_field, warn_of_unused
 
-BASE = "base"
-"""The label of prompts that no expert should get."""
-
+_FIELDS = {"prompt", "expert", "completion"}  # the last for those who also evaluate on the lines
 _CONFIDENCE_BINS = 10
 
 
@@ -46,19 +45,36 @@ class Example:
 def read_examples(path: str | Path, known: Sequence[str] | None = None) -> list[Example]:
     """The lines `{"prompt": …, "expert": …}` of a `.jsonl` file.
 
-    With `known`, every expert must be one of these or `"base"`. Raises `DataError` naming file and line.
+    Every expert is a name that one may have, or `"base"`; with `known`, one of these or `"base"`. Raises `DataError`
+    naming file and line. Warns of columns that are not used.
     """
-    examples = []
+    examples: list[Example] = []
+    unused: set[str] = set()
     for where, line in json_lines(path):
         prompt, expert = string_field(line, "prompt", where), string_field(line, "expert", where)
-        if not prompt.strip() or not expert.strip():
-            raise DataError(f"expected a prompt and an expert, found an empty one: {where}")
+        if not prompt.strip():
+            raise DataError(f"expected a prompt, found an empty one: {where}")
+        check_label(expert, where)
         if known is not None and expert not in known and expert != BASE:
             raise DataError(f"expected one of {', '.join([*known, BASE])}, found {expert!r}: {where}")
         examples.append(Example(prompt, expert))
+        unused |= line.keys() - _FIELDS
     if not examples:
         raise DataError(f"expected labelled prompts, found none: {path}", hint='one {"prompt": …, "expert": …} a line')
+    warn_of_unused(unused, path)
     return examples
+
+
+def check_label(label: str, where: str) -> None:
+    """Raises `DataError`, with `where` in its text, for a label that is neither `"base"` nor a name for an expert."""
+    if label == BASE:
+        return
+    try:
+        check_name(label)
+    except ExpertNameError as error:
+        raise DataError(
+            f"{error.message}: {where}", hint=f"label prompts as their experts are named, or {BASE!r}"
+        ) from error
 
 
 def report(examples: Sequence[Example], routes: Sequence[Route]) -> dict[str, Any]:

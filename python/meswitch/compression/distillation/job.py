@@ -65,7 +65,7 @@ def distill(
 ) -> DistillReport:
     """Trains the scales of `delta` to predict as the fine-tune does on the text of `data`, and writes them to `out`.
 
-    `base` and `finetune` are folders or hub ids, `data` a `.txt` or `.jsonl` file (see `huggingface.text.read_texts`).
+    `base` and `finetune` are folders or hub ids, `data` a `.txt` or `.jsonl` file (see `huggingface.documents`).
     The loss is KL(fine-tune ‖ expert) + 0.2 √KL · NLL of the text, in nats a token, on logits (method `blocks`: on the
     head's alone; blocks match hidden states). The best scales on held-out windows are kept, never worse ones than
     before. Equal arguments give equal scales. `out` may be `delta` itself. Method `whole` leaves parameters alone that

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from meswitch.compression.distillation.options import DistillOptions
 from meswitch.compression.likelihood import NO_TARGET
 from meswitch.errors import DataError
-from meswitch.huggingface.text import check_vocabulary, load_tokenizer, read_texts, shuffled_passages, token_windows
+from meswitch.huggingface.documents import read_texts
+from meswitch.huggingface.text import check_vocabulary, load_tokenizer, shuffled_passages, token_windows
 
 TEXT_WEIGHT = 0.2  # of the text's NLL beside a KL of one nat
 _HELDOUT_TOKENS = 2048  # more would cost time and hardly change which scales win

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from meswitch.errors import DataError, RouterError
+from meswitch.expert_name import BASE
 from meswitch.progress import ProgressCallback
 from meswitch.router.embedding.disk import KIND, RouterContents, read_router, save_router
 from meswitch.router.embedding.head import cross_validate, fit_added_label, fit_head
 from meswitch.router.embedding.space import Space
 from meswitch.router.protocol import BaseModel, EmbedFunction, embed_prompts
-from meswitch.router.route import BASE, Route
+from meswitch.router.route import Route, check_label
 
 _FEWEST_PROMPTS = 4  # of a label: fewer leave nothing to hold out
 _NEAR_SHARE = 0.95  # of a label's held-out prompts lie within its limit
@@ -203,13 +204,15 @@ def _check_embeddings(embeddings: Tensor, count: int, *, width: int | None = Non
 
 
 def _check_labels(names: Sequence[str], labels: Sequence[str], counted: Sequence[str] | None = None) -> None:
-    """Raises `DataError` for fewer than two names, or too few `labels` of one that is `counted` (all by default)."""
+    """Raises `DataError` for fewer than two names, and for one that is `counted` (all by default) with too few `labels`
+    or that no expert may have."""
     if len(names) < 2:
         raise DataError(
             f"expected prompts of at least two experts, found {', '.join(names) or 'none'}",
             hint=f"prompts that no expert should get may be labelled {BASE!r}",
         )
     for name in names if counted is None else counted:
+        check_label(name, "a label of the router")
         count = list(labels).count(name)
         if count < _FEWEST_PROMPTS:
             raise DataError(f"expected at least {_FEWEST_PROMPTS} prompts for each expert, found {count} for {name!r}")
