@@ -348,14 +348,14 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> type[Stub]:
 def test_one_prompt_streams_its_text_alone(stub: type[Stub], tmp_path: Path) -> None:
     found = run("generate", "base", "--experts", tmp_path, "--expert", "math", "hi", "--seed", "3", "--stop", "x")
     assert found.exit_code == 0 and found.stdout == "hi, said math\u2713\n" and "math" in found.stderr
-    assert stub.asked == [("base", tmp_path, None), {"max_new_tokens": 256, "seed": 3, "stop": ["x"]}, "closed"]
+    assert stub.asked == [("base", tmp_path, None), {"seed": 3, "stop": ["x"]}, "closed"]
 
 
 def test_several_prompts_name_their_expert(stub: type[Stub]) -> None:
     found = run("generate", "base", "one", "-", "--expert", "base", "--temperature", "0.5", stdin="two")
     assert found.exit_code == 0
     assert "> one\n[math] one, said base" in found.stdout and "> two\n[math] two, said base" in found.stdout
-    assert stub.asked[1] == {"max_new_tokens": 256, "temperature": 0.5}
+    assert stub.asked[1] == {"temperature": 0.5}
 
 
 @pytest.mark.parametrize("kernels", ["auto", "cpu", "torch"])

@@ -135,6 +135,20 @@ def sample(states: dict[str, SamplingState], scores: torch.Tensor) -> list[int]:
     return sampler(scores.clone(), torch.zeros(len(states), dtype=torch.int32)).argmax(dim=-1).tolist()
 
 
+def test_processors_read_a_long_answer_without_a_copy_of_it() -> None:
+    state, device = SamplingState(LogitsProcessorList(), 50), torch.device("cpu")
+    request = SimpleNamespace(initial_tokens=[7, 8], generated_tokens=[])
+    places = set()
+    for token in range(500):
+        request.generated_tokens.append(token)
+        ids = state.ids(request, device)
+        assert ids.tolist() == [[7, 8, *range(token + 1)]]
+        places.add(ids.data_ptr())
+    assert len(places) < 5
+    request.initial_tokens, request.generated_tokens = [7, 8, *range(500)], [500]  # it waited, and begins again
+    assert state.ids(request, device).tolist() == [[7, 8, *range(501)]]
+
+
 def test_each_row_draws_for_itself() -> None:
     scores = torch.zeros(3, 50)
     scores[0, 7] = 1.0

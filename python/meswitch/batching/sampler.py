@@ -28,6 +28,22 @@ class SamplingState:
     processors: LogitsProcessorList
     vocabulary: int
     generator: torch.Generator | None = None
+    _ids: Tensor | None = None
+    _known: int = 0
+
+    def ids(self, request: Any, device: torch.device) -> Tensor:
+        """The tokens of a request so far, prompt first, for its processors to read: `int64 [1, length]`.
+
+        Only tokens that are new since the last call are copied, so that a long answer costs no more a token.
+        """
+        prompt, generated = request.initial_tokens, request.generated_tokens
+        length = len(prompt) + len(generated)
+        if self._ids is None or self._ids.shape[1] < length:
+            self._ids, self._known = torch.empty(1, 2 * length + 64, dtype=torch.int64, device=device), 0
+        new = [*prompt[self._known :], *generated[max(self._known - len(prompt), 0) :]]
+        self._ids[0, self._known : length] = torch.tensor(new, dtype=torch.int64)
+        self._known = length
+        return self._ids[:, :length]
 
     def generator_on(self, device: torch.device) -> torch.Generator | None:
         if self.generator is not None and self.generator.device != device:
@@ -79,7 +95,7 @@ def _choose(state: SamplingState, request: Any, scores: Tensor) -> Tensor:
     """The next token of a request with the logits `scores [vocabulary]`: `int64 [1]`."""
     processed = scores[None].clone()
     if state.processors:
-        ids: Any = torch.tensor([request.initial_tokens + request.generated_tokens], device=scores.device)
+        ids: Any = state.ids(request, scores.device)
         processed = state.processors(ids, processed)
     generator = state.generator_on(scores.device)
     if generator is None:

@@ -33,7 +33,14 @@ ExpertName = Annotated[
 RouterFolder = Annotated[
     Path | None, typer.Option(metavar="DIR", help="A trained router (default: no router).", show_default=False)
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens of an answer, at most (default: what the expert's own settings say, else 256).",
+        show_default=False,
+    ),
+]
 Temperature = Annotated[
     float | None,
     typer.Option(min=0.0, help="Randomness of the answer, from 0; 0 is greedy (default: greedy).", show_default=False),
@@ -65,7 +72,7 @@ def generate(
     experts: ExpertsFolder = None,
     expert: ExpertName = None,
     router: RouterFolder = None,
-    max_new_tokens: MaxNewTokens = 256,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
     stop: Stop = None,
@@ -87,8 +94,8 @@ def generate(
 
     check_choice("--kernels", kernels, BACKENDS)
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
-    optional = {"temperature": temperature, "seed": seed, "stop": stop or None}
-    sampling = {"max_new_tokens": max_new_tokens} | {k: value for k, value in optional.items() if value is not None}
+    optional = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": stop or None}
+    sampling = {name: value for name, value in optional.items() if value is not None}
     with quiet_transformers(), show_status("loading the base"):
         engine = Engine(base, experts=_delta_directories(experts), router=router, kernels=kernels)
     with quiet_transformers(), engine:

@@ -6,7 +6,8 @@
 
     engine        the façade                            worker     the thread that owns the model and runs every step
     preparation   prompts to requests, all checked      request    one prompt on its way, and its answer
-    prompt        text and chats to token ids           text       token ids to text
+    prompt        what callers pass, in one form        encoder    prompts to token ids
+    text          token ids to text                     spaces     those that tokenizers leave out
     sampling      sampling settings, checked            stream     the text of a running request
     routing       who answers a prompt that names none  model      what is fixed once the base is loaded
 

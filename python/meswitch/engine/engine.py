@@ -125,14 +125,18 @@ class Engine:
     ) -> Any:
         """Answers one prompt (an `Answer`) or a list of them (a list, in order), all in one batch.
 
-        A prompt is text or a list of token ids. `expert`: a name, `"base"`, `"auto"` (the router chooses), or one of
-        these for each prompt; without it `"auto"` where the engine has a router, else `"base"`.
+        A prompt is text, or token ids in a list, tuple, array or tensor, or what a tokenizer returned. `expert`: a
+        name, `"base"`, `"auto"` (the router chooses), or one of these for each prompt; without it `"auto"` where the
+        engine has a router, else `"base"`.
 
-        Sampling, alike for `stream` and `chat`: `max_new_tokens` (256), `temperature`, `top_k`, `top_p`, `min_p`,
-        `repetition_penalty`, `stop` (a string or several), `seed` (one for all prompts or one each; the same seed gives
-        the same text whoever else is in the batch). What is not given comes from the expert's generation_config.json,
-        but `generate` and `stream` are greedy unless `temperature` is above 0 or `top_k`, `top_p` or `min_p` is given;
-        `chat` samples where that file says `do_sample`. `temperature=0` is greedy.
+        Sampling, alike for `stream` and `chat`: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`,
+        `repetition_penalty`, `stop` (a string or several, special tokens too), `seed` (one for all prompts or one each;
+        the same seed gives the same text whoever else is in the batch). What is not given comes from the expert's
+        generation_config.json, else its config.json; where neither says, there are at most 256 new tokens, and a draw
+        is among the 50 likeliest tokens as in transformers (`top_k=0`: among all). `generate` and `stream` are greedy
+        unless `temperature` is above 0 or `top_k`, `top_p` or `min_p` is given; `chat` samples where that file says
+        `do_sample`. `temperature=0` is greedy. What that file asks for and the engine has not (beams, guidance,
+        `max_time`, …) is logged as a warning when the expert is opened.
 
         Raises `ExpertNotFoundError`, `RequestError`, `RouterError`, and what a failed step raised.
         """

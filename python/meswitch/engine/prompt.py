@@ -38,7 +38,7 @@ def prompts_of(given: Any) -> tuple[list[str | list[int]], bool]:
         _refuse(given)
     if given and _is_number(given[0]):
         return [_ids(given)], True
-    return [one_prompt(prompt) for prompt in given], False
+    return [_ids(prompt) if isinstance(prompt, list | tuple) else one_prompt(prompt) for prompt in given], False
 
 
 def one_prompt(given: Any) -> str | list[int]:
@@ -50,8 +50,8 @@ def one_prompt(given: Any) -> str | list[int]:
         return _text(given)
     if not isinstance(given, list):
         _refuse(given)
-    if len(given) == 1 and not _is_number(given[0]) and not isinstance(given[0], str):
-        given = _as_list(given[0])
+    if len(given) == 1 and isinstance(given[0], list | tuple):
+        given = given[0]
     return _ids(given)
 
 
@@ -126,7 +126,7 @@ def _visible(ids: Any, mask: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return not isinstance(value, str | bytes | list | tuple | Mapping) and getattr(value, "ndim", 0) == 0
+    return getattr(value, "ndim", None) == 0 or not hasattr(value, "__len__")
 
 
 def _is_row(values: Sequence[Any]) -> bool:
