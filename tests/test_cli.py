@@ -375,6 +375,16 @@ def test_a_delta_directory_stands_for_itself(stub: type[Stub], paths: dict[str, 
     assert stub.asked[0][1] == [paths["delta"]]
 
 
+@pytest.mark.parametrize(("prompt", "stdin", "where"), [("caf\udce9", "", "as a prompt"), ("-", "\udce9", "on stdin")])
+def test_a_prompt_that_is_not_utf_8_is_refused(stub: type[Stub], prompt: str, stdin: str, where: str) -> None:
+    stub.asked = []
+    found = run("generate", "base", "fine", prompt, stdin=stdin)
+    assert (
+        found.exit_code == 1 and found.stderr == f"DataError: expected UTF-8 text {where}, found bytes that are not\n"
+    )
+    assert not stub.asked, "nothing was loaded for it"
+
+
 def test_an_unknown_expert_is_1(stub: type[Stub]) -> None:
     found = run("generate", "base", "hi", "--expert", "nobody")
     assert found.exit_code == 1 and found.stdout == "" and stub.asked[-1] == "closed"

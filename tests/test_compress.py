@@ -418,7 +418,7 @@ def refused(tmp_path: Path, error: type[Exception], match: str) -> None:
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
-    refused(tmp_path, CheckpointError, "a checkpoint folder or a hub id")
+    refused(tmp_path, CheckpointError, "expected a checkpoint folder, found nothing")
     (tmp_path / "base").mkdir()
     refused(tmp_path, CheckpointError, r"expected model.safetensors or model.safetensors.index.json")
 

@@ -369,6 +369,10 @@ def test_router_chooses_or_abstains(family: Path) -> None:
         assert (said.expert, asked.expert, named.expert) == ("b", "base", "a")
         assert said.route.expert == "b" and asked.route.abstained and named.route is None
         assert engine.generate("hello", max_new_tokens=2).expert == "b"
+        engine.remove_expert("b")
+        with pytest.raises(ExpertNotFoundError, match=r"the router sends a prompt to .*: 'b'"):
+            engine.generate(["?", "hello"], expert="auto")
+        assert engine.generate(["?", "x"], expert=["auto", "a"], max_new_tokens=2)[1].expert == "a"
 
 
 def test_a_trained_router(family: Path, tmp_path: Path) -> None:

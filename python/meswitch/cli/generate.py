@@ -10,6 +10,7 @@ import typer
 
 from meswitch.cli.arguments import Base, Json
 from meswitch.cli.choices import check_choice
+from meswitch.errors import DataError
 from meswitch.terminal.progress import quiet_transformers, show_status
 from meswitch.terminal.tables import print_json, write_text
 
@@ -89,11 +90,11 @@ def generate(
     """
     if expert == "auto" and router is None:
         raise typer.BadParameter("auto needs --router", param_hint="--expert")
+    texts = [_read_prompt(prompt) for prompt in prompts]
     from meswitch.engine import Engine
     from meswitch.kernels.select import BACKENDS
 
     check_choice("--kernels", kernels, BACKENDS)
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
     optional = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": stop or None}
     sampling = {name: value for name, value in optional.items() if value is not None}
     with quiet_transformers(), show_status("loading the base"):
@@ -105,6 +106,17 @@ def generate(
         with show_status("generating"):
             answers = engine.generate(texts, expert, **sampling)
     _print_answers(texts, answers, as_json=as_json)
+
+
+def _read_prompt(prompt: str) -> str:
+    """The prompt, or what stdin holds in place of `-`. Raises `DataError` for bytes that are no text."""
+    where = "on stdin" if prompt == "-" else "as a prompt"
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()  # Python hands over bytes that it cannot decode as lone surrogates
+    except UnicodeError as error:
+        raise DataError(f"expected UTF-8 text {where}, found bytes that are not") from error
+    return text
 
 
 def _delta_directories(folder: Path | None) -> Path | list[Path] | None:

@@ -11,11 +11,13 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from meswitch.cli.message import say, say_error
+from meswitch.cli.message import one_line, say, say_error
+from meswitch.errors import DataWarning
 
 REFUSED = 1
 _SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminated: the terminal was closed"}
@@ -30,6 +32,7 @@ def main() -> NoReturn:
     try:
         _prepare_streams()
         threading.excepthook = _say_thread_error
+        warnings.formatwarning = _format_warning
         sys.unraisablehook = lambda _: None  # it would print a traceback of what nobody can catch
         code = run(sys.argv[1:])
         _take_signals(_end_at_once)
@@ -106,6 +109,13 @@ def _give_streams_up() -> None:
             stream.flush()
         except (OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
+    return (
+        one_line(f"warning: {message}" if issubclass(category, DataWarning) else f"{category.__name__}: {message}")
+        + "\n"
+    )
 
 
 def _say_thread_error(args: threading.ExceptHookArgs) -> None:

@@ -17,7 +17,7 @@ from meswitch.engine.routing import Routing, expert_of_each
 from meswitch.engine.sampling import SamplingSettings, random_generator, seed_of_each
 from meswitch.engine.text import TextDecoder
 from meswitch.engine.worker import Worker
-from meswitch.errors import MeswitchError, RequestError
+from meswitch.errors import ExpertNotFoundError, MeswitchError, RequestError
 from meswitch.experts.catalogue import Expert
 from meswitch.experts.settings import ModelSettings
 
@@ -64,7 +64,7 @@ class Preparation:
     def _request(
         self, prompt: Any, name: str, route: Any, sampling: SamplingSettings, seed: int | None, *, chat: bool
     ) -> Request:
-        expert = None if name == "base" else self._worker.pool.acquire(name)
+        expert = None if name == "base" else self._acquire(name, route)
         try:
             settings = self._encoder.settings(expert)
             ids = self._encoder.encode(prompt, expert)
@@ -83,6 +83,17 @@ class Preparation:
         except BaseException:
             self._release(expert)
             raise
+
+    def _acquire(self, name: str, route: Any) -> Expert:
+        try:
+            return self._worker.pool.acquire(name)
+        except ExpertNotFoundError as error:
+            if route is None:
+                raise
+            raise ExpertNotFoundError(
+                f"the router sends a prompt to an expert that this engine does not have: {name!r}",
+                hint="add the expert, or name another one for this prompt",
+            ) from error
 
     def _processors(
         self, settings: ModelSettings, config: GenerationConfig, prompt_tokens: int, eos: set[int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from meswitch import _native
 from meswitch.errors import CheckpointError
 from meswitch.huggingface.files import HUB_FILES
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 HEAD = "lm_head.weight"
 """The head's name. A checkpoint of a tied model has no such tensor, and returns its embedding under it."""
 
@@ -37,25 +38,39 @@ DTYPES = {
 def resolve(source: str | Path) -> Path:
     """The folder of a checkpoint, from its path or a hub id, which is downloaded unless it is in the hub's cache.
 
+    Text such as `organisation/model` is a hub id unless there is a folder `organisation` here; a `Path` never is.
     Raises `CheckpointError` if it is neither.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = Path(source)
+    with suppress(RuntimeError):  # a user whose home is not known
+        folder = folder.expanduser()
+    if str(source) and folder.is_dir():
         return folder
-    if not _HUB_ID.fullmatch(str(source)) or folder.exists():
-        raise CheckpointError(
-            f"expected a checkpoint folder or a hub id, found {source}",
-            hint="a hub id looks like organisation/model",
-        )
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(source) or folder.parent.exists():
+        raise _no_folder(source, folder)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the hub client raises a dozen unrelated kinds
         raise CheckpointError(
-            f"expected {source} as a folder or on the hub, found neither: {error}",
+            f"expected {source} as a folder or on the hub, found neither: no {folder.absolute()}; {error}",
             hint="check the path, or the network and the hub's cache",
         ) from error
+
+
+def _no_folder(source: str | Path, folder: Path) -> CheckpointError:
+    """What is wrong with a path to no folder."""
+    if not str(source):
+        return CheckpointError("expected a checkpoint folder or a hub id, found empty text")
+    if folder.exists():
+        return CheckpointError(
+            f"expected a checkpoint folder, found a file: {folder.absolute()}", hint="give the folder that it lies in"
+        )
+    hint = "check the path; a hub id looks like organisation/model"
+    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+        hint = f"check the path; with {folder.parent} here, {source} is not taken for a hub id"
+    return CheckpointError(f"expected a checkpoint folder, found nothing: {folder.absolute()}", hint=hint)
 
 
 class Checkpoint:
