@@ -139,6 +139,16 @@ def sparse(name: str, base: Tensor, tuned: Tensor, *, transposed: bool) -> Site:
     return QuantizedSite(name=name, shape=shape, dtype=tuned.dtype, transposed=transposed, sparse=entries, nbytes=size)
 
 
+def save_experts(folder: Path, names: str = "ab") -> Path:
+    """A random Llama in `base`, and an expert of each name in `experts`."""
+    from meswitch.compression.job import compress
+
+    base = save_random(folder / "base", config_of("llama"))
+    for seed, name in enumerate(names, 1):
+        compress(base, save_finetune(folder / f"tuned-{name}", base, seed), folder / "experts" / name)
+    return folder
+
+
 @dataclass
 class HandDelta:
     """What the engine needs of a `Delta`, made in memory from two checkpoints."""

@@ -152,7 +152,8 @@ def test_a_stream_can_be_closed(shared: Engine) -> None:
     stream = shared.stream(PROMPT, expert="a", max_new_tokens=100)
     next(stream)
     stream.close()
-    assert stream._request.done.wait(10)
+    shared._worker.call(lambda: None)
+    assert stream._request.ended and stream.answer is None
     assert list(stream) == [] and shared.stats()["requests"]["running"] == 0
 
 

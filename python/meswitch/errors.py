@@ -91,6 +91,30 @@ class RequestError(MeswitchError, ValueError):
     """A request that cannot be run: an empty prompt, a bad number, a prompt too long."""
 
 
+class RequestTimeoutError(MeswitchError, TimeoutError):
+    """A request that had not ended when its `timeout` was over."""
+
+
+class RequestCancelledError(MeswitchError):
+    """A request that was cancelled before it had ended."""
+
+
+class OverloadedError(MeswitchError):
+    """More requests than may wait (`max_waiting`); later there may be room."""
+
+
+class EngineClosedError(MeswitchError):
+    """A call of an engine that was closed, or that belongs to the process which this one was forked from."""
+
+    def __init__(
+        self,
+        message: str = "the engine is closed",
+        *,
+        hint: str | None = "make a new Engine; a forked process needs one of its own",
+    ) -> None:
+        super().__init__(message, hint=hint)
+
+
 class DataError(MeswitchError, ValueError):
     """A data file that cannot be read as what it should be."""
 

@@ -1,7 +1,7 @@
 """Each request's own way to choose its next token.
 
-Nothing here asks the device for a number: a chosen token stays a tensor until transformers reads all of a step's at
-once.
+Nothing here asks the device for a number in a step: a chosen token stays a tensor until transformers reads all of a
+step's at once, and so does whether there was one to choose.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from meswitch.batching.bridge import LogitsProcessor
+from meswitch.errors import RequestError
 
 
 @dataclass
@@ -67,16 +68,20 @@ class RequestSampler(LogitsProcessor):
     """Applies each request's own processors to its row, draws with its own generator, and leaves the drawn token as the
     row's only finite score, so that the argmax that follows picks it. Plain greedy rows are left alone.
 
-    `states`: by request id, from before a request is added until it is gone. `observe` sees the ids of the requests
-    and the logits before anything is changed.
+    A row that cannot be sampled is one request's trouble: it gets some token, and `failures` says after the step that
+    it means nothing. `states`: by request id, from before a request is added until it is gone. `observe` sees the ids
+    of the requests and the logits before anything is changed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.states: dict[str, SamplingState] = {}
         self.observe: Callable[[list[str], Tensor], None] | None = None
+        self._failures: dict[str, RequestError] = {}
+        self._usable: dict[str, Tensor] = {}
 
     def process(self, scores: Tensor, requests: Sequence[Any]) -> Tensor:
+        self._failures, self._usable = {}, {}
         if self.observe is not None:
             self.observe([request.request_id for request in requests], scores)
         for row, request in enumerate(requests):
@@ -85,20 +90,47 @@ class RequestSampler(LogitsProcessor):
                 # A model may squash its logits after lm_head (soft-capping), and −inf with them.
                 scores[row, state.vocabulary :] = -torch.inf
             if state.processors or state.generator is not None:
-                token = _choose(state, request, scores[row, : state.vocabulary])
-                scores[row] = -torch.inf
-                scores[row].index_fill_(0, token, 0.0)
+                try:
+                    token, usable = _choose(state, request, scores[row, : state.vocabulary])
+                    scores[row] = -torch.inf
+                    scores[row].index_fill_(0, token, 0.0)
+                except Exception as error:  # processors do what an expert's own file says
+                    self._failures[request.request_id] = _failed(f"{type(error).__name__}: {error}")
+                else:
+                    self._usable[request.request_id] = usable
         return scores
 
+    def failures(self) -> dict[str, RequestError]:
+        """By id, the requests whose token of the last step means nothing. Asked after the step, whose tokens have been
+        read from the device by then."""
+        if self._usable:
+            usable = torch.cat(list(self._usable.values())).cpu()
+            for request_id, right in zip(self._usable, usable, strict=True):
+                if not right:
+                    self._failures[request_id] = _failed("expected finite probabilities, found NaN or infinity")
+        failures, self._failures, self._usable = self._failures, {}, {}
+        return failures
 
-def _choose(state: SamplingState, request: Any, scores: Tensor) -> Tensor:
-    """The next token of a request with the logits `scores [vocabulary]`: `int64 [1]`."""
+
+def _choose(state: SamplingState, request: Any, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The next token of a request with the logits `scores [vocabulary]`: `int64 [1]`; `bool [1]`: whether there was
+    one to choose."""
     processed = scores[None].clone()
     if state.processors:
         ids: Any = state.ids(request, scores.device)
         processed = state.processors(ids, processed)
     generator = state.generator_on(scores.device)
+    likeliest = processed.argmax().view(1)
+    best = processed[0, likeliest]  # NaN where any score is
     if generator is None:
-        return processed.argmax().view(1)
-    probabilities = processed.softmax(dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[0]
+        return likeliest, best > -torch.inf
+    usable = best.isfinite()
+    # Drawing from a NaN would end the process's use of a GPU, so it is drawn from something else.
+    probabilities = processed.softmax(dim=-1).where(usable, 1.0)
+    return torch.multinomial(probabilities, 1, generator=generator)[0], usable
+
+
+def _failed(why: str) -> RequestError:
+    return RequestError(
+        f"sampling failed: {why}", hint="check the sampling settings, and the expert's generation_config.json"
+    )

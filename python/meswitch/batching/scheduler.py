@@ -24,9 +24,11 @@ class RequestSlot:
 
 
 class ExpertScheduler(Scheduler):
-    """First in, first out over all experts. `slots`: by request id, from before a request is added until it is gone."""
+    """First in, first out over all experts. `slots`: by request id, from before a request is added until it is gone.
+    `max_requests`: the most requests of a step."""
 
     def __init__(self, cache: Any, safety_margin: float | None, max_requests_per_batch: int) -> None:
+        self.max_requests = max_requests_per_batch
         self.slots: dict[str, RequestSlot] = {}
         self._first_ids: dict[int, dict[int, int]] = {}  # by salt
         self._numbers = itertools.count(-2, -1)  # never one twice: pages outlive the expert whose number they have

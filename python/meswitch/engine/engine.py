@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,10 +15,10 @@ from meswitch.engine.model import ServedModel
 from meswitch.engine.preparation import Preparation
 from meswitch.engine.prompt import Conversation, Prompt, conversations_of, one_prompt, prompts_of
 from meswitch.engine.request import Answer, Request
-from meswitch.engine.routing import Routing, base_embeddings, open_router
+from meswitch.engine.routing import Routing, ServedBase, open_router
 from meswitch.engine.sampling import check_whole_number
 from meswitch.engine.stream import TextStream
-from meswitch.engine.worker import Settings, Worker, closed
+from meswitch.engine.worker import Settings, Worker
 from meswitch.errors import RequestError
 from meswitch.huggingface.checkpoint import resolve
 from meswitch.kernels.select import usable_device
@@ -30,11 +31,13 @@ class Engine:
 
     `base`: a folder or hub id. `experts`: a folder of delta directories (one sub-folder an expert; a broken one is
     listed with its error and takes no other down), a delta directory or a list of them, or `{name: directory}`.
-    `router`: a folder or an object with `route`, for `expert="auto"`. `device`: torch's name of one; `kernels`: `"auto"`, `"cpu"`
-    (native) or `"torch"` (any device, slow). `exact` asks for the reference's arithmetic. Budgets are bytes, or text
-    such as `"8GiB"`: `host_budget` over the resident deltas (no bound without), `kv_budget` over the KV cache with its
-    masks and indices (without: what four full contexts need, 1 GiB at most). `max_batch_tokens`: the tokens of one
-    step; longer prompts are split.
+    `router`: a folder or an object with `route`, for `expert="auto"`. `device`: torch's name of one; `kernels`:
+    `"auto"`, `"cpu"` (native) or `"torch"` (any device, slow). `exact` asks for the reference's arithmetic. Budgets are
+    bytes, or text such as `"8GiB"`: `host_budget` over the resident deltas (no bound without), `kv_budget` over the KV
+    cache with its masks and indices (without: what four full contexts need, 1 GiB at most); `device_budget` is refused,
+    since deltas lie in the host's memory. `max_batch_tokens`: the tokens of one step; longer prompts are split.
+    `max_waiting`: how many requests may wait for a place in the batch before further ones are refused (no bound
+    without).
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong
@@ -61,8 +64,13 @@ class Engine:
         *,
         kernels: str = "auto",
         max_batch_tokens: int = 512,
+        max_waiting: int | None = None,
     ) -> None:
-        parse_bytes(device_budget, "device_budget")
+        if device_budget is not None:
+            raise RequestError(
+                f"device_budget: expected none, since deltas lie in the host's memory, found {device_budget!r}",
+                hint="host_budget bounds the resident deltas",
+            )
         settings = Settings(
             base=Path(resolve(base)),
             dtype=dtype,
@@ -72,6 +80,7 @@ class Engine:
             host_budget=parse_bytes(host_budget, "host_budget"),
             kv_budget=parse_bytes(kv_budget, "kv_budget"),
             max_batch_tokens=check_whole_number("max_batch_tokens", max_batch_tokens, least=1),
+            max_waiting=None if max_waiting is None else check_whole_number("max_waiting", max_waiting, least=1),
         )
         router = open_router(router, settings.base)
         self._worker = worker = Worker(settings)
@@ -80,9 +89,9 @@ class Engine:
         try:
             worker.ready.result()
             base_settings = worker.settings_reader.base
-            routing = Routing(router, base_embeddings(worker, base_settings))
+            routing = Routing(router, ServedBase(worker, base_settings))
             self._preparation = Preparation(ServedModel.of(worker), base_settings, worker, routing)
-            worker.call(lambda: worker.pool.discover(experts))
+            worker.pool.discover(experts)
         except BaseException:
             self.close()
             raise
@@ -95,20 +104,51 @@ class Engine:
         return self._worker.pool.describe()
 
     def add_expert(self, name: str, path: str | Path) -> None:
-        """Adds or replaces an expert; requests in flight finish on the one they began with."""
-        self._worker.call(lambda: self._worker.pool.add(name, Path(path)))
+        """Adds or replaces an expert; requests in flight finish on the one they began with.
+
+        It is opened and checked on the calling thread. Raises what is wrong with it, or `EngineClosedError`.
+        """
+        with self._unless_closed():
+            expert = self._worker.pool.open(name, Path(path))
+            try:
+                self._worker.call(lambda: self._worker.pool.put(expert), calls_model=False)
+            except BaseException:
+                expert.delta.close()
+                raise
 
     def remove_expert(self, name: str) -> None:
-        """Removes an expert; requests in flight finish on it. Raises `ExpertNotFoundError`."""
-        self._worker.call(lambda: self._worker.pool.remove(name))
+        """Removes an expert; requests in flight finish on it. Raises `ExpertNotFoundError`, `EngineClosedError`."""
+        with self._unless_closed():
+            self._worker.call(lambda: self._worker.pool.remove(name), calls_model=False)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start; sizes in bytes."""
+        """A snapshot, which waits for nobody: sizes in bytes, and counts since the start.
+
+        `requests`: `running` are in the batch, `waiting` are not yet; every other that was accepted is `finished`,
+        `failed` or `cancelled`. `steps`, `step_tokens`, `kv` (`bytes`, and `tokens` that one request can have), `host`
+        (`budget`, `bytes`, `hits`, `misses`, `evictions`), `experts` as above.
+        """
         return {**self._worker.counters(), "host": self._worker.pool.residency.counters(), "experts": self.experts}
 
-    def close(self) -> None:
-        """Ends the engine's thread after the running step; requests still in flight fail."""
+    def close(self, *, drain: bool = False, timeout: float | None = None) -> None:
+        """Ends the engine and frees its memory. Calls that are made from now on raise `EngineClosedError`.
+
+        Requests in flight fail with it after the running step; with `drain` they are answered first, and only what is
+        left after `timeout` seconds fails.
+        """
+        if drain:
+            self._worker.drain(timeout)
         self._finalizer()
+
+    @contextmanager
+    def _unless_closed(self) -> Iterator[None]:
+        """Whatever goes wrong inside because the engine is being closed is an `EngineClosedError`."""
+        self._worker.inbox.check_accepting()
+        try:
+            yield
+        except Exception:
+            self._worker.inbox.check_accepting()
+            raise
 
     def __enter__(self) -> Engine:
         return self
@@ -136,9 +176,12 @@ class Engine:
         is among the 50 likeliest tokens as in transformers (`top_k=0`: among all). `generate` and `stream` are greedy
         unless `temperature` is above 0 or `top_k`, `top_p` or `min_p` is given; `chat` samples where that file says
         `do_sample`. `temperature=0` is greedy. What that file asks for and the engine has not (beams, guidance,
-        `max_time`, …) is logged as a warning when the expert is opened.
+        `max_time`, …) is logged as a warning when the expert is opened. `timeout` (none): seconds from the call on,
+        looked at between steps, after which a request that has not ended fails.
 
-        Raises `ExpertNotFoundError`, `RequestError`, `RouterError`, and what a failed step raised.
+        Raises `ExpertNotFoundError`, `RequestError`, `RouterError`, `RequestTimeoutError`, `OverloadedError` where more
+        than `max_waiting` requests would wait (then none of them runs), `EngineClosedError`, and what a failed step
+        raised.
         """
         prompts, single = prompts_of(prompt)
         answers = self._answers(self._prepare(prompts, expert, sampling))
@@ -174,25 +217,25 @@ class Engine:
         self, prompts: list[Any], expert: str | Sequence[str] | None, sampling: dict[str, Any], *, chat: bool = False
     ) -> list[Request]:
         """Requests, submitted to the worker."""
-        if not self._worker.open:
-            raise closed()
-        requests = self._preparation.requests(prompts, expert, sampling, chat=chat)
-        try:
-            self._worker.submit(requests)
-        except BaseException:
-            self._preparation.release(requests)
-            raise
+        with self._unless_closed():
+            self._worker.registry.check_room(len(prompts))  # before any work on them
+            requests = self._preparation.requests(prompts, expert, sampling, chat=chat)
+            try:
+                self._worker.submit(requests)
+            except BaseException:
+                self._preparation.release(requests)
+                raise
         return requests
 
     def _answers(self, requests: list[Request]) -> list[Answer]:
         try:
             return [request.result() for request in requests]
         finally:
-            self._cancel([request for request in requests if not request.done.is_set()])
+            self._cancel([request for request in requests if not request.ended])
 
     def _stream(self, request: Request) -> TextStream:
         return TextStream(request, lambda request: self._cancel([request]))
 
     def _cancel(self, requests: list[Request]) -> None:
         if requests:
-            self._worker.post(lambda: self._worker.cancel(requests))
+            self._worker.inbox.post(lambda: self._worker.cancel(requests))

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from meswitch.batching.sampler import SamplingState
 from meswitch.engine.encoder import PromptEncoder
 from meswitch.engine.model import ServedModel
-from meswitch.engine.request import Request
+from meswitch.engine.request import Request, deadline_of
 from meswitch.engine.routing import Routing, expert_of_each
 from meswitch.engine.sampling import SamplingSettings, random_generator, seed_of_each
 from meswitch.engine.text import TextDecoder
@@ -40,12 +40,15 @@ class Preparation:
         keywords = dict(keywords)
         seeds = seed_of_each(keywords.pop("seed", None), len(prompts))
         names = expert_of_each(expert, len(prompts), routed=self._routing.available)
+        deadline = deadline_of(keywords.pop("timeout", None))
         sampling = SamplingSettings.from_keywords(keywords)
         resolved = self._routing.resolve(names, lambda i: self._encoder.routing_text(prompts[i]))
         requests: list[Request] = []
         try:
             for prompt, (name, route), seed in zip(prompts, resolved, seeds, strict=True):
-                requests.append(self._request(prompt, name, route, sampling, seed, chat=chat))
+                request = self._request(prompt, name, route, sampling, seed, chat=chat)
+                request.deadline = deadline
+                requests.append(request)
         except BaseException:
             self.release(requests)
             raise
@@ -59,7 +62,7 @@ class Preparation:
     def _release(self, expert: Expert | None) -> None:
         """On the engine's thread, where an expert that nobody uses any more is closed."""
         if expert is not None:
-            self._worker.post(lambda: self._worker.pool.release(expert))
+            self._worker.inbox.post(lambda: self._worker.pool.release(expert))
 
     def _request(
         self, prompt: Any, name: str, route: Any, sampling: SamplingSettings, seed: int | None, *, chat: bool

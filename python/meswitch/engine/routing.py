@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -13,7 +14,9 @@ from meswitch.engine.worker import Worker
 from meswitch.errors import RequestError, RouterError
 from meswitch.experts.settings import ModelSettings
 from meswitch.router.base import embed
-from meswitch.router.protocol import Router
+from meswitch.router.protocol import BaseModel, Router
+
+T = TypeVar("T")
 
 
 def expert_of_each(expert: str | Sequence[str] | None, count: int, *, routed: bool) -> list[str]:
@@ -27,13 +30,13 @@ def expert_of_each(expert: str | Sequence[str] | None, count: int, *, routed: bo
 
 
 class Routing:
-    """Sends the prompts that ask for `"auto"` through the engine's router, together.
+    """Sends the prompts that ask for `"auto"` through the engine's router, together, on the caller's thread.
 
-    `embed` computes the base's embeddings of prompts; it may be called from any thread.
+    `base`: what the router may ask; it may be used from any thread.
     """
 
-    def __init__(self, router: Router | None, embed: Callable[[list[str]], Tensor]) -> None:
-        self._router, self._embed = router, embed
+    def __init__(self, router: Router | None, base: BaseModel) -> None:
+        self._router, self._base = router, base
 
     @property
     def available(self) -> bool:
@@ -50,7 +53,7 @@ class Routing:
             return resolved
         if self._router is None:
             raise RouterError('expert="auto" needs a router', hint="pass router=... to Engine, or name an expert")
-        routes = self._router.route([text_of(i) for i in automatic], self._embed)
+        routes = self._router.route([text_of(i) for i in automatic], self._base)
         for i, route in zip(automatic, routes, strict=True):
             resolved[i] = ("base" if route.abstained else route.expert, route)
         return resolved
@@ -65,11 +68,22 @@ def open_router(router: Router | str | Path | None, base: Path) -> Router | None
     return load_router(Path(router), base)
 
 
-def base_embeddings(worker: Worker, base: ModelSettings) -> Callable[[list[str]], Tensor]:
-    """What a router calls for the base's embeddings of prompts: they are computed between two steps, by no expert."""
+@dataclass(frozen=True)
+class ServedBase:
+    """The base as a router may ask it, from any thread; also its `embed` as a plain function.
 
-    def embeddings(prompts: list[str]) -> Tensor:
-        tokenizer = base.required_tokenizer.inner  # built here if need be, not on the engine's thread
-        return worker.call_plain(lambda: embed(worker.model, tokenizer, prompts))
+    Prompts become tokens on the caller's thread. What uses the model runs between two steps of the engine, by no
+    expert, one batch of prompts at a time.
+    """
 
-    return embeddings
+    worker: Worker
+    settings: ModelSettings
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        tokenizer = self.settings.required_tokenizer.inner
+        return embed(self.worker.model, tokenizer, prompts, run=self.worker.call_plain)
+
+    def compute(self, function: Callable[[], T]) -> T:
+        return self.worker.call(function)
+
+    __call__ = embed

@@ -1,19 +1,18 @@
 """The thread that owns the model: it loads the base, admits requests, runs every step and every job between steps.
 
-    callers ── submit, post, call ──> inbox ──> one turn: jobs, admission, a step
+    callers ── submit ──────> registry, queue ─┐
+            ── post, call ──> inbox ───────────┴─> one turn: jobs, deadlines, admission, a step
 
-Ownership: the model, the experts' pool and layers, the batch, `waiting` and `live` are this thread's. Other threads put
-functions into the inbox; beside that they read counters, and what is fixed once `ready` has a result. A caller acquires
-its request's expert; it is released here, when the request ends.
+Ownership: the model, the experts' layers and residency, the batch, `queue` and `live` are this thread's. Other threads
+put jobs into the inbox and requests into the registry; beside that they read counters, and what is fixed once `ready`
+has a result. A caller acquires its request's expert; it is released here, when the request ends.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -30,8 +29,11 @@ from meswitch.batching.compatibility import check_supported, check_transformers
 from meswitch.batching.sampler import RequestSampler, SamplingState
 from meswitch.batching.scheduler import ExpertScheduler, RequestSlot
 from meswitch.batching.step import NewToken
+from meswitch.engine.admission import AdmissionQueue
+from meswitch.engine.inbox import Inbox
+from meswitch.engine.registry import Registry
 from meswitch.engine.request import Request
-from meswitch.errors import BudgetError, MeswitchError, RequestError, UnsupportedModelError
+from meswitch.errors import BudgetError, EngineClosedError, MeswitchError, UnsupportedModelError
 from meswitch.experts.pool import ExpertPool
 from meswitch.experts.settings import SettingsReader
 from meswitch.huggingface.config import context_limit
@@ -57,62 +59,34 @@ class Settings:
     host_budget: int | None
     kv_budget: int | None
     max_batch_tokens: int
+    max_waiting: int | None
 
 
 class Worker(threading.Thread):
-    """The thread that owns the model. Other threads reach it through `submit`, `post` and `call`.
+    """The thread that owns the model. Other threads reach it through `submit`, `inbox.post` and `call`.
 
-    `ready` gets a result once the model is loaded, or what went wrong. `waiting`: requests that are not admitted yet;
-    `live`: by id, those in the batch. The counters `steps`, `step_tokens`, `finished` and `failed` may be read from any
-    thread.
+    `ready` gets a result once the model is loaded, or what went wrong. `registry`: every request that has not ended;
+    `queue`: those that are not admitted yet; `live`: by id, those in the batch. `steps` and `step_tokens` may be read
+    from any thread.
     """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(name="meswitch-engine", daemon=True)
         self.settings = settings
         self.ready: Future[None] = Future()
-        self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.waiting: list[Request] = []
+        self.inbox = Inbox()
+        self.registry = Registry(settings.max_waiting)
+        self.queue = AdmissionQueue()
         self.live: dict[str, Request] = {}
-        self.steps = self.step_tokens = self.finished = self.failed = 0
-        self._closed = self._ended = False
-        self._process = os.getpid()
-        self._lock = threading.RLock()  # a finalizer may run inside `post`
+        self.steps = self.step_tokens = 0
 
     # from any thread
 
-    @property
-    def open(self) -> bool:
-        # Asked without the lock: a fork leaves the thread behind, and whoever held the lock.
-        return not self._closed and self._process == os.getpid()
-
-    def post(self, job: Callable[[], None]) -> bool:
-        """Queues `job`, to run between steps; false when the engine is closed."""
-        if not self.open:
-            return False
-        with self._lock:
-            if self._closed:
-                return False
-            self.inbox.put(job)
-            return True
-
-    def call(self, function: Callable[[], T]) -> T:
-        """Runs `function` between steps and returns what it returns, or raises what it raises."""
+    def call(self, function: Callable[[], T], *, calls_model: bool = True) -> T:
+        """`Inbox.call`, also from this thread itself."""
         if threading.current_thread() is self:
             return function()
-        future: Future[T] = Future()
-
-        def job() -> None:
-            try:
-                if self._ended:
-                    raise closed()
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        if not self.post(job):
-            raise closed()
-        return future.result()
+        return self.inbox.call(function, calls_model=calls_model)
 
     def call_plain(self, function: Callable[[], T]) -> T:
         """`call` with the attention that the base has outside of continuous batching."""
@@ -124,13 +98,15 @@ class Worker(threading.Thread):
         return self.call(switched)
 
     def counters(self) -> dict[str, Any]:
-        """Counts of requests and steps since the start, and the size of the KV cache."""
+        """Counts of requests and steps since the start, and the size of the KV cache. Waits for nobody."""
+        counts = self.registry.counts
         return {
             "requests": {
-                "waiting": len(self.waiting),
-                "running": len(self.live),
-                "finished": self.finished,
-                "failed": self.failed,
+                "waiting": counts.waiting,
+                "running": counts.running,
+                "finished": counts.finished,
+                "failed": counts.failed,
+                "cancelled": counts.cancelled,
             },
             "steps": self.steps,
             "step_tokens": self.step_tokens,
@@ -138,18 +114,28 @@ class Worker(threading.Thread):
         }
 
     def submit(self, requests: list[Request]) -> None:
-        """Hands over requests, and with them what they hold of their experts. Raises where the engine is closed."""
-        if not self.post(lambda: self.waiting.extend(requests)):
-            raise closed()
+        """Hands over requests, and with them what they hold of their experts.
 
-    def stop(self, timeout: float | None = None) -> None:
-        """Ends the thread after the running step, and waits for it."""
-        if self.open:
-            with self._lock:
-                self._closed = True
-                self.inbox.put(lambda: None)
-        if self.is_alive() and threading.current_thread() is not self:
-            self.join(timeout)
+        Raises `EngineClosedError`, or `OverloadedError` where too many would wait; then none is taken.
+        """
+        with self.inbox.lock:
+            self.inbox.check_accepting()
+            self.registry.accept(requests)
+            self.inbox.post(lambda: self.queue.add(requests))
+
+    def stop(self) -> None:
+        """Ends the thread after the running step, and waits for it; requests that are left fail."""
+        self._join(self.inbox.close, None)
+
+    def drain(self, timeout: float | None) -> None:
+        """Accepts nothing more and waits until every request has ended, at most `timeout` seconds."""
+        self._join(self.inbox.drain, timeout)
+
+    def _join(self, tell: Callable[[], None], timeout: float | None) -> None:
+        if self.is_alive():  # which it is not in a forked process
+            tell()
+            if threading.current_thread() is not self:
+                self.join(timeout)
 
     # on the thread: start and end
 
@@ -157,17 +143,16 @@ class Worker(threading.Thread):
         try:
             self._load()
         except BaseException as error:
-            self._closed = True
+            self.inbox.close()
             self.ready.set_exception(error)
             return
         self.ready.set_result(None)
-        reason = closed()
+        reason: BaseException = EngineClosedError()
         try:
-            while not self._closed:
+            while not self.inbox.closed and not (self.inbox.draining and not self.registry):
                 self._turn()
         except BaseException as fatal:
-            reason = MeswitchError(f"the engine's thread ended: {type(fatal).__name__}: {fatal}")
-            reason.__cause__ = fatal
+            reason = _typed("the engine's thread ended", fatal)
         finally:
             self._end(reason)
 
@@ -178,7 +163,7 @@ class Worker(threading.Thread):
         self.model: Any = model.eval().requires_grad_(False)
         self.text_config = model.config.get_text_config(decoder=True)
         kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
-        self.layers = ExpertLayers(model, kernels)
+        self.layers: Any = ExpertLayers(model, kernels, run=self.call)
         self._start_batching()
         self.settings_reader = SettingsReader(settings.base, self.text_config)
         self.pool = ExpertPool(
@@ -193,7 +178,7 @@ class Worker(threading.Thread):
     def _start_batching(self) -> None:
         paged = attention.can_be_paged(self.model)
         self.plan = plan = self._plan_cache(masks=not paged)
-        self.sampler = RequestSampler()
+        self.sampler: Any = RequestSampler()
         self._plain_attention = attention.plain_attention(self.model)
         try:
             self.batch: Any = PagedBatch(
@@ -240,120 +225,95 @@ class Worker(threading.Thread):
         self.batch.update()
         del self.scheduler.slots[name], self.sampler.states[name]
 
-    def _end(self, error: BaseException) -> None:
-        """Fails every request that is still open, runs what the inbox holds, and releases the model."""
-        with self._lock:
-            self._closed = self._ended = True
-        for request in [*self.live.values(), *self.waiting]:
-            request.fail(error)
-        self.live, self.waiting = {}, []
-        while not self.inbox.empty():
-            with contextlib.suppress(Exception):  # a job reports to its own caller
-                self.inbox.get_nowait()()
-        for request in self.waiting:  # submitted by one of those jobs
-            request.fail(error)
-        self.waiting = []
-        self.pool.close()
-        self.batch.close()
-        self.batch = self.model = self.scheduler = None
+    def _end(self, reason: BaseException) -> None:
+        """Fails every request that is still open, whatever ended the thread, and releases the model."""
+        self.inbox.close()
+        self.registry.fail_all(reason)
+        self.inbox.run_rest()
+        for close in (self.pool.close, self.batch.close):
+            try:
+                close()
+            except Exception:
+                _log.exception("the engine could not be closed in order")
+        self.live, self.queue = {}, AdmissionQueue()
+        self.batch = self.model = self.scheduler = self.layers = self.sampler = None
 
     # on the thread: one turn
 
     def _turn(self) -> None:
-        """Jobs first, then who can be admitted, then one step."""
-        self._run_jobs(wait=not self.live and not self.waiting)
+        """Jobs first, then who is late, then who can be admitted, then one step."""
+        self.inbox.run(wait=not self.live and not self.queue)
+        for request, error in self.registry.expired(time.monotonic()):
+            self._fail(request, error)
         self._admit()
-        if self.live and not self._step() and not self.waiting:
-            self._run_jobs(wait=True, timeout=0.01)  # nothing could be scheduled: do not spin
-
-    def _run_jobs(self, *, wait: bool, timeout: float | None = None) -> None:
-        """Runs what the inbox holds; `wait`: until there is something, at most `timeout` seconds."""
-        while True:
-            try:
-                job = self.inbox.get(block=wait, timeout=timeout)
-            except queue.Empty:
-                return
-            try:
-                job()
-            except Exception:  # `call` reports to its caller; nothing else may end the thread
-                _log.exception("a job between steps failed")
-            wait = False
+        if self.live and not self._step():
+            self.inbox.run(wait=True, timeout=0.01)  # nothing could be scheduled: do not spin
 
     def _admit(self) -> None:
-        """Admits in order of arrival; behind one whose expert has no room yet, only the base's requests go on."""
-        waiting, self.waiting = self.waiting, []
-        blocked = False
-        for request in waiting:
+        """Fills the batch up to what one step takes, in the order of `queue`."""
+        self.queue.retry()
+        while len(self.live) < self.scheduler.max_requests and (request := self.queue.take()) is not None:
             try:
-                if request.cancelled:
-                    self._release_expert(request)
-                    request.fail(_cancelled())
-                elif request.expert is not None and (blocked or not self.pool.residency.admit(request.expert)):
-                    blocked = True
-                    self.waiting.append(request)
-                else:
+                if request.expert is None or self.pool.residency.admit(request.expert):
                     self._add(request)
-            except Exception as error:
-                if request.id in self.live:
-                    self._remove(request, cancel=True)
                 else:
-                    self._release_expert(request)
-                self._fail(request, error)
+                    self.queue.block(request)
+            except Exception as error:
+                self._fail(request, _typed("the request could not be admitted", error))
 
     def _step(self) -> bool:
         """One forward pass; false where nothing was scheduled. If it fails, only its requests fail."""
         try:
             if not self.batch.prepare():
                 return False
-            self._activate_experts()
+            self._begin_step()
             self.batch.run()
             tokens = self.batch.update()
+            failures = self.sampler.failures()
         except Exception as error:
-            self._fail_step(error)
+            self._fail_step(_typed("a step failed", error))
             return True
         finally:
             self.layers.step.end()
         self.steps += 1
         for new in tokens:
-            self._accept(new)
+            request = self.live.get(new.request_id)
+            if request is not None and new.request_id in failures:
+                self._fail(request, failures[new.request_id], finished=new.finished)
+            elif request is not None:
+                self._accept(request, new)
         return True
 
-    def _activate_experts(self) -> None:
-        """Tells the layers which expert each row of the step belongs to."""
+    def _begin_step(self) -> None:
+        """Counts who runs in the step, and tells the layers which expert each of its rows belongs to."""
+        for entry in self.scheduler.step:
+            self.registry.start(self.live[entry.state.request_id])
         kept = self.scheduler.kept_slots()
         tokens = self.scheduler.token_slots()
         self.step_tokens += len(tokens)
         if any(slot != BASE_SLOT for slot in tokens):
             self.layers.step.begin(tokens, kept)
 
-    def _accept(self, new: NewToken) -> None:
+    def _accept(self, request: Request, new: NewToken) -> None:
         """Turns a token into text; ends the request where it is its last, or completes a stop string."""
-        request = self.live.get(new.request_id)
-        if request is None:
-            return
+        answer = None
         try:
             request.accept(new.token)
+            if new.finished or request.decoder.stopped:
+                answer = request.complete()
         except Exception as error:  # a tokenizer that cannot decode
-            self._remove(request, cancel=True)
-            self._fail(request, error)
+            self._fail(request, _typed("the tokens could not be decoded", error), finished=new.finished)
             return
-        if new.finished or request.decoder.stopped:
-            self._remove(request, cancel=not new.finished)
-            self.finished += 1
-            request.finish("stop" if request.tokens[-1] in request.eos else "length")
+        if answer is not None:
+            self._release(request, finished=new.finished)
+            self.registry.finish(request, answer)
 
-    def _fail_step(self, error: Exception) -> None:
+    def _fail_step(self, error: MeswitchError) -> None:
         """Fails the requests of a step that raised, or all where it is not known whose step it was."""
-        ids = [entry.state.request_id for entry in self.scheduler.step] or list(self.live)
-        own = error if isinstance(error, MeswitchError) else None
-        for request_id in ids:
+        for request_id in [entry.state.request_id for entry in self.scheduler.step] or list(self.live):
             request = self.live.get(request_id)
             if request is not None:
-                self._remove(request, cancel=True)
-                failure = own or MeswitchError(f"a step failed: {type(error).__name__}: {error}")
-                if own is None:
-                    failure.__cause__ = error
-                self._fail(request, failure)
+                self._fail(request, error)
 
     # on the thread: one request
 
@@ -366,36 +326,38 @@ class Worker(threading.Thread):
         self.sampler.states[request.id] = request.sampling
         self.batch.add(request.id, request.ids, request.limit, request.eos)
 
-    def _remove(self, request: Request, *, cancel: bool) -> None:
-        """Takes a request out of the batch and releases its expert; `cancel` where the batch has not finished it."""
-        if cancel:
-            self.batch.cancel(request.id)
-        for by_id in (self.live, self.scheduler.slots, self.sampler.states):
-            by_id.pop(request.id, None)
-        if request.expert is not None:
-            self.pool.residency.unpin(request.expert)
-        self._release_expert(request)
+    def _release(self, request: Request, *, finished: bool = False) -> None:
+        """Takes a request out of the queue or the batch, and gives its expert back; `finished` where it has left the
+        batch by itself."""
+        self.queue.discard(request)
+        expert = request.expert
+        if self.live.pop(request.id, None) is not None:
+            if not finished:
+                self.batch.cancel(request.id)
+            self.scheduler.slots.pop(request.id, None)
+            self.sampler.states.pop(request.id, None)
+            if expert is not None:
+                self.pool.residency.unpin(expert)
+        if expert is not None:
+            self.pool.release(expert)
 
-    def _release_expert(self, request: Request) -> None:
-        if request.expert is not None:
-            self.pool.release(request.expert)
-
-    def _fail(self, request: Request, error: BaseException) -> None:
-        self.failed += 1
-        request.fail(error)
+    def _fail(self, request: Request, error: MeswitchError, *, finished: bool = False) -> None:
+        self._release(request, finished=finished)
+        self.registry.fail(request, error)
 
     def cancel(self, requests: Iterable[Request]) -> None:
-        """Ends requests that nobody wants any more. Those that still wait end when they would be admitted."""
+        """Ends requests that nobody wants any more."""
         for request in requests:
-            request.cancelled = True
-            if request.id in self.live:
-                self._remove(request, cancel=True)
-                request.fail(_cancelled())
+            if request in self.registry:
+                self._release(request)
+                self.registry.cancel(request)
 
 
-def _cancelled() -> RequestError:
-    return RequestError("the request was cancelled")
-
-
-def closed() -> MeswitchError:
-    return MeswitchError("the engine is closed", hint="make a new Engine; a forked process needs one of its own")
+def _typed(what: str, error: BaseException) -> MeswitchError:
+    """`error` as one that its requests raise; where it is none of ours, its frames are in the log only."""
+    if isinstance(error, MeswitchError):
+        return error
+    _log.info("%s", what, exc_info=error)
+    failure = MeswitchError(f"{what}: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

@@ -47,7 +47,6 @@ class Expert:
     uses: int = 0
     pins: int = 0
     served: int = 0
-    retired: bool = False
 
     @property
     def sites(self) -> Iterable[Site]:

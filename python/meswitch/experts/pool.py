@@ -55,7 +55,8 @@ class ExpertPool:
         self.open_delta = open_delta or (lambda path: Delta.open(path))
         self.residency = Residency(layers, budget)
         self.catalogue: dict[str, Expert] = {}
-        self._closed = closed or (lambda salt: None)
+        self._retired: set[Expert] = set()  # replaced or removed, and still in use
+        self._closed = closed
         self._salts = itertools.count(1)
         self._lock = threading.RLock()  # held for a few lookups at most, since the engine's thread takes it too
 
@@ -186,28 +187,30 @@ class ExpertPool:
         self._close_if_done(expert)
 
     def _retire(self, expert: Expert) -> None:
-        expert.retired = True
+        self._retired.add(expert)
         self._close_if_done(expert)
 
     def _close_if_done(self, expert: Expert) -> None:
-        with self._lock:
-            if not expert.retired or expert.uses or expert.delta is None:
-                return
-            delta, expert.delta = expert.delta, None
+        if expert not in self._retired or expert.uses:
+            return
+        self._retired.discard(expert)
         self.residency.evict(expert)
-        self._closed(expert.salt)
-        delta.close()
+        if self._closed is not None:
+            self._closed(expert.salt)
+        if expert.delta is not None:  # as it is of a broken one
+            expert.delta.close()
+            expert.delta = None
 
     def close(self) -> None:
         """Closes every expert, and lets go of the model and of the base's files."""
         with self._lock:
-            experts = list(self.catalogue.values())
+            experts = {*self.catalogue.values(), *self._retired}
             self.catalogue.clear()
         for expert in experts:
-            expert.uses = 0
+            expert.uses = expert.pins = 0
             self._retire(expert)
         self.residency.close()
-        self._layers = None
+        self._layers = self._closed = None
         self.__dict__.pop("_base_checkpoint", None)
 
     def describe(self) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ its config.json. Only an expert whose directory has no vocabulary at all speaks 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ class SettingsReader:
         self._base_files = files = base_files(folder, self._contents)
         generation = _generation_config(files, folder, CheckpointError)
         self.base = self._settings("the base", config, generation, TokenizerFiles.of(files))
+        # Copied, since a running step changes fields of the model's config and changes them back.
+        self._base_config = copy.deepcopy(config.to_dict())
 
     def read(self, name: str, delta: Delta) -> ModelSettings:
         """The settings of the expert `name`, whose delta was opened.
@@ -110,7 +113,7 @@ class SettingsReader:
                 config = text_config(folder)
             except (OSError, ValueError) as error:
                 raise _unreadable(delta.path, _CONFIG, error, folder, FormatError) from error
-        changes = config_changes(self.base.config.to_dict(), config.to_dict())
+        changes = config_changes(self._base_config, config.to_dict())
         if changes:
             found = ", ".join(f"{field}: base {ours!r}, expert {theirs!r}" for field, (ours, theirs) in changes.items())
             raise ArchitectureError(

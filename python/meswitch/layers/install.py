@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -24,11 +25,14 @@ class ExpertLayers:
     """The wrapped modules of one model, and the step they share.
 
     `check` raises `UnsupportedModelError` or `ArchitectureError` naming the site. After it `install` raises only
-    `FormatError`, for tensors of a site that do not fit each other.
+    `FormatError`, for tensors of a site that do not fit each other. `check` and `vocabulary_of` may be called from any
+    thread: what runs a module there goes through `run`, which calls it where and when the model may be used.
     """
 
-    def __init__(self, model: Any, kernels: Kernels) -> None:
+    def __init__(self, model: Any, kernels: Kernels, run: Callable[[Callable[[], bool]], bool] | None = None) -> None:
         self.model, self.kernels = model, kernels
+        self._run = run or (lambda function: function())
+        self._per_token: dict[tuple[str, str], bool] = {}  # by module and parameter, what was found once
         self.step = Step(model.get_input_embeddings().weight.device)
         self.embedding: nn.Module = model.get_input_embeddings()
         self.head: nn.Module | None = model.get_output_embeddings()
@@ -68,6 +72,14 @@ class ExpertLayers:
         """Raises where one of `sites` cannot be served; `tied` says whether the fine-tune ties lm_head."""
         for wrapper, leaf, site in self._targets(sites, tied):
             wrapper.check(leaf, site)
+            if isinstance(wrapper, VectorWrapper) and not self._is_per_token(wrapper, leaf):
+                raise wrapper.refused(leaf, site)
+
+    def _is_per_token(self, wrapper: VectorWrapper, leaf: str) -> bool:
+        key = wrapper.name, leaf
+        if key not in self._per_token:
+            self._per_token[key] = self._run(partial(wrapper.probe, leaf))
+        return self._per_token[key]
 
     def install(self, slot: int, sites: Iterable[Site], *, tied: bool) -> None:
         sites = list(sites)

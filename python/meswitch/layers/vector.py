@@ -21,8 +21,8 @@ from meswitch.site import Site
 class VectorWrapper(Wrapper):
     """A module whose parameters are vectors, or small matrices, that it applies to each token alike.
 
-    It runs with one value of them per token, gathered from a `Bank` by slot. `check` tries that on random tokens and
-    refuses a module that computes something else then.
+    It runs with one value of them per token, gathered from a `Bank` by slot; `probe` tries that on random tokens, and
+    a module that computes something else then is `refused`.
     """
 
     def __init__(self, name: str, module: nn.Module, step: Step, kernels: Kernels) -> None:
@@ -33,11 +33,13 @@ class VectorWrapper(Wrapper):
         parameter: Tensor = getattr(self.module, leaf)
         if tuple(parameter.shape) != tuple(site.shape):
             raise self.shape_mismatch(site, tuple(parameter.shape), tuple(site.shape))
-        if parameter.dim() > 2 or not self._probe(leaf, parameter):
-            raise UnsupportedModelError(
-                f"{site.name}: no way to give each request its own {leaf} {tuple(parameter.shape)} "
-                f"in a module of type {type(self.module).__name__}"
-            )
+
+    def refused(self, leaf: str, site: Site) -> UnsupportedModelError:
+        """The error for a module that `probe` says cannot be served."""
+        return UnsupportedModelError(
+            f"{site.name}: no way to give each request its own {leaf} {tuple(site.shape)} "
+            f"in a module of type {type(self.module).__name__}"
+        )
 
     def set(self, slot: int, leaf: str, site: Site) -> None:
         self.slots.add(slot)
@@ -104,8 +106,14 @@ class VectorWrapper(Wrapper):
         shape[axis] = value.shape[0]
         return value.view(*shape, *value.shape[1:])
 
-    def _probe(self, leaf: str, parameter: Tensor) -> bool:
-        """Whether the module, given one value per token, computes what it would with each value in turn."""
+    def probe(self, leaf: str) -> bool:
+        """Whether the module, given one value per token, computes what it would with each value in turn.
+
+        Runs the module with other parameters, so nobody else may run it meanwhile.
+        """
+        parameter: Tensor = getattr(self.module, leaf)
+        if parameter.dim() > 2:
+            return False
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, 5, *parameter.shape, generator=generator).to(parameter)
         values = torch.randn(5, *parameter.shape, generator=generator).to(parameter)

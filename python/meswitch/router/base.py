@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from meswitch.errors import RequestError
 from meswitch.huggingface.text import check_vocabulary, token_ids
 from meswitch.progress import ProgressCallback, ProgressMeter
 
+T = TypeVar("T")
 MAX_TOKENS = 512
 _BATCH_TOKENS = 2048
 
@@ -36,6 +37,9 @@ class LoadedBase:
         """`embed` with this model: `float32 [n, 2 · hidden]`."""
         return embed(self.model, self.tokenizer, prompts, progress=self.progress)
 
+    def compute(self, function: Callable[[], T]) -> T:
+        return function()
+
 
 def embed(
     model: Any,
@@ -44,6 +48,7 @@ def embed(
     *,
     max_tokens: int = MAX_TOKENS,
     progress: ProgressCallback | None = None,
+    run: Callable[[Callable[[], Tensor]], Tensor] | None = None,
 ) -> Tensor:
     """The embedding of each prompt, `float32 [n, 2 · hidden]` on the CPU.
 
@@ -51,6 +56,7 @@ def embed(
     standard deviation. `model` is a causal language model of transformers, also one switched to continuous batching,
     with no expert active; later layers do not run. Of a prompt beyond `max_tokens` tokens the first and the last half
     of that are read: a question stands at an end. Prompts run in padded batches of about 2,048 tokens.
+    `run` calls what uses the model, a batch at a time, on whatever thread that may do so; without it this one does.
 
     Raises `RequestError` for an empty prompt, and for one with a token that the model has no row for.
     """
@@ -59,13 +65,18 @@ def embed(
     out = torch.empty(len(ids), 2 * model.get_input_embeddings().embedding_dim)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     meter = ProgressMeter(progress, "reading prompts", len(ids))
-    with _ordinary_attention(model), torch.no_grad():
-        while order:
-            # From the longest, so that a prompt runs beside others of about its length.
-            batch = order[-max(1, _BATCH_TOKENS // len(ids[order[-1]])) :]
-            del order[-len(batch) :]
-            out[batch] = _pooled_states(model, [ids[i] for i in batch])
-            meter.advance(len(batch))
+    while order:
+        # From the longest, so that a prompt runs beside others of about its length.
+        batch = order[-max(1, _BATCH_TOKENS // len(ids[order[-1]])) :]
+        del order[-len(batch) :]
+
+        def fill(batch: list[int] = batch) -> Tensor:
+            with _ordinary_attention(model), torch.no_grad():
+                out[batch] = _pooled_states(model, [ids[i] for i in batch])
+            return out
+
+        run(fill) if run is not None else fill()
+        meter.advance(len(batch))
     return out
 
 

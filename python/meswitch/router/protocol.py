@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from meswitch.router.route import Route
 
+T = TypeVar("T")
 EmbedFunction: TypeAlias = Callable[[list[str]], Tensor]
 """Prompts to their embeddings: `BaseModel.embed` as a plain function."""
 
@@ -27,6 +28,11 @@ class BaseModel(Protocol):
 
         Raises `RequestError` for an empty prompt, and for a token that the base has no row for.
         """
+        ...
+
+    def compute(self, function: Callable[[], T]) -> T:
+        """What `function` returns, run where the base runs. A router's arithmetic goes through it, in pieces of a few
+        milliseconds: torch on another thread would start threads of its own beside those of the base."""
         ...
 
 
@@ -63,6 +69,17 @@ class TrainedRouter(Router, Protocol):
     def summary(self) -> dict[str, Any]:
         """What a training reports: `{"kind", "experts"}` and the kind's own numbers, ready for JSON."""
         ...
+
+
+def compute(base: BaseModel | EmbedFunction, function: Callable[[], T]) -> T:
+    """`function` by `base.compute`, or called here where `base` is a plain function.
+
+    >>> compute(lambda prompts: None, lambda: 3)
+    3
+    """
+    run: Any = getattr(base, "compute", None)
+    result: T = function() if run is None else run(function)
+    return result
 
 
 def embed_prompts(base: BaseModel | EmbedFunction, prompts: Sequence[str]) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from meswitch.progress import ProgressCallback
 from meswitch.router.embedding.disk import KIND, RouterContents, read_router, save_router
 from meswitch.router.embedding.head import cross_validate, fit_added_label, fit_head
 from meswitch.router.embedding.space import Space
-from meswitch.router.protocol import BaseModel, EmbedFunction, embed_prompts
+from meswitch.router.protocol import BaseModel, EmbedFunction, compute, embed_prompts
 from meswitch.router.route import Route, check_label
 
 _FEWEST_PROMPTS = 4  # of a label: fewer leave nothing to hold out
 _NEAR_SHARE = 0.95  # of a label's held-out prompts lie within its limit
+_ROWS = 64  # of embeddings that are routed in one piece
 _EXEMPLARS = 200  # prompts of a label that are kept, to fit later labels against
 
 
@@ -147,7 +149,10 @@ class EmbeddingRouter:
 
     def route(self, prompts: Sequence[str], base: BaseModel | EmbedFunction) -> list[Route]:
         """Where each prompt goes; `base` is the one this router was made for, or its `embed` alone."""
-        return self.route_embeddings(embed_prompts(base, prompts)) if prompts else []
+        routes: list[Route] = []
+        for rows in embed_prompts(base, prompts).split(_ROWS) if prompts else ():
+            routes += compute(base, partial(self.route_embeddings, rows))
+        return routes
 
     def route_embeddings(self, embeddings: Tensor) -> list[Route]:
         """Where each row of `embeddings [n, d]` goes. Raises `RouterError` for another width, or a NaN."""
