@@ -103,10 +103,9 @@ class RequestSampler(LogitsProcessor):
     def failures(self) -> dict[str, RequestError]:
         """By id, the requests whose token of the last step means nothing. Asked after the step, whose tokens have been
         read from the device by then."""
-        if self._usable:
-            usable = torch.cat(list(self._usable.values())).cpu()
-            for request_id, right in zip(self._usable, usable, strict=True):
-                if not right:
+        if self._usable and not torch.cat(list(self._usable.values())).all():
+            for request_id, usable in self._usable.items():
+                if not usable:
                     self._failures[request_id] = _failed("expected finite probabilities, found NaN or infinity")
         failures, self._failures, self._usable = self._failures, {}, {}
         return failures
