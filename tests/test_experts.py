@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
-import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from meswitch.experts.pool import ExpertPool
 from meswitch.experts.settings import SettingsReader
 from meswitch.site import Site
 from meswitch.sizes import parse_bytes
+from operations import operations
 
 
 class Layers:
@@ -67,25 +67,6 @@ def open_sized(path: Path) -> Any:
 
 def pool_of(budget: int | None = None, **settings: Any) -> ExpertPool:
     return ExpertPool(Layers(), None, budget=budget, open_delta=open_sized, **settings)  # type: ignore[arg-type]
-
-
-def operations(work: Callable[[], object]) -> int:
-    """How many operations of Python `work` takes: the same on every machine."""
-    count = 0
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal count
-        frame.f_trace_opcodes = True
-        count += event == "opcode"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 @pytest.mark.parametrize(
