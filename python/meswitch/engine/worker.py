@@ -121,7 +121,7 @@ class Worker(threading.Thread):
         with self.inbox.lock:
             self.inbox.check_accepting()
             self.registry.accept(requests)
-            self.inbox.post(lambda: self.queue.add(requests))
+            self.inbox.post(lambda: self._enqueue(requests))
 
     def stop(self) -> None:
         """Ends the thread after the running step, and waits for it; requests that are left fail."""
@@ -248,6 +248,9 @@ class Worker(threading.Thread):
         self._admit()
         if self.live and not self._step():
             self.inbox.run(wait=True, timeout=0.01)  # nothing could be scheduled: do not spin
+
+    def _enqueue(self, requests: list[Request]) -> None:
+        self.queue.add(request for request in requests if request in self.registry)  # it may be late already
 
     def _admit(self) -> None:
         """Fills the batch up to what one step takes, in the order of `queue`."""
