@@ -385,7 +385,8 @@ def test_a_killed_writer_loses_one_site_at_most(tmp_path: Path) -> None:
     plans = [{**plan, "name": name, "bits": None if "05" in name else 2} for name in tensors]
     script = (
         "import os, sys\nfrom meswitch._native import Checkpoint, compress\n"
-        f"compress(Checkpoint('base'), Checkpoint('finetune'), sys.argv[1], {plans!r}, {{}}, [], '{{}}', 'base',"
+        f"base, finetune = (Checkpoint(name, ['{WEIGHTS}']) for name in ('base', 'finetune'))\n"
+        f"compress(base, finetune, sys.argv[1], {plans!r}, {{}}, [], '{{}}', 'base',"
         " lambda site, done, total: os.write(1, b'%d\\n' % done))"
     )
 
@@ -430,6 +431,7 @@ def test_half_a_checkpoint(tmp_path: Path) -> None:
         (finetune / WEIGHTS).write_bytes(whole[:size])
         refused(tmp_path, CheckpointError, "whole safetensors files")
     (finetune / WEIGHTS).write_bytes(whole)
+    (base / WEIGHTS).unlink()
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(tmp_path, CheckpointError, "expected the shard")

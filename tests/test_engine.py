@@ -450,7 +450,7 @@ def test_an_engine_that_cannot_start_leaves_no_thread(family: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         Engine(tmp_path / "base")
     (tmp_path / "base/model.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="whole checkpoint"):
+    with pytest.raises(CheckpointError, match="whole safetensors file"):
         Engine(tmp_path / "base")
     assert before == {thread for thread in threading.enumerate() if thread.name == "meswitch-engine"}
 

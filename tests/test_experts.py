@@ -157,14 +157,12 @@ def test_two_experts_of_one_name_are_refused() -> None:
         pool_of().discover(["here/maths", "there/maths"])
 
 
-def test_the_bases_files_are_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[object] = []
-    monkeypatch.setattr("meswitch.experts.pool.Checkpoint.open", lambda path: opened.append(path) or "checkpoint")
-    checked: list[object] = []
+def test_experts_are_checked_against_the_checkpoint_that_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, checked = object(), list[object]()
     monkeypatch.setattr(Sized, "check_base", lambda self, base: checked.append(base))
-    pool = ExpertPool(Layers(), Path("base"), open_delta=open_sized)  # type: ignore[arg-type]
+    pool = ExpertPool(Layers(), base, open_delta=open_sized)  # type: ignore[arg-type]
     pool.discover({name: name for name in "abc"})
-    assert opened == [Path("base")] and checked == ["checkpoint"] * 3
+    assert checked == [base] * 3
 
 
 def test_a_description_waits_for_nobody() -> None:

@@ -86,7 +86,7 @@ def calibrate(
         counts = count_tokens(decoder.vocabulary)
         moments = _moments_by_block(decoder, checkpoint, windows, meter)
     except UnsupportedModelError:
-        model = load_model(checkpoint.path)
+        model = load_model(checkpoint)
         counts = count_tokens(model.get_input_embeddings().num_embeddings)
         moments = _moments_of_model(model, checkpoint, windows, meter)
     return Calibration(moments, counts, total, tuple(windows))

@@ -27,7 +27,7 @@ from meswitch.compression.likelihood import nll_score, prediction_sums
 from meswitch.delta.directory import Delta
 from meswitch.delta.model import expert_model
 from meswitch.errors import DataError, FormatError, NonFiniteError
-from meswitch.huggingface.checkpoint import Checkpoint, resolve
+from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.documents import read_texts
 from meswitch.huggingface.models import load_model
 from meswitch.huggingface.text import (
@@ -168,17 +168,16 @@ def evaluate(
     """
     if window < 2 or (max_tokens is not None and max_tokens < 2):
         raise ValueError(f"expected at least 2 tokens and a window of at least 2, found {max_tokens}, {window}")
-    against, base = resolve(against), resolve(base)
-    windows = _windows(data, load_tokenizer(against), window, max_tokens)
+    checkpoint, finetuned = Checkpoint.open(base), Checkpoint.open(against)
+    windows = _windows(data, load_tokenizer(finetuned.path), window, max_tokens)
     run = _Run(windows, progress, models=5 if svd else 3)
     with closing(Delta.open(delta)) as opened:
-        checkpoint = Checkpoint.open(base)
         opened.check_base(checkpoint)
-        finetune = load_model(against, torch.float32)
+        finetune = load_model(finetuned, torch.float32)
         finetune_score, score, kl, agreement = _compare(run, finetune, expert_model(checkpoint, opened), data)
-        comparison = _compare_svd(run, checkpoint, opened, Checkpoint.open(against), finetune, data) if svd else None
+        comparison = _compare_svd(run, checkpoint, opened, finetuned, finetune, data) if svd else None
         del finetune  # before another model is loaded
-    base_score = _score_base(run, load_model(base, torch.float32))
+    base_score = _score_base(run, load_model(checkpoint, torch.float32))
     return Evaluation(run.scored, base_score, finetune_score, score, kl, agreement, comparison)
 
 

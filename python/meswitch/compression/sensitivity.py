@@ -63,7 +63,7 @@ def measure_sensitivity(
     purpose = "measure sensitivity on"
     windows = draw_windows(folder, data, max_tokens=max_tokens, window=window, seed=seed, purpose=purpose)
     checkpoint = Checkpoint(folder)
-    model = load_model(checkpoint.path).eval().requires_grad_(False)
+    model = load_model(checkpoint).eval().requires_grad_(False)
     sums = _GradientSums(model)
     generator = torch.Generator().manual_seed(seed)
     meter = ProgressMeter(progress, "measuring what errors cost", sum(map(len, windows)))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from meswitch import _native, reference
-from meswitch.huggingface.checkpoint import DTYPES, Checkpoint
+from meswitch.huggingface.checkpoint import DTYPES, Checkpoint, as_checkpoint
 from meswitch.site import (
     LowRank,
     LowRankSite,
@@ -90,7 +90,7 @@ class Delta:
         """
         self._native.verify()
         if base is not None:
-            self._native.check_base(_as_checkpoint(base).native, True)
+            self._native.check_base(as_checkpoint(base).native, True)
 
     @property
     def files(self) -> dict[str, str]:
@@ -107,7 +107,7 @@ class Delta:
 
     def check_base(self, base: str | Path | Checkpoint) -> None:
         """Checks the base quickly: names, shapes, dtypes and a few bytes of each tensor. Raises `BaseMismatchError`."""
-        self._native.check_base(_as_checkpoint(base).native, False)
+        self._native.check_base(as_checkpoint(base).native, False)
 
     def rewrite(
         self, out: str | Path, tensors: Mapping[str, Tensor], errors: Mapping[str, float], settings: dict[str, Any]
@@ -233,7 +233,3 @@ def _tiled(codes_by_row: Tensor, bits: int, rows: int, columns: int) -> Tensor:
     codes = torch.empty(reference.part_bytes(bits, rows, columns) // 4, dtype=torch.int32)
     _native.tile(codes_by_row, bits, columns, codes)
     return codes
-
-
-def _as_checkpoint(base: str | Path | Checkpoint) -> Checkpoint:
-    return base if isinstance(base, Checkpoint) else Checkpoint.open(base)

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from meswitch.delta.directory import Delta
 from meswitch.delta.restoration import rebuild
 from meswitch.errors import FormatError
 from meswitch.huggingface.checkpoint import Checkpoint
-from meswitch.huggingface.models import from_pretrained, skeleton
+from meswitch.huggingface.models import load_weights, skeleton
 from meswitch.site import Site
 
 
@@ -35,8 +34,7 @@ def expert_model(base: Checkpoint, delta: Delta, sites: Mapping[str, Site] | Non
     """
     sites = delta.sites if sites is None else sites
     state = {name: _LazyWeight(base, site) for name, site in sites.items()}
-    config = AutoConfig.from_pretrained(delta.path)
-    model, missing = from_pretrained(type(skeleton(delta.path)), None, torch.float32, config=config, state_dict=state)
+    model, missing = load_weights(skeleton(delta.path), state, torch.float32)
     if missing:
         raise FormatError(
             f"expected every weight of the model, found {len(missing)} missing: {missing[0]}: {delta.path}"

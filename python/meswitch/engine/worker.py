@@ -36,6 +36,7 @@ from meswitch.engine.request import Request
 from meswitch.errors import BudgetError, EngineClosedError, MeswitchError, UnsupportedModelError
 from meswitch.experts.pool import ExpertPool
 from meswitch.experts.settings import SettingsReader
+from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.config import context_limit
 from meswitch.huggingface.models import load_model
 from meswitch.kernels.rows import BASE_SLOT
@@ -159,7 +160,8 @@ class Worker(threading.Thread):
     def _load(self) -> None:
         settings = self.settings
         check_transformers(settings.device)
-        model = load_model(settings.base, settings.dtype or "auto", check=check_supported).to(settings.device)
+        base = Checkpoint(settings.base)
+        model = load_model(base, settings.dtype or "auto", check=check_supported).to(settings.device)
         self.model: Any = model.eval().requires_grad_(False)
         self.text_config = model.config.get_text_config(decoder=True)
         kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
@@ -168,7 +170,7 @@ class Worker(threading.Thread):
         self.settings_reader = SettingsReader(settings.base, self.text_config)
         self.pool = ExpertPool(
             self.layers,
-            settings.base,
+            base,
             self.settings_reader,
             budget=settings.host_budget,
             closed=self.scheduler.forget,

@@ -11,7 +11,6 @@ import difflib
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from meswitch.layers.install import ExpertLayers
 class ExpertPool:
     """The experts of one engine.
 
-    `base`: what `Delta.check_base` compares with; `settings` reads those of experts, `None` where they have none.
+    `base`: what the model was loaded from; `settings` reads those of experts, `None` where they have none.
     `open_delta` is `Delta.open` unless a test says otherwise; `closed` is told the salt of every expert that is gone.
     `put`, `remove` and `release` change the layers and run on the engine's thread, as does everything of `residency`.
     The rest may be called from any thread: what takes time, opening and checking a delta, is done in `open` alone.
@@ -43,7 +42,7 @@ class ExpertPool:
     def __init__(
         self,
         layers: ExpertLayers,
-        base: Path | None,
+        base: Checkpoint | None,
         settings: SettingsReader | None = None,
         *,
         budget: int | None = None,
@@ -110,7 +109,7 @@ class ExpertPool:
         layers, delta = self.layers, self.open_delta(path)
         try:
             if self.base is not None:
-                delta.check_base(self._base_checkpoint)
+                delta.check_base(self.base)
             expert = Expert(name, path, delta, nbytes=int(delta.nbytes), bpw=float(delta.bpw), salt=next(self._salts))
             tied = layers.tied
             if self._settings is not None:
@@ -134,12 +133,6 @@ class ExpertPool:
     def layers(self) -> ExpertLayers:
         assert self._layers is not None, "closed"
         return self._layers
-
-    @cached_property
-    def _base_checkpoint(self) -> Checkpoint:
-        """Opened once, for all experts."""
-        assert self.base is not None
-        return Checkpoint.open(self.base)
 
     def get(self, name: str) -> Expert:
         """The expert that a new request for `name` runs on. Raises `ExpertNotFoundError`, or the expert's own
@@ -210,8 +203,7 @@ class ExpertPool:
             expert.uses = expert.pins = 0
             self._retire(expert)
         self.residency.close()
-        self._layers = self._closed = None
-        self.__dict__.pop("_base_checkpoint", None)
+        self._layers = self._closed = self.base = None
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """By name: `path`, `residency` ("disk" or "host"), `bytes`, `bpw`, `uses`, `served`, `error`. Waits for no

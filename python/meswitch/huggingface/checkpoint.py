@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from contextlib import suppress
+from copy import copy
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from meswitch import _native
-from meswitch.errors import CheckpointError
-from meswitch.huggingface.files import HUB_FILES
+from meswitch.errors import CheckpointError, UnsupportedModelError
+from meswitch.huggingface.config import read_config
+from meswitch.huggingface.files import HUB_FILES, weight_files
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
+_EMBEDDING = re.compile(r"(.+\.)?(embed_tokens|wte|embed_in|word_embeddings)\.weight")
 HEAD = "lm_head.weight"
 """The head's name. A checkpoint of a tied model has no such tensor, and returns its embedding under it."""
 
@@ -33,6 +37,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+Source: TypeAlias = tuple[str, tuple[int, list[int]] | None]
+"""Where a parameter lies: a tensor's name on disk, and the first element and the shape of a part of it, or `None`."""
 
 
 def resolve(source: str | Path) -> Path:
@@ -74,7 +81,7 @@ def _no_folder(source: str | Path, folder: Path) -> CheckpointError:
 
 
 class Checkpoint:
-    """A checkpoint folder: one safetensors file or several with an index.
+    """A checkpoint folder as transformers reads it: the parameters of its files, as views of the mapped files.
 
     `path`: the folder. `native`: the native half's checkpoint. Files are mapped when they are first read.
     Raises `CheckpointError` for a folder that is not a complete checkpoint.
@@ -82,73 +89,104 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.native = _native.Checkpoint(path)
-        self._file_of = self._read_index()
-        self._open: dict[str, Any] = {}
+        self._files, file_of = weight_files(path)
+        self.native = _native.Checkpoint(path, self._files)
+        self._open: dict[Path, Any] = {}
+        stored = self.native.stored_names()
+        missing = sorted(file_of.keys() - set(stored))
+        if missing:
+            raise CheckpointError(f"expected every tensor of the index, found no {missing[0]} in {path}")
+        embedding = next(filter(_EMBEDDING.fullmatch, stored), None)
+        if embedding is not None and HEAD not in stored and self.is_tied:
+            own: dict[str, Source] = {name: (name, None) for name in stored}
+            self.native = self.native.with_parameters(own, {HEAD: (embedding, None)})
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
         """Opens a folder or hub id."""
         return cls(resolve(source))
 
-    def _read_index(self) -> dict[str, str]:
-        """The file of every tensor."""
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return file_of
-        return dict.fromkeys(self.native.names(), "model.safetensors")
+    def with_parameters(self, sources: Mapping[str, Source]) -> Checkpoint:
+        """The same files with other parameters: under other names, fewer of them, or parts of tensors.
+
+        `lm_head.weight` is answered for as before. Raises `CheckpointError` for a source that is not in the files.
+        """
+        other = copy(self)
+        aliases = {HEAD: self.source(HEAD)} if HEAD in self and HEAD not in sources else {}
+        other.native = self.native.with_parameters(dict(sources), aliases)
+        return other
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """`config.json`, parsed. Raises `CheckpointError` if there is none."""
-        path = self.path / "config.json"
-        try:
-            config: dict[str, Any] = json.loads(path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError) as error:
-            raise CheckpointError(
-                f"expected a config.json in {self.path}, found {type(error).__name__}",
-                hint="a checkpoint folder holds config.json and model.safetensors, or shards and their index",
-            ) from error
-        return config
+        return read_config(self.path)
 
     @property
     def name(self) -> str:
         """What the model is called: by `config.json`, else by its folder. Raises as `config` does."""
         return str(self.config.get("_name_or_path") or self.path.name)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the config ties head and embedding; configs omit the field where it has the default, which is yes."""
+        return (self.path / "config.json").is_file() and self.config.get("tie_word_embeddings") is not False
+
     def sample(self) -> str:
-        """A quick hash of the checkpoint: of names, dtypes, shapes and 3 KiB of each tensor."""
+        """A quick hash of the tensors on disk: of names, dtypes, shapes and 3 KiB of each."""
         return self.native.sample()
 
     def names(self) -> list[str]:
-        """The names of the tensors on disk, sorted."""
+        """The names of the parameters, sorted."""
         return self.native.names()
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is a tensor of that name; in a tied checkpoint, `lm_head.weight` counts."""
+        """Whether there is a parameter of that name; in a tied checkpoint, `lm_head.weight` counts."""
         return self.native.has(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """The shape of a parameter."""
         return tuple(self.native.info(name)[1])
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor on disk."""
-        return DTYPES[self.native.info(name)[0]]
+        """The dtype of a parameter on disk. Raises `UnsupportedModelError` for one that only packed weights have."""
+        dtype = self.native.info(name)[0]
+        if dtype not in DTYPES:
+            raise UnsupportedModelError(f"expected {name} in a dtype of plain weights, found {dtype}: {self.path}")
+        return DTYPES[dtype]
+
+    def source(self, name: str) -> Source:
+        """Where a parameter lies. Raises `CheckpointError` if there is none of that name."""
+        return self._find(name)[1:]
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped tensor, in its own dtype; a tied checkpoint's `lm_head.weight` is its embedding.
+        """A view of a mapped parameter, in its own dtype; a tied checkpoint's `lm_head.weight` is its embedding.
 
         It must not be written to. Raises `CheckpointError` if there is none of that name.
         """
-        file = self._file_of.get(name)
-        if file is None and name in self:
-            name = self.native.alias(name)
-            file = self._file_of[name]
-        if file is None:
+        file, on_disk, part = self._find(name)
+        tensor: Tensor = self._mapped(file).get_tensor(on_disk)
+        if part is None:
+            return tensor
+        start, shape = part
+        return tensor.reshape(-1)[start : start + prod(shape)].view(shape)
+
+    def slices(self) -> dict[str, Any]:
+        """Every tensor on disk by name, read where it is indexed: what transformers loads a model from."""
+        files = [self._mapped(self.path / file) for file in self._files]
+        return {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118  no dictionary
+
+    def _find(self, name: str) -> tuple[Path, str, tuple[int, list[int]] | None]:
+        found = self.native.source(name)
+        if found is None:
             raise CheckpointError(f"expected a tensor {name}, found none in {self.path}")
+        return found
+
+    def _mapped(self, file: Path) -> Any:
         if file not in self._open:
-            self._open[file] = safe_open(self.path / file, framework="pt")
-        tensor: Tensor = self._open[file].get_tensor(name)
-        return tensor
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file]
+
+
+def as_checkpoint(source: str | Path | Checkpoint) -> Checkpoint:
+    """The checkpoint of a folder or a hub id; one that is open is returned as it is."""
+    return source if isinstance(source, Checkpoint) else Checkpoint.open(source)

@@ -6,10 +6,13 @@ harmless.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from meswitch.errors import CheckpointError
 
 # Read by tokenizers, generation, training or tools, or determined by the names and shapes of the weights.
 HARMLESS = frozenset(
@@ -33,15 +36,40 @@ HARMLESS = frozenset(
 _RESOLVED_FIELDS = ("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern")
 
 
-def text_config(folder: str | Path) -> Any:
-    """The config of a checkpoint's decoder, with defaults and renamed fields resolved by transformers.
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` as it is written. Raises `CheckpointError` if there is none.
 
-    Raises `OSError` or `ValueError` if there is none that transformers knows.
+    Python's JSON has Infinity and NaN, and so have configs that transformers writes.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(
+            f"expected a config.json in {folder}, found {type(error).__name__}",
+            hint="a checkpoint folder holds config.json and model.safetensors, or shards and their index",
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"expected an object in {folder / 'config.json'}, found {type(config).__name__}")
+    return config
+
+
+def load_config(folder: str | Path) -> Any:
+    """The config of a checkpoint as transformers loads it; code that comes with a checkpoint is never run.
+
+    Raises `OSError`, `ValueError` or `KeyError` if there is none that transformers knows.
     """
     # Imported here: transformers takes seconds, and the rest of this file does not need it.
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def text_config(folder: str | Path) -> Any:
+    """The config of a checkpoint's decoder, with defaults and renamed fields resolved by transformers.
+
+    Raises as `load_config` does.
+    """
+    return load_config(folder).get_text_config(decoder=True)
 
 
 def config_changes(base: Mapping[str, Any], expert: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

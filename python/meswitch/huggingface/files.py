@@ -1,9 +1,16 @@
-"""The files of a checkpoint besides its weights: configs, tokenizer and chat template, by pattern."""
+"""The files of a checkpoint: which hold its weights, and the small ones (configs, tokenizer, chat template)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from meswitch.errors import CheckpointError
+from meswitch.huggingface.config import read_config
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece*.model", "*.tiktoken")
 """Files with a tokenizer's vocabulary; a folder without any of them has no tokenizer."""
@@ -15,6 +22,57 @@ SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER)
 
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 """The files that are downloaded from the hub: weights, indices and small files, no pickles."""
+
+
+def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The safetensors files that transformers loads a model from, and the file of each tensor that an index lists.
+
+    The file that the config names, else `model.safetensors`, else the shards of `model.safetensors.index.json`, in the
+    order in which they are read: a tensor that several files hold is the last one's.
+    Raises `CheckpointError` where there is none, or not all of it.
+    """
+    named = read_config(folder).get("transformers_weights") if (folder / "config.json").is_file() else None
+    if named is not None and not str(named).endswith((".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(f"expected a safetensors file in transformers_weights, found {named}: {folder}")
+    file = next((name for name in ([str(named)] if named else [WEIGHTS, INDEX]) if (folder / name).is_file()), None)
+    if file is None:
+        raise _no_weights(folder)
+    if not file.endswith(".index.json"):
+        return [_plain_name(file, folder / "config.json")], {}
+    file_of = _read_index(folder / file)
+    for name, shard in file_of.items():
+        if not (folder / _plain_name(shard, folder / file)).is_file():
+            raise CheckpointError(f"expected the shard {shard} of {name}, found none in {folder}")
+    return sorted(set(file_of.values())), file_of
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of every tensor that an index lists."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"expected an index in JSON in {path}, found otherwise: {error}") from error
+    file_of = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+        raise CheckpointError(f"expected a weight_map of names and files in {path}")
+    return file_of
+
+
+def _plain_name(file: str, where: Path) -> str:
+    """`file`, if it lies in the checkpoint's own folder. Raises `CheckpointError`."""
+    if "/" in file or "\\" in file:
+        raise CheckpointError(f"expected file names without folders in {where}, found {file}")
+    return file
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    """The error for a folder without weights that can be read, with a hint to what it seems to hold."""
+    hint = "a checkpoint folder holds config.json and model.safetensors, or shards and their index"
+    if (folder / ADAPTER_CONFIG).is_file():
+        hint = "this is a LoRA adapter: `meswitch import BASE ADAPTER -o DIR`"
+    elif any(folder.glob("*.bin")):
+        hint = "pickles run code and are not read: load the model in transformers and save it again, as safetensors"
+    return CheckpointError(f"expected {WEIGHTS} or {INDEX}, found neither in {folder}", hint=hint)
 
 
 def small_files(folder: Path) -> dict[str, Path]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from meswitch.errors import CheckpointError, UnsupportedModelError
+from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.huggingface.config import load_config, read_config
 
 LINEAR_MODULES = (nn.Linear, Conv1D)
 """Modules that multiply their input by a matrix `weight`; GPT-2's `Conv1D` stores it transposed."""
@@ -21,43 +23,56 @@ Check = Callable[[Any, Any], None]
 """Called with a config and a model class or model; raises if it cannot be used."""
 
 
-def load_model(folder: Path, dtype: str | torch.dtype = "auto", *, check: Check | None = None) -> Any:
+def load_model(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto", *, check: Check | None = None) -> Any:
     """The causal language model of a checkpoint, in `dtype`; `auto` is the checkpoint's own.
 
-    `check` is called with the model's class before any weight is read, and with the model afterwards.
+    Its weights are the checkpoint's and nothing else: adapter files beside them are not loaded, and code that comes
+    with them is not run. `check` is called with the model's class before any weight is read, and with the model
+    afterwards.
 
-    Raises `CheckpointError` for a folder without a checkpoint or one that lacks weights, and `UnsupportedModelError` if
-    transformers knows no such causal language model.
+    Raises `CheckpointError` for a checkpoint that lacks weights, and `UnsupportedModelError` if transformers knows no
+    such causal language model.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: expected a checkpoint with config.json, found none")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = load_config(checkpoint.path)
     except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedModelError(f"{folder}: transformers does not know this model: {error}") from error
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if check is not None and (config.is_encoder_decoder or model_class is not None):
-        check(config, model_class)
+        raise _unknown_model(checkpoint.path, error) from error
+    known_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if check is not None and (config.is_encoder_decoder or known_class is not None):
+        check(config, known_class)
+    if known_class is None:
+        raise UnsupportedModelError(f"{config.model_type}: not a causal language model: {checkpoint.path}")
     try:
-        model, missing = from_pretrained(AutoModelForCausalLM, folder, dtype)
+        empty = skeleton(checkpoint.path)
+        model, missing = load_weights(empty, checkpoint.slices(), _dtype(dtype, config, checkpoint))
     except (OSError, ValueError, SafetensorError) as error:
-        if model_class is None:
-            raise UnsupportedModelError(f"{config.model_type}: not a causal language model: {error}") from error
-        raise CheckpointError(f"{folder}: expected a whole checkpoint: {error}") from error
+        raise CheckpointError(f"{checkpoint.path}: expected a whole checkpoint: {error}") from error
     if missing:
         raise CheckpointError(
-            f"{folder}: expected every weight of the model, found none for {missing[0]} ({len(missing)} missing)"
+            f"{checkpoint.path}: expected every weight of the model, found none for {missing[0]} "
+            f"({len(missing)} missing)"
         )
     if check is not None:
         check(model.config, model)
     return model
 
 
-def from_pretrained(
-    model_class: Any, folder: Path | None, dtype: str | torch.dtype, **arguments: Any
-) -> tuple[Any, list[str]]:
-    """`model_class.from_pretrained`, and the names of weights that were missing or had another shape."""
-    model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **arguments)
+def _dtype(dtype: str | torch.dtype, config: Any, checkpoint: Checkpoint) -> str | torch.dtype:
+    """`dtype`, or what `auto` means where the config does not say: that of the first tensor of floats."""
+    if dtype != "auto" or config.dtype is not None:
+        return dtype
+    dtypes = map(checkpoint.dtype, checkpoint.names())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def load_weights(empty: Any, state: Mapping[str, Any], dtype: str | torch.dtype) -> tuple[Any, list[str]]:
+    """A model like `empty` with the weights of `state`, which maps names of a checkpoint to what `[...]` reads.
+
+    Also returns the names of weights that were missing or had another shape.
+    """
+    model, info = type(empty).from_pretrained(
+        None, config=empty.config, state_dict=dict(state), dtype=dtype, output_loading_info=True
+    )
     return model, sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
 
 
@@ -68,15 +83,24 @@ def skeleton(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     Raises `CheckpointError` if transformers knows no such causal language model.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = load_config(folder)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype, trust_remote_code=False
+            )
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(
             f"expected the config.json of a causal language model in {folder}, found otherwise: {error}",
             hint="meswitch serves decoders that transformers' AutoModelForCausalLM loads",
         ) from error
     return model
+
+
+def _unknown_model(folder: Path, error: Exception) -> UnsupportedModelError:
+    """The error for a model that transformers does not know, with a hint where its code comes with the checkpoint."""
+    has_code = "auto_map" in read_config(folder)
+    hint = "the code that comes with a checkpoint is never run; serve it where that is wanted" if has_code else None
+    return UnsupportedModelError(f"{folder}: transformers does not know this model: {error}", hint=hint)
 
 
 def is_transposed(module: nn.Module | None) -> bool:

@@ -26,7 +26,7 @@ _CHARACTERS_PER_TOKEN = 4  # roughly; sets the length of passages
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer in the folder `path`. Raises `CheckpointError` if there is none that loads."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"expected a tokenizer, found none that loads: {path}",

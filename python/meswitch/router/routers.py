@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from meswitch.huggingface.checkpoint import Checkpoint, resolve
+from meswitch.huggingface.checkpoint import Checkpoint, as_checkpoint
 from meswitch.huggingface.models import load_model
 from meswitch.huggingface.text import load_tokenizer
 from meswitch.progress import ProgressCallback
@@ -16,14 +16,14 @@ from meswitch.router.protocol import TrainedRouter
 from meswitch.router.route import read_examples, report
 
 
-def load_router(path: str | Path, base: str | Path | None = None) -> TrainedRouter:
+def load_router(path: str | Path, base: str | Path | Checkpoint | None = None) -> TrainedRouter:
     """The router in the folder `path`, of whatever kind; with `base`, it must have been made for that base.
 
     Raises `RouterError` for a router that is missing, malformed, of an unknown kind or another base's.
     """
     path = Path(path)
     kind = find_kind(read_manifest(path).get("kind"))
-    return kind.load(path, None if base is None else Checkpoint.open(base).sample())
+    return kind.load(path, None if base is None else as_checkpoint(base).sample())
 
 
 def train_router(
@@ -49,9 +49,9 @@ def train_router(
     """
     trainable = find_kind(kind)
     examples = read_examples(data)
-    path = resolve(base)
-    options = TrainingOptions(threshold, Checkpoint.open(path).sample(), seed, progress)
-    router = trainable.train(examples, _open_base(path, progress), options)
+    checkpoint = Checkpoint.open(base)
+    options = TrainingOptions(threshold, checkpoint.sample(), seed, progress)
+    router = trainable.train(examples, _load_base(checkpoint, progress), options)
     router.save(out)
     return router
 
@@ -64,12 +64,12 @@ def evaluate_router(
     `progress` counts the prompts run through the base. Raises `RouterError` as `load_router` does, `DataError` for a
     label that the router does not know.
     """
-    base = resolve(base)
-    router = load_router(path, base)
+    checkpoint = Checkpoint.open(base)
+    router = load_router(path, checkpoint)
     examples = read_examples(data, router.experts)
-    routes = router.route([example.prompt for example in examples], _open_base(base, progress))
+    routes = router.route([example.prompt for example in examples], _load_base(checkpoint, progress))
     return report(examples, routes)
 
 
-def _open_base(path: Path, progress: ProgressCallback | None) -> LoadedBase:
-    return LoadedBase(load_model(path), load_tokenizer(path), progress)
+def _load_base(base: Checkpoint, progress: ProgressCallback | None) -> LoadedBase:
+    return LoadedBase(load_model(base), load_tokenizer(base.path), progress)

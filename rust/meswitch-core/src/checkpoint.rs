@@ -1,34 +1,37 @@
 //! Hugging Face checkpoints, memory-mapped.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::safetensors::MmapedSafetensors;
 use safetensors::Dtype;
-use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::fingerprint;
 use crate::kernels::{widen_bf16, widen_f16};
 
-/// The file name of an unsharded checkpoint's tensors.
-const SINGLE: &str = "model.safetensors";
-/// The file name of a sharded checkpoint's index.
-const INDEX: &str = "model.safetensors.index.json";
-
-/// The name of the output layer, which may be tied to the embedding.
-const HEAD: &str = "lm_head.weight";
-
-/// A mapped checkpoint folder. Its files must not be changed while this lives.
+/// A mapped checkpoint: some safetensors files, and the parameters that lie in them. The files must not be changed while
+/// this lives.
 pub struct Checkpoint {
     path: PathBuf,
     files: Vec<PathBuf>,
-    tensors: MmapedSafetensors,
-    /// The tensors on disk, sorted.
+    maps: Arc<[MmapedSafetensors]>,
+    /// The file of every tensor, by its name on disk.
+    stored: Arc<BTreeMap<String, usize>>,
+    /// The parameters, sorted.
     names: Vec<String>,
-    /// Names of tied tensors, each with the name on disk.
-    aliases: HashMap<String, String>,
+    /// Where parameters and aliases lie that are no whole tensor of their own name.
+    sources: BTreeMap<String, Source>,
+}
+
+/// Where a parameter lies: in a tensor on disk, or in a part of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// The tensor's name on disk.
+    pub tensor: String,
+    /// The part's first element and its shape; `None` for the whole tensor.
+    pub part: Option<(usize, Vec<usize>)>,
 }
 
 /// One tensor, borrowed from a mapped checkpoint.
@@ -124,40 +127,52 @@ fn widen_f32(bytes: &[u8], out: &mut [f32]) {
 }
 
 impl Checkpoint {
-    /// Maps the checkpoint of a folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    /// Maps `files` of a folder. Where two hold a tensor of one name, the later file's counts. All tensors are parameters
+    /// under their own names.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for an incomplete or damaged checkpoint, [`Error::Io`] where a file cannot be read.
-    pub fn open(folder: &Path) -> Result<Self> {
-        let (files, listed) = files_of(folder)?;
-        // SAFETY: the mapping is read-only; as with any mapped model file, nothing may write to the files meanwhile.
-        let tensors = unsafe { MmapedSafetensors::multi(&files) }.map_err(|error| {
-            Error::Checkpoint(format!(
-                "expected whole safetensors files, found a broken one in {}: {error}",
-                folder.display()
-            ))
-        })?;
-        let mut names: Vec<String> = tensors.tensors().into_iter().map(|(name, _)| name).collect();
-        names.sort_unstable();
-        if names.is_empty() {
+    /// [`Error::Checkpoint`] for files that are missing, damaged or empty.
+    pub fn open(folder: &Path, files: &[String]) -> Result<Self> {
+        let files: Vec<PathBuf> = files.iter().map(|file| folder.join(file)).collect();
+        let mut maps = Vec::with_capacity(files.len());
+        let mut stored = BTreeMap::new();
+        for (index, file) in files.iter().enumerate() {
+            // SAFETY: the mapping is read-only; as with any mapped model file, nothing may write to the file meanwhile.
+            let map = unsafe { MmapedSafetensors::new(file) }.map_err(|error| {
+                Error::Checkpoint(format!(
+                    "expected whole safetensors files, found a broken one at {}: {error}",
+                    file.display()
+                ))
+            })?;
+            stored.extend(map.tensors().into_iter().map(|(name, _)| (name, index)));
+            maps.push(map);
+        }
+        if stored.is_empty() {
             return Err(Error::Checkpoint(format!("expected tensors, found none in {}", folder.display())));
         }
-        for name in listed {
-            if names.binary_search(&name).is_err() {
-                return Err(Error::Checkpoint(format!(
-                    "expected every tensor of {INDEX}, found no {name} in {}",
-                    folder.display()
-                )));
-            }
+        let names = stored.keys().cloned().collect();
+        let (maps, stored) = (maps.into(), Arc::new(stored));
+        Ok(Self { path: folder.to_owned(), files, maps, stored, names, sources: BTreeMap::new() })
+    }
+
+    /// The same files with these parameters instead. `aliases` are answered for, and are no parameters.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for a source that is not in the files.
+    pub fn with_parameters(
+        &self,
+        parameters: BTreeMap<String, Source>,
+        aliases: BTreeMap<String, Source>,
+    ) -> Result<Self> {
+        let names: Vec<String> = parameters.keys().cloned().collect();
+        let mut sources = aliases;
+        sources.extend(parameters);
+        for (name, source) in &sources {
+            self.source_view(name, source)?;
         }
-        let mut aliases = HashMap::new();
-        if names.binary_search_by(|name| name.as_str().cmp(HEAD)).is_err()
-            && is_tied(folder)?
-            && let Some(embedding) = names.iter().find(|name| is_embedding(name))
-        {
-            aliases.insert(HEAD.to_owned(), embedding.clone());
-        }
-        Ok(Self { path: folder.to_owned(), files, tensors, names, aliases })
+        sources.retain(|name, source| source.part.is_some() || source.tensor != *name);
+        let (path, files) = (self.path.clone(), self.files.clone());
+        Ok(Self { path, files, maps: Arc::clone(&self.maps), stored: Arc::clone(&self.stored), names, sources })
     }
 
     /// The folder.
@@ -172,30 +187,55 @@ impl Checkpoint {
         &self.files
     }
 
-    /// The names of the tensors on disk, sorted.
+    /// The names of the parameters, sorted.
     #[must_use]
     pub fn names(&self) -> &[String] {
         &self.names
     }
 
-    /// The tensor of that name. In a tied checkpoint, `lm_head.weight` is the embedding.
+    /// The names of all tensors on disk, sorted.
+    pub fn stored_names(&self) -> impl Iterator<Item = &str> {
+        self.stored.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of that name on disk.
+    #[must_use]
+    pub fn is_stored(&self, name: &str) -> bool {
+        self.stored.contains_key(name)
+    }
+
+    /// The parameter or alias of that name.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] where there is none of that name.
     pub fn view(&self, name: &str) -> Result<View<'_>> {
-        let view = self.tensors.get(self.on_disk(name)).map_err(|_| {
-            Error::Checkpoint(format!("expected a tensor {name}, found none in {}", self.path.display()))
-        })?;
+        match self.sources.get(name) {
+            Some(source) => self.source_view(name, source),
+            None if self.has(name) => self.stored_view(name),
+            None => Err(self.missing(name)),
+        }
+    }
+
+    /// The tensor of that name on disk.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] where there is none of that name.
+    pub fn stored_view(&self, name: &str) -> Result<View<'_>> {
+        let file = self.stored.get(name).ok_or_else(|| self.missing(name))?;
+        let view = self.maps[*file].get(name).map_err(|_| self.missing(name))?;
         Ok(View { dtype: view.dtype(), shape: view.shape().to_vec(), data: view.data() })
     }
 
-    /// The name on disk of a tensor: that of the tensor it is tied to, else its own.
+    /// Where a parameter or an alias lies, and its file. `None` where there is none of that name.
     #[must_use]
-    pub fn on_disk<'a>(&'a self, name: &'a str) -> &'a str {
-        self.aliases.get(name).map_or(name, String::as_str)
+    pub fn source(&self, name: &str) -> Option<(&Path, Source)> {
+        let own = || self.has(name).then(|| Source { tensor: name.to_owned(), part: None });
+        let source = self.sources.get(name).cloned().or_else(own)?;
+        let file = *self.stored.get(&source.tensor)?;
+        Some((&self.files[file], source))
     }
 
-    /// A quick hash of the names, dtypes, shapes and up to three kilobytes of each tensor.
+    /// A quick hash of the names, dtypes, shapes and up to three kilobytes of each tensor on disk.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] where a tensor cannot be read.
@@ -203,66 +243,28 @@ impl Checkpoint {
         fingerprint::sample(self)
     }
 
-    /// Whether the checkpoint has a tensor of that name, on disk or tied.
+    /// Whether there is a parameter or an alias of that name.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {
-        self.aliases.contains_key(name) || self.names.binary_search_by(|stored| stored.as_str().cmp(name)).is_ok()
+        self.sources.contains_key(name) || self.names.binary_search_by(|known| known.as_str().cmp(name)).is_ok()
     }
-}
 
-/// The safetensors files of a folder, and the tensors that its index lists.
-fn files_of(folder: &Path) -> Result<(Vec<PathBuf>, Vec<String>)> {
-    let single = folder.join(SINGLE);
-    let index = folder.join(INDEX);
-    if !folder.is_dir() {
-        return Err(Error::Checkpoint(format!("expected a checkpoint folder, found none at {}", folder.display())));
+    fn source_view(&self, name: &str, source: &Source) -> Result<View<'_>> {
+        let whole = self.stored_view(&source.tensor)?;
+        let Some((start, shape)) = &source.part else { return Ok(whole) };
+        let size = whole.dtype.bitsize() / 8;
+        let elements = shape.iter().try_fold(1usize, |product, axis| product.checked_mul(*axis));
+        let end = elements.and_then(|count| start.checked_add(count)).filter(|end| *end <= whole.len());
+        let end = end.ok_or_else(|| {
+            Error::Checkpoint(format!(
+                "expected {shape:?} of {name} from element {start} on, found {:?} in {}",
+                whole.shape, source.tensor
+            ))
+        })?;
+        Ok(View { dtype: whole.dtype, shape: shape.clone(), data: &whole.data[start * size..end * size] })
     }
-    if !index.is_file() {
-        if single.is_file() {
-            return Ok((vec![single], Vec::new()));
-        }
-        return Err(Error::Checkpoint(format!("expected {SINGLE} or {INDEX}, found neither in {}", folder.display())));
-    }
-    let broken = |what: &str| Error::Checkpoint(format!("expected {what} in {}", index.display()));
-    let text = fs::read_to_string(&index).map_err(Error::io(&index))?;
-    let json: Value =
-        serde_json::from_str(&text).map_err(|error| broken(&format!("an index in JSON, found {error}")))?;
-    let map = json.get("weight_map").and_then(Value::as_object).ok_or_else(|| broken("a weight_map"))?;
-    let mut files = BTreeMap::new();
-    for (name, file) in map {
-        let file = file
-            .as_str()
-            .filter(|file| !file.contains(['/', '\\']))
-            .ok_or_else(|| broken("file names without folders"))?;
-        let path = folder.join(file);
-        if !path.is_file() {
-            return Err(Error::Checkpoint(format!(
-                "expected the shard {file} of {name}, found none in {}",
-                folder.display()
-            )));
-        }
-        files.insert(file.to_owned(), path);
-    }
-    Ok((files.into_values().collect(), map.keys().cloned().collect()))
-}
 
-/// Whether the configuration says that output layer and embedding are tied.
-fn is_tied(folder: &Path) -> Result<bool> {
-    let path = folder.join("config.json");
-    let text = match fs::read_to_string(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(Error::io(&path)(error)),
-    };
-    let config: Value = serde_json::from_str(&text)
-        .map_err(|error| Error::Checkpoint(format!("expected JSON in {}, found {error}", path.display())))?;
-    // Absent means true: configurations omit the field where it has transformers' default.
-    Ok(config.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(true))
-}
-
-/// Whether a tensor of that name is the token embedding.
-fn is_embedding(name: &str) -> bool {
-    [".embed_tokens.weight", ".wte.weight", ".embed_in.weight", ".word_embeddings.weight"]
-        .iter()
-        .any(|end| name.ends_with(end) || name == &end[1..])
+    fn missing(&self, name: &str) -> Error {
+        Error::Checkpoint(format!("expected a tensor {name}, found none in {}", self.path.display()))
+    }
 }

@@ -23,8 +23,8 @@ impl Fingerprint {
     /// [`crate::Error::Checkpoint`] where a tensor cannot be read.
     pub(crate) fn of(base: &Checkpoint) -> Result<Self> {
         let mut fingerprint = Self::default();
-        for name in base.names() {
-            fingerprint.add(name, &base.view(name)?);
+        for name in base.stored_names() {
+            fingerprint.add(name, &base.stored_view(name)?);
         }
         Ok(fingerprint)
     }
@@ -64,8 +64,8 @@ impl Fingerprint {
 /// [`crate::Error::Checkpoint`] where a tensor cannot be read.
 pub(crate) fn sample(base: &Checkpoint) -> Result<String> {
     let mut fingerprint = Fingerprint::default();
-    for name in base.names() {
-        let view = base.view(name)?;
+    for name in base.stored_names() {
+        let view = base.stored_view(name)?;
         let mut hasher = hash_type(&view);
         let length = view.data.len();
         for start in [0, length.saturating_sub(SAMPLE_BYTES) / 2, length.saturating_sub(SAMPLE_BYTES)] {

@@ -81,7 +81,10 @@ impl Family {
     fn compress(&self) -> meswitch_core::Result<Delta> {
         save(&self.path("base"), &self.base);
         save(&self.path("finetune"), &self.finetune);
-        let (base, finetune) = (Checkpoint::open(&self.path("base"))?, Checkpoint::open(&self.path("finetune"))?);
+        let (base, finetune) = (
+            Checkpoint::open(&self.path("base"), &["model.safetensors".to_owned()])?,
+            Checkpoint::open(&self.path("finetune"), &["model.safetensors".to_owned()])?,
+        );
         Job {
             base: &base,
             finetune: &finetune,
@@ -293,12 +296,12 @@ fn bytes_go_with_what_changed() {
 fn another_base_is_refused() {
     let mut family = Family::new();
     let delta = family.compress().unwrap();
-    let base = Checkpoint::open(&family.path("base")).unwrap();
+    let base = Checkpoint::open(&family.path("base"), &["model.safetensors".to_owned()]).unwrap();
     delta.check_base(&base, false).unwrap();
     delta.check_base(&base, true).unwrap();
     family.base.get_mut("same.weight").unwrap().1[700] += 1.0;
     save(&family.path("other"), &family.base);
-    let other = Checkpoint::open(&family.path("other")).unwrap();
+    let other = Checkpoint::open(&family.path("other"), &["model.safetensors".to_owned()]).unwrap();
     assert!(matches!(delta.check_base(&other, true), Err(Error::BaseMismatch(_))));
 }
 
@@ -327,7 +330,7 @@ fn what_cannot_be_is_refused_before_any_work() {
 
 /// Compresses, but stops before the site of that index. Returns the weights that were done at the first step.
 fn stopped_at(family: &Family, index: usize, settings: serde_json::Value) -> (u64, meswitch_core::Result<Delta>) {
-    let open = |name: &str| Checkpoint::open(&family.path(name)).unwrap();
+    let open = |name: &str| Checkpoint::open(&family.path(name), &["model.safetensors".to_owned()]).unwrap();
     let (base, finetune) = (open("base"), open("finetune"));
     let job = Job {
         base: &base,

@@ -57,7 +57,7 @@ fn golden_sites_are_matrices() {
 #[cfg_attr(miri, ignore)] // maps files
 fn golden_directories_belong_to_their_base() {
     for (folder, base) in golden() {
-        let base = meswitch_core::checkpoint::Checkpoint::open(&base).unwrap();
+        let base = meswitch_core::checkpoint::Checkpoint::open(&base, &["model.safetensors".to_owned()]).unwrap();
         Delta::open(&folder).unwrap().check_base(&base, true).unwrap();
     }
 }
@@ -72,8 +72,10 @@ fn golden_directories_restore_their_fine_tune() {
     use safetensors::SafeTensors;
 
     for (folder, base) in golden() {
-        let (delta, base) =
-            (Delta::open(&folder).unwrap(), meswitch_core::checkpoint::Checkpoint::open(&base).unwrap());
+        let (delta, base) = (
+            Delta::open(&folder).unwrap(),
+            meswitch_core::checkpoint::Checkpoint::open(&base, &["model.safetensors".to_owned()]).unwrap(),
+        );
         let stored = fs::read(PathBuf::from(format!("{}.safetensors", folder.display()))).unwrap();
         let stored = SafeTensors::deserialize(&stored).unwrap();
         for site in &delta.manifest().sites {

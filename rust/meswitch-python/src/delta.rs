@@ -1,6 +1,6 @@
 //! Opened delta directories and checkpoints.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
 use meswitch_core::checkpoint;
@@ -13,16 +13,30 @@ use pyo3::types::PyBytes;
 use crate::errors::to_python;
 use crate::{enter, enter_pool};
 
+/// Where parameters lie, as Python says it.
+type Sources = BTreeMap<String, (String, Option<(usize, Vec<usize>)>)>;
+
+fn sources(given: Sources) -> BTreeMap<String, checkpoint::Source> {
+    given.into_iter().map(|(name, (tensor, part))| (name, checkpoint::Source { tensor, part })).collect()
+}
+
 /// A mapped Hugging Face checkpoint.
 #[pyclass(frozen)]
 pub struct Checkpoint(pub checkpoint::Checkpoint);
 
 #[pymethods]
 impl Checkpoint {
+    /// Maps files of a folder; of two tensors of one name, the later file's counts.
     #[new]
     #[allow(clippy::needless_pass_by_value)] // what Python hands over
-    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        enter(py, || checkpoint::Checkpoint::open(&path)).map(Self)
+    fn new(py: Python<'_>, path: PathBuf, files: Vec<String>) -> PyResult<Self> {
+        enter(py, || checkpoint::Checkpoint::open(&path, &files)).map(Self)
+    }
+
+    /// The same files with these parameters, and aliases that are none: each the name of a tensor on disk, with the
+    /// first element and the shape of a part of it.
+    fn with_parameters(&self, parameters: Sources, aliases: Sources) -> PyResult<Self> {
+        self.0.with_parameters(sources(parameters), sources(aliases)).map(Self).map_err(to_python)
     }
 
     /// A hash of names, dtypes, shapes and three kilobytes of each tensor.
@@ -31,21 +45,27 @@ impl Checkpoint {
     }
 
     /// The tensors on disk, by name in order.
+    fn stored_names(&self) -> Vec<String> {
+        self.0.stored_names().map(str::to_owned).collect()
+    }
+
+    /// The parameters, by name in order.
     fn names(&self) -> Vec<String> {
         self.0.names().to_vec()
     }
 
-    /// Whether there is a tensor of that name, its own or a tied one.
+    /// Whether there is a parameter or an alias of that name.
     fn has(&self, name: &str) -> bool {
         self.0.has(name)
     }
 
-    /// The name on disk of a tensor: its own, or that of the tensor it is tied to.
-    fn alias(&self, name: &str) -> String {
-        self.0.on_disk(name).to_owned()
+    /// Where a parameter lies: the file, the tensor's name in it, and the first element and the shape of a part.
+    fn source(&self, name: &str) -> Option<(PathBuf, String, Option<(usize, Vec<usize>)>)> {
+        let (file, source) = self.0.source(name)?;
+        Some((file.to_owned(), source.tensor, source.part))
     }
 
-    /// A tensor's dtype, as safetensors names it, and its shape.
+    /// A parameter's dtype, as safetensors names it, and its shape.
     fn info(&self, name: &str) -> PyResult<(String, Vec<usize>)> {
         let view = self.0.view(name).map_err(to_python)?;
         Ok((view.dtype.to_string(), view.shape))

@@ -41,7 +41,7 @@ class WholeModelDistillation:
     def __init__(
         self, base: Checkpoint, finetune: Checkpoint, delta: Delta, windows: Windows, schedule: Schedule
     ) -> None:
-        self._teacher, self._expert = load_model(finetune.path, torch.float32), expert_model(base, delta)
+        self._teacher, self._expert = load_model(finetune, torch.float32), expert_model(base, delta)
         self._windows, self._schedule = windows, schedule
         for model in (self._teacher, self._expert):
             model.eval().requires_grad_(False)

@@ -82,9 +82,9 @@ impl Assembly<'_> {
     /// Writes everything after the sites.
     fn finish(&self, output: Output) -> Result<()> {
         let Output { mut writer, mut fingerprint, sites, .. } = output;
-        for name in self.base.names() {
+        for name in self.base.stored_names() {
             if !fingerprint.contains(name) {
-                fingerprint.add(name, &self.base.view(name)?);
+                fingerprint.add(name, &self.base.stored_view(name)?);
             }
         }
         for file in self.files {
@@ -212,8 +212,8 @@ impl Output {
 
     /// Records a site that was written.
     fn add(&mut self, entry: SiteEntry, base: &Checkpoint) -> Result<()> {
-        let stored = base.names().binary_search(&entry.name).is_ok();
-        let digest = stored.then(|| Ok(self.fingerprint.add(&entry.name, &base.view(&entry.name)?))).transpose()?;
+        let hash = || Ok(self.fingerprint.add(&entry.name, &base.stored_view(&entry.name)?));
+        let digest = base.is_stored(&entry.name).then(hash).transpose()?;
         let site = Finished { entry, digest };
         if let Some(journal) = &mut self.journal {
             self.writer.flush()?;
