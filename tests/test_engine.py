@@ -28,6 +28,7 @@ from meswitch.engine.engine import Engine
 from meswitch.engine.text import TextDecoder
 from meswitch.errors import (
     ArchitectureError,
+    BackendError,
     BaseMismatchError,
     BudgetError,
     CheckpointError,
@@ -272,6 +273,9 @@ def test_a_long_prompt_is_split_and_answers_end_at_the_context(shared: Engine) -
 def test_settings_that_cannot_be(family: Path) -> None:
     with pytest.raises(CudaUnavailableError):
         Engine(family / "base", device="cuda")
+    for wrong in ({"device": "gpu"}, {"dtype": "bf16"}, {"dtype": "int8"}, {"dtype": 16}):
+        with pytest.raises(BackendError):
+            small(family, **wrong)
     with pytest.raises(BudgetError, match="kv_budget"):
         small(family, kv_budget=1000)
     with pytest.raises(BudgetError, match="host_budget"):
@@ -370,6 +374,8 @@ def test_router_chooses_or_abstains(family: Path) -> None:
         assert (said.expert, asked.expert, named.expert) == ("b", "base", "a")
         assert said.route.expert == "b" and asked.route.abstained and named.route is None
         assert engine.generate("hello", max_new_tokens=2).expert == "b"
+        blank = engine.generate(["", "hello"], max_new_tokens=2)
+        assert [one.expert for one in blank] == ["base", "b"] and blank[0].route is None
         engine.remove_expert("b")
         with pytest.raises(ExpertNotFoundError, match=r"the router sends a prompt to .*: 'b'"):
             engine.generate(["?", "hello"], expert="auto")

@@ -206,7 +206,9 @@ def test_a_router_reads_text(engine: Engine, ask: str, prompt: Any, heard: str) 
 
 
 def test_the_hint_of_an_unknown_setting_names_all(engine: Engine) -> None:
-    with pytest.raises(RequestError, match=r"unknown setting: max_tokens\nhint: known: .*max_new_tokens.*seed.*stop"):
+    with pytest.raises(
+        RequestError, match=r"unknown setting: max_tokens\nhint: known: .*max_new_tokens.*seed.*stop.*timeout"
+    ):
         engine.generate(IDS, max_tokens=5)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import shutil
 import threading
+import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from meswitch.delta.directory import Delta
 from meswitch.delta.restoration import restore
 from meswitch.engine.engine import Engine
 from meswitch.errors import CheckpointError, ChecksumError, FormatError, RequestError
+from meswitch.experts import tokenizers
 from meswitch.experts.settings import SettingsReader
 from meswitch.experts.tokenizers import Tokenizer
 from meswitch.huggingface.config import text_config
@@ -248,6 +252,29 @@ def test_what_nobody_holds_is_forgotten(base: Path, make: Make, tuned: Path) -> 
     assert checksum in reader._contents._contents
     del expert
     assert checksum not in reader._contents._contents
+
+
+def test_few_tokenizers_stay_built(base: Path, make: Make, tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "_MOST_KEPT", 2)
+    reader = SettingsReader(base, text_config(base))
+    models = [reader.base, reader.read("a", Delta.open(make("a")))]
+    models.append(reader.read("b", Delta.open(make("b", tokenizer=with_letters_reversed(tuned)))))
+    built = [weakref.ref(model.required_tokenizer) for model in models]
+    gc.collect()
+    assert [one() is None for one in built] == [True, False, False]
+    assert models[1].tokenizer is built[1]() and reader.base.required_tokenizer.encode("é", most=9)
+
+
+def test_an_idle_expert_costs_little(base: Path, make: Make) -> None:
+    reader, delta = SettingsReader(base, text_config(base)), Delta.open(make("a"))
+    kept = [reader.read("a", delta)]
+    tracemalloc.start()
+    try:
+        kept += [reader.read("a", delta) for _ in range(20)]
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 20 * 20_000
+    finally:
+        tracemalloc.stop()
 
 
 # one tokenizer, many threads

@@ -21,7 +21,7 @@ from meswitch.engine.stream import TextStream
 from meswitch.engine.worker import Settings, Worker
 from meswitch.errors import RequestError
 from meswitch.huggingface.checkpoint import resolve
-from meswitch.kernels.select import usable_device
+from meswitch.kernels.select import usable_device, usable_dtype
 from meswitch.router.protocol import Router
 from meswitch.sizes import parse_bytes
 
@@ -73,7 +73,7 @@ class Engine:
             )
         settings = Settings(
             base=Path(resolve(base)),
-            dtype=dtype,
+            dtype=usable_dtype(dtype),
             exact=exact,
             kernels=kernels,
             device=usable_device(device),

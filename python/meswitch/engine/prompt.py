@@ -14,11 +14,14 @@ from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any, NoReturn, TypeAlias
 
+import numpy
+import torch
+
 from meswitch.errors import RequestError
 from meswitch.experts.tokenizers import check_unicode, parts_text
 
-Prompt: TypeAlias = str | Sequence[int]
-"""What a caller may pass for one prompt; also an array or tensor of ids, or a mapping with `input_ids`."""
+Prompt: TypeAlias = str | Sequence[int] | numpy.ndarray[Any, Any] | torch.Tensor | Mapping[str, Any]
+"""What a caller may pass for one prompt: text, ids `[length]`, or a mapping with `input_ids`."""
 
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 

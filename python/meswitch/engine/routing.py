@@ -45,16 +45,22 @@ class Routing:
     def resolve(self, names: list[str], text_of: Callable[[int], str]) -> list[tuple[str, Any]]:
         """(expert's name, route) of every prompt; the route is `None` where no router was asked.
 
-        `text_of(i)` is what the router reads of prompt `i`. Raises `RouterError` without a router.
+        `text_of(i)` is what the router reads of prompt `i`; the base answers where that is blank. Raises `RouterError`
+        without a router.
         """
         resolved: list[tuple[str, Any]] = [(name, None) for name in names]
         automatic = [i for i, name in enumerate(names) if name == "auto"]
-        if not automatic:
-            return resolved
-        if self._router is None:
+        if automatic and self._router is None:
             raise RouterError('expert="auto" needs a router', hint="pass router=... to Engine, or name an expert")
-        routes = self._router.route([text_of(i) for i in automatic], self._base)
-        for i, route in zip(automatic, routes, strict=True):
+        texts = {}
+        for i in automatic:
+            resolved[i] = ("base", None)
+            if (text := text_of(i)).strip():
+                texts[i] = text
+        if self._router is None or not texts:
+            return resolved
+        routes = self._router.route(list(texts.values()), self._base)
+        for i, route in zip(texts, routes, strict=True):
             resolved[i] = ("base" if route.abstained else route.expert, route)
         return resolved
 

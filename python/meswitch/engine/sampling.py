@@ -61,11 +61,12 @@ class SamplingSettings:
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> SamplingSettings:
-        """The settings of a call's keyword arguments, without its seed."""
+        """The settings of a call's keyword arguments, without its seed and its timeout."""
         known = cls.__dataclass_fields__.keys()
         unknown = sorted(keywords.keys() - known)
         if unknown:
-            raise RequestError(f"unknown setting: {unknown[0]}", hint=f"known: {', '.join(sorted({*known, 'seed'}))}")
+            every = ", ".join(sorted({*known, "seed", "timeout"}))
+            raise RequestError(f"unknown setting: {unknown[0]}", hint=f"known: {every}")
         return cls(**{**keywords, "stop": _stop_strings(keywords.get("stop"))})
 
     def generation_config(self, own: GenerationConfig, *, chat: bool) -> GenerationConfig:

@@ -31,6 +31,23 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def usable_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The floating-point dtype of this name; `None` for `None` and `"auto"`. Raises `BackendError` for another.
+
+    >>> usable_dtype("bfloat16")
+    torch.bfloat16
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise BackendError(
+            f"dtype: expected the name of a floating-point dtype of torch, found {dtype!r}",
+            hint="'bfloat16', 'float16', 'float32', or 'auto' for the checkpoint's own",
+        )
+    return found
+
+
 def select_kernels(name: str, device: torch.device | str, *, exact: bool = False) -> Kernels:
     """The backend of this name for a model on `device`; `auto` is the quickest one there.
 
