@@ -454,6 +454,13 @@ def test_the_tour_gets_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_the_tour_takes_names_that_experts_can_have(paths: dict[str, Path], tmp_path: Path) -> None:
+    given = ["demo", "--model", paths["base"], "--experts", f"../x={paths['finetune']}", "-o", tmp_path / "out"]
+    found = run(*given)
+    assert found.exit_code == 1 and found.stderr.splitlines()[-2].startswith("ExpertNameError: ")
+    assert not list(tmp_path.iterdir())
+
+
 def test_doctor_says_what_is_here() -> None:
     found = read("doctor")
     assert found["version"]["torch"] != "not installed" and found["problems"] == []

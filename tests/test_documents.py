@@ -109,10 +109,12 @@ def test_empty_and_undecodable_files_are_refused(tmp_path: Path, tokenizer: Any,
 
 
 def test_other_files_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.csv").touch()
     with pytest.raises(DataError, match=r"\.txt or \.jsonl"):
         read_texts(tmp_path / "a.csv", tokenizer)
-    with pytest.raises(FileNotFoundError):
-        read_texts(tmp_path / "a.txt", tokenizer)
+    for name in ("a.txt", "a.jsonl", "nope"):
+        with pytest.raises(FileNotFoundError, match=name):
+            read_texts(tmp_path / name, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,7 @@ def test_an_expert_with_other_settings_is_refused_by_field(tmp_path: Path) -> No
         pool.add("a", tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("size", ["", "1 parsec", "-3", 0, True, "0", "GiB", 1.5j])
+@pytest.mark.parametrize("size", ["", "1 parsec", "-3", 0, True, "0", "0.4", "GiB", 1.5j, "9" * 400, "9999999999GB"])
 def test_bytes_that_are_not(size: Any) -> None:
     with pytest.raises(RequestError, match="kv_budget"):
         parse_bytes(size, "kv_budget")

@@ -173,6 +173,12 @@ def test_base_is_a_label_like_any_other() -> None:
     assert sum(route.expert == "base" and not route.abstained for route in found) >= 36
 
 
+def test_any_whole_number_is_a_seed() -> None:
+    x, labels = blobs("code", "maths", count=8)
+    for seed in (-1, 10**40):
+        assert EmbeddingRouter.fit(x, labels, seed=seed).experts == ("code", "maths")
+
+
 def test_fitting_twice_gives_the_same_router() -> None:
     x, labels = blobs("a", "b", "c", count=12)
     first, second = EmbeddingRouter.fit(x, labels), EmbeddingRouter.fit(x, labels)

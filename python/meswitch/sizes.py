@@ -23,7 +23,7 @@ def parse_bytes(size: int | str | None, what: str) -> int | None:
     """A number of bytes from an integer, or from text with a unit; `None` stays `None`.
 
     `what` names the setting in the error. Units: B, kB, MB, GB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024).
-    Raises `RequestError` for anything else, and for sizes that are not above 0.
+    Raises `RequestError` for anything else, and for sizes below 1 or beyond any machine.
 
     >>> parse_bytes("1GiB", "kv_budget"), parse_bytes("1.5 MB", "kv_budget"), parse_bytes(4096, "kv_budget")
     (1073741824, 1500000, 4096)
@@ -31,9 +31,10 @@ def parse_bytes(size: int | str | None, what: str) -> int | None:
     if size is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
-    if isinstance(size, bool) or match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+    count = 0.0 if isinstance(size, bool) or match is None else float(match[1]) * _UNITS.get(match[2], 0)
+    if not 1 <= count < 2**63:
         raise RequestError(
             f"{what}: expected a positive number of bytes, found {size!r}",
             hint='write bytes or text such as "1GiB"',
         )
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(count)

@@ -29,16 +29,13 @@ _received: list[int] = []
 def main() -> NoReturn:
     """The entry point of the `meswitch` command."""
     _take_signals(_unwind)
-    try:
-        _prepare_streams()
-        threading.excepthook = _say_thread_error
-        warnings.formatwarning = _format_warning
-        sys.unraisablehook = lambda _: None  # it would print a traceback of what nobody can catch
-        code = run(sys.argv[1:])
-        _take_signals(_end_at_once)
-        _give_streams_up()
-    except KeyboardInterrupt:  # outside `run`
-        os._exit(_INTERRUPTED)
+    _prepare_streams()
+    threading.excepthook = _say_thread_error
+    warnings.formatwarning = _format_warning
+    sys.unraisablehook = lambda _: None  # it would print a traceback of what nobody can catch
+    code = run(sys.argv[1:])
+    _take_signals(_end_at_once)
+    _give_streams_up()
     sys.exit(code)
 
 
@@ -84,9 +81,7 @@ def _unwind(number: int, _: FrameType | None) -> None:
     """Ends the command by an exception, so that nothing half written stays; a second signal ends it at once."""
     _take_signals(_end_at_once)
     _received.append(number)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + number)
+    raise SystemExit(128 + number)  # also for an interrupt: Python may end itself by SIGINT after a KeyboardInterrupt
 
 
 def _end_at_once(number: int, _: FrameType | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from meswitch import __version__
 from meswitch.demo.family import cache_folder, family
 from meswitch.demo.training import write_lines
+from meswitch.expert_name import check_name
 from meswitch.huggingface.checkpoint import resolve
 from meswitch.progress import ProgressCallback
 from meswitch.router.route import read_examples
@@ -60,7 +61,12 @@ def family_subject(name: str, out: str | Path | None, progress: ProgressCallback
 def own_subject(
     model: str | Path, experts: Mapping[str, str | Path], data: str | Path | None, out: str | Path | None
 ) -> Subject:
-    """Models of one's own: folders or hub ids. `data`: labelled prompts, with completions or without."""
+    """Models of one's own: folders or hub ids. `data`: labelled prompts, with completions or without.
+
+    Raises `ExpertNameError` for a name that no expert can have.
+    """
+    for name in experts:
+        check_name(name)  # it is a folder's name too
     base, checkpoints = resolve(model), {name: resolve(path) for name, path in experts.items()}
     folder = (Path(out) if out else cache_folder() / "tour") / _key([base, *checkpoints.values()])
     if data is None:

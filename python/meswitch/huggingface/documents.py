@@ -39,6 +39,7 @@ def read_texts(path: str | Path, tokenizer: Any) -> list[str]:
     Raises `DataError` with file and line, `OSError` if the file cannot be opened. Warns of columns that are not used.
     """
     path = Path(path)
+    path.stat()  # a file that is missing is missing, whatever its name
     if path.suffix not in (".txt", ".jsonl"):
         raise DataError(f"expected a .txt or .jsonl file, found {path.name}", hint="rename it to say which it is")
     texts = [_decode(path)] if path.suffix == ".txt" else _read_lines(path, tokenizer)

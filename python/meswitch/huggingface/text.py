@@ -27,9 +27,9 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer in the folder `path`. Raises `CheckpointError` if there is none that loads."""
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken file may raise anything in a tokenizer's class
         raise CheckpointError(
-            f"expected a tokenizer, found none that loads: {path}",
+            f"expected a tokenizer, found none that loads: {path}: {type(error).__name__}",
             hint="the folder needs tokenizer.json or what its tokenizer class reads",
         ) from error
 
@@ -47,7 +47,7 @@ def token_windows(texts: Iterable[str], tokenizer: Any, length: int, *, max_toke
             ids.append(tokenizer.eos_token_id)
         ids.extend(token_ids(text, tokenizer))
     sequence = torch.tensor(ids[:max_tokens], dtype=torch.int64)
-    return list(torch.split(sequence, length)) if ids else []
+    return list(torch.split(sequence, min(length, len(ids)))) if ids else []
 
 
 def token_ids(text: str, tokenizer: Any) -> list[int]:

@@ -108,7 +108,7 @@ def cross_validate(x: Tensor, y: Tensor, count: int, seed: int, progress: Progre
 
 def _folds(y: Tensor, seed: int) -> Tensor:
     """A fold for each prompt, every label spread evenly over them."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     folds = torch.empty_like(y)
     for label in range(int(y.max()) + 1):
         index = (y == label).nonzero().squeeze(1)
