@@ -13,7 +13,6 @@ once. Nothing here starts a thread or touches a device until it is called.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from meswitch.errors import (
     ArchitectureError,
@@ -36,7 +35,10 @@ from meswitch.errors import (
     UnsupportedModelError,
 )
 
+TYPE_CHECKING = False  # importing it from `typing` would take longer than the rest of this module
 if TYPE_CHECKING:
+    from typing import Any
+
     from meswitch.compression.calibration import Calibration, calibrate
     from meswitch.compression.distillation.job import distill
     from meswitch.compression.distillation.options import DistillOptions

@@ -5,8 +5,6 @@ Operating-system failures (a missing file, a full disk) stay Python's own `OSErr
 
 from __future__ import annotations
 
-import copy
-
 
 def fresh(error: BaseException) -> BaseException:
     """A copy of an error for another caller to raise: no two threads raise one object, and a copy keeps no frames
@@ -16,6 +14,8 @@ def fresh(error: BaseException) -> BaseException:
     >>> type(again).__name__, again.hint, again.__traceback__
     ('BudgetError', 'take one away', None)
     """
+    import copy  # here, so that the command has its signals before it imports much
+
     try:
         other = copy.copy(error)
     except Exception:  # of a class that cannot be made from what it holds

@@ -1,6 +1,6 @@
 """The process of a command: its streams, its signals, and what it ends with, whatever is raised in it.
 
-    main ── streams, signals ── run ── the command ── an exception ── one line, a hint ── exit code
+    main ── signals, streams ── run ── the command ── an exception ── one line, a hint ── exit code
 
 Nothing that takes time is imported before the signals are taken care of: an interrupt ends quietly from the start.
 """
@@ -10,19 +10,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Sequence
-from types import FrameType
-from typing import Any, NoReturn
 
-from meswitch.cli.message import one_line, say, say_error
-from meswitch.errors import DataWarning
+TYPE_CHECKING = False  # importing it from `typing` would take longer than all that this module needs
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from threading import ExceptHookArgs
+    from types import FrameType
+    from typing import Any, NoReturn
 
 REFUSED = 1
 _SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminated: the terminal was closed"}
 _WORD_OF_CODE = {128 + getattr(signal, name): word for name, word in _SIGNALS.items() if hasattr(signal, name)}
-_INTERRUPTED = 128 + signal.SIGINT
 _received: list[int] = []
 
 
@@ -30,9 +28,7 @@ def main() -> NoReturn:
     """The entry point of the `meswitch` command."""
     _take_signals(_unwind)
     _prepare_streams()
-    threading.excepthook = _say_thread_error
-    warnings.formatwarning = _format_warning
-    sys.unraisablehook = lambda _: None  # it would print a traceback of what nobody can catch
+    _prepare_hooks()
     code = run(sys.argv[1:])
     _take_signals(_end_at_once)
     _give_streams_up()
@@ -41,17 +37,20 @@ def main() -> NoReturn:
 
 def run(args: Sequence[str]) -> int:
     """Runs the command with these arguments and returns its exit code; never raises. Errors are on stderr."""
+    from meswitch.cli.message import say, say_error
+
     try:
         code = _run(args)
     except BrokenPipeError:
         return REFUSED  # whoever reads has enough
-    except KeyboardInterrupt:
-        code = _INTERRUPTED
     except BaseException as error:  # a panic of the native module is no Exception
-        if not _received:
+        if _received:
+            code = 128 + _received[0]  # an interrupted import may turn into any other error
+        elif isinstance(error, KeyboardInterrupt):
+            code = 128 + signal.SIGINT
+        else:
             say_error(error)
             return REFUSED
-        code = 128 + _received[0]  # an interrupted import may turn into any other error
     if code in _WORD_OF_CODE:
         say(_WORD_OF_CODE[code])
     return code
@@ -64,7 +63,7 @@ def _run(args: Sequence[str]) -> int:
 
     try:
         get_command(app).main(args=list(args), prog_name="meswitch")
-    except SystemExit as end:  # typer's way, also of wrong usage and interrupts
+    except SystemExit as end:  # typer's way, also of wrong usage
         sys.stdout.flush()  # a disk that is full shows now
         return end.code if isinstance(end.code, int) else 0 if end.code is None else REFUSED
     return 0
@@ -106,13 +105,26 @@ def _give_streams_up() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _format_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
-    return (
-        one_line(f"warning: {message}" if issubclass(category, DataWarning) else f"{category.__name__}: {message}")
-        + "\n"
-    )
+def _prepare_hooks() -> None:
+    """What Python would print by itself becomes a line too: errors of threads, and warnings."""
+    import threading
+    import warnings
+
+    threading.excepthook = _say_thread_error
+    warnings.formatwarning = _format_warning
+    sys.unraisablehook = lambda _: None  # it would print a traceback of what nobody can catch
 
 
-def _say_thread_error(args: threading.ExceptHookArgs) -> None:
+def _say_thread_error(args: ExceptHookArgs) -> None:
+    from meswitch.cli.message import say_error
+
     if args.exc_value is not None:
         say_error(args.exc_value)
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
+    from meswitch.cli.message import one_line
+    from meswitch.errors import DataWarning
+
+    name = "warning" if issubclass(category, DataWarning) else category.__name__
+    return one_line(f"{name}: {message}") + "\n"
