@@ -61,7 +61,8 @@ def make(base: Path, tuned: Path, tmp_path: Path) -> Make:
             if content is None:
                 file.unlink()
             else:
-                file.write_text(content if isinstance(content, str) else json.dumps(content))
+                text = content if isinstance(content, str) else json.dumps(content)
+                file.write_bytes(text.encode("utf-8", "surrogateescape"))
         out = tmp_path / "experts" / name
         compress(base, source, out)
         return out
@@ -207,6 +208,7 @@ def test_an_expert_without_a_vocabulary_has_its_own_template_with_the_bases(
         ("generation_config", "[]", "generation_config.json"),
         ("generation_config", {"max_new_tokens": 0}, "max_new_tokens"),
         ("generation_config", {"eos_token_id": "</s>"}, "eos_token_id"),
+        ("generation_config", "[" * 100_000, "generation_config.json"),
     ],
 )
 def test_settings_that_cannot_be_read_are_found_when_opened(
@@ -218,9 +220,10 @@ def test_settings_that_cannot_be_read_are_found_when_opened(
     assert "/meswitch-" not in str(caught.value)  # the folder that transformers read it from
 
 
-def test_a_tokenizer_that_does_not_load_names_its_expert(base: Path, make: Make) -> None:
+@pytest.mark.parametrize("broken", ["{}", "[", '{"model": {"type": "BPE", "vocab": 3, "merges": []}}', "\udcff"])
+def test_a_tokenizer_that_does_not_load_names_its_expert(base: Path, make: Make, broken: str) -> None:
     reader = SettingsReader(base, text_config(base))
-    expert = reader.read("a", Delta.open(make("a", tokenizer="{}")))
+    expert = reader.read("a", Delta.open(make("a", tokenizer=broken)))
     with pytest.raises(CheckpointError, match="the tokenizer of expert 'a' does not load"):
         _ = expert.tokenizer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -77,6 +78,22 @@ def test_the_pieces_joined_are_what_the_tokenizer_decodes(kind: str) -> None:
         assert "".join(pieces_of(TextDecoder(tokenizer, ()), ids)) == tokenizer.inner.decode(
             ids, skip_special_tokens=True
         )
+
+
+@cache
+def byte_fallback() -> Tokenizer:
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "a": 257, "b": 258}
+    decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return fast(models.BPE(vocab=vocab, merges=[], byte_fallback=True), decoder)
+
+
+@given(st.text(alphabet="ab é数🙂👩\u200d\u0301", max_size=30))
+def test_characters_that_come_as_bytes_are_whole(text: str) -> None:
+    letters = {" ": [256], "a": [257], "b": [258]}
+    ids = [token for letter in text for token in letters.get(letter, list(letter.encode()))]
+    assert "".join(pieces_of(TextDecoder(byte_fallback(), ()), ids)) == text.removeprefix(" ")
 
 
 def test_text_is_not_held_back_for_long() -> None:

@@ -94,6 +94,9 @@ class PromptEncoder:
     def routing_text(self, prompt: str | list[int] | list[Mapping[str, Any]]) -> str:
         """What a router gets to read. Ids are decoded by the base's tokenizer, since no expert has them yet."""
         text = routing_text(prompt)
-        if isinstance(text, str):
-            return text
-        return self._base.required_tokenizer.decode(checked_ids(text, _MOST_IDS))
+        if not isinstance(text, str):
+            return self._base.required_tokenizer.decode(checked_ids(text, _MOST_IDS))
+        tokenizer = self._base.tokenizer
+        if tokenizer is not None:  # a router encodes it all, though it reads no more than the ends
+            tokenizer.check(text, most=self._model.kv_tokens)
+        return text

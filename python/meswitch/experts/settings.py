@@ -62,9 +62,12 @@ class ModelSettings:
             return None
         try:
             return self.tokenizers.get(self.tokenizer_files)
-        except CheckpointError as error:
+        except Exception as error:  # tokenizers raises what it likes for what is no tokenizer
             cause = error.__cause__ or error
-            raise CheckpointError(f"the tokenizer of {self.name} does not load: {cause}", hint=error.hint) from error
+            raise CheckpointError(
+                f"the tokenizer of {self.name} does not load: {cause}",
+                hint="correct its tokenizer files",
+            ) from error
 
     @property
     def required_tokenizer(self) -> Tokenizer:
@@ -111,7 +114,7 @@ class SettingsReader:
         with written_out({_CONFIG: files[_CONFIG]}) as folder:
             try:
                 config = text_config(folder)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # transformers raises what it likes for what is no config
                 raise _unreadable(delta.path, _CONFIG, error, folder, FormatError) from error
         changes = config_changes(self._base_config, config.to_dict())
         if changes:
@@ -158,7 +161,7 @@ def _generation_config(files: SmallFiles, path: Path, kind: type[MeswitchError])
             config: GenerationConfig = GenerationConfig.from_pretrained(
                 folder, config_file_name=name, local_files_only=True, **from_model
             )
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:
             raise _unreadable(path, name, error, folder, kind) from error
     return config
 

@@ -44,10 +44,11 @@ class Tokenizer:
 
     @cached_property
     def hidden(self) -> dict[int, str]:
-        """The tokens that decoded text does not show, by id: all special ones, not only those with a name."""
+        """The tokens that decoded text does not show, by id: special ones, also those without a name of their own."""
         added = {index: str(token) for index, token in self.inner.added_tokens_decoder.items() if token.special}
         named = zip(self.inner.all_special_ids, self.inner.all_special_tokens, strict=True)
-        return {**added, **{int(index): str(text) for index, text in named if index is not None}}
+        special = {**added, **{int(index): str(text) for index, text in named if index is not None}}
+        return {index: text for index, text in special.items() if not self.decode([index])}
 
     @cached_property
     def cleans_spaces(self) -> bool:
