@@ -353,3 +353,35 @@ def test_a_bank_of_many_slots_is_copied_a_few_times_only(monkeypatch: pytest.Mon
     assert len(copies) <= 8
     assert [int(bank.value(slot)[0]) for slot in range(200)] == list(range(1, 201))
     assert torch.equal(bank.value(500), base)
+
+
+def test_an_expert_may_be_checked_while_a_step_runs() -> None:
+    """A step puts vectors of another shape into their modules; whoever checks meanwhile sees the base's. What must run
+    the module goes through `run`, once."""
+    module = norm(LlamaRMSNorm, 8)
+    sites, ran = sites_of(module, 0), []
+
+    def run(probe: Any) -> bool:
+        ran.append(1)
+        found: bool = probe()
+        return found
+
+    layers = ExpertLayers(Toy(module), CpuKernels(exact=True), run=run)
+    layers.check(sites, tied=False)
+    for slot in (0, 1):
+        layers.install(slot, sites, tied=False)
+    wrapper = layers._wrappers["model.part"]
+    forward, checked = wrapper.base_forward, []
+
+    def meanwhile(x: Tensor) -> Tensor:
+        assert module.weight.shape != (8,)
+        layers.check(sites, tied=False)
+        assert layers.vocabulary_of(sites, tied=False) == (10, 10)
+        checked.append(1)
+        output: Tensor = forward(x)
+        return output
+
+    wrapper.base_forward = meanwhile
+    layers.step.begin([0, 1, -1], [])
+    module(torch.randn(1, 3, 8))
+    assert checked == [1] and ran == [1]

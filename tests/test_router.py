@@ -152,6 +152,34 @@ def test_routes_to_the_label_of_the_neighbourhood(router: EmbeddingRouter) -> No
         assert route.expert == ("base" if route.abstained else route.likeliest)
 
 
+def test_arithmetic_is_left_to_the_base_in_pieces(router: EmbeddingRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a caller's thread torch would start threads of its own beside the base's."""
+    x, _ = blobs("code", "maths", count=80)
+    inside, pieces = [False], []
+    route = EmbeddingRouter.route_embeddings
+
+    def watched(self: EmbeddingRouter, rows: Tensor) -> Any:
+        assert inside[0]
+        pieces.append(len(rows))
+        return route(self, rows)
+
+    class Base:
+        def embed(self, prompts: list[str]) -> Tensor:
+            return x
+
+        def compute(self, function: Callable[[], Any]) -> Any:
+            inside[0] = True
+            try:
+                return function()
+            finally:
+                inside[0] = False
+
+    monkeypatch.setattr(EmbeddingRouter, "route_embeddings", watched)
+    routes = router.route(["?"] * len(x), Base())
+    assert max(pieces) <= 64 and sum(pieces) == len(x) == 160
+    assert [one.expert for one in routes] == [one.expert for one in route(router, x)]
+
+
 def test_what_is_far_from_everything_goes_to_the_base(router: EmbeddingRouter) -> None:
     x, _ = blobs("something else", "another", seed=3)
     routes = router.route_embeddings(x)

@@ -41,6 +41,13 @@ class ExpertLayers:
         self._names = {id(module): name for name, module in reversed(self._modules.items())}
         self._parameter_names = ParameterNames(model)
         self._wrappers: dict[str, Wrapper] = {}
+        # Noted once: within a step, vectors stand in their modules with other shapes.
+        self._shapes = {
+            name: {
+                leaf: tuple(parameter.shape) for leaf, parameter in module._parameters.items() if parameter is not None
+            }
+            for name, module in self._modules.items()
+        }
 
     @property
     def vocabulary(self) -> int:
@@ -157,8 +164,9 @@ class ExpertLayers:
         return not tied or any(self._find(site.name) == (self.head, "weight") for site in sites)
 
     def _wrapper(self, name: str) -> Wrapper:
-        if name in self._wrappers:
-            return self._wrappers[name]
+        attached = self._wrappers.get(name)
+        if attached is not None:
+            return attached
         module = self._modules[name]
         if module is self.head:
             return HeadWrapper(name, module, self.step, self.kernels, self.embedding, kept=self.kept)
@@ -166,4 +174,4 @@ class ExpertLayers:
             return EmbeddingWrapper(name, module, self.step, self.kernels)
         if isinstance(module, nn.Linear | Conv1D):
             return LinearWrapper(name, module, self.step, self.kernels)
-        return VectorWrapper(name, module, self.step, self.kernels)
+        return VectorWrapper(name, module, self.step, self.kernels, self._shapes[name])

@@ -25,14 +25,17 @@ class VectorWrapper(Wrapper):
     a module that computes something else then is `refused`.
     """
 
-    def __init__(self, name: str, module: nn.Module, step: Step, kernels: Kernels) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, step: Step, kernels: Kernels, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """`shapes`: of the base's parameters."""
         super().__init__(name, module, step, kernels)
+        self.shapes = shapes
         self.banks: dict[str, Bank] = {}
 
     def check(self, leaf: str, site: Site) -> None:
-        parameter: Tensor = getattr(self.module, leaf)
-        if tuple(parameter.shape) != tuple(site.shape):
-            raise self.shape_mismatch(site, tuple(parameter.shape), tuple(site.shape))
+        if self.shapes.get(leaf) != tuple(site.shape):
+            raise self.shape_mismatch(site, self.shapes.get(leaf), tuple(site.shape))
 
     def refused(self, leaf: str, site: Site) -> UnsupportedModelError:
         """The error for a module that `probe` says cannot be served."""

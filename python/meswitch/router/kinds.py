@@ -64,7 +64,7 @@ def _load_embedding(path: Path, base_fingerprint: str | None) -> TrainedRouter:
     return EmbeddingRouter.load(path, base_fingerprint)
 
 
-KINDS = {"embedding": Kind(_train_embedding, _load_embedding, base_methods=("embed",))}
+KINDS = {"embedding": Kind(_train_embedding, _load_embedding, base_methods=("embed", "compute"))}
 """The kinds of this version, by name."""
 
 UNSUPPORTED_KINDS = {"prompt": "this version has no prompt router"}
@@ -75,7 +75,7 @@ def find_kind(name: Any) -> Kind:
     """The kind of this name; raises `RouterError` for one that this version does not have.
 
     >>> find_kind("embedding").base_methods
-    ('embed',)
+    ('embed', 'compute')
     """
     if name not in KINDS:
         raise RouterError(
