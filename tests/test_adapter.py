@@ -25,6 +25,7 @@ from meswitch.errors import (
     CheckpointError,
     FormatError,
     NonFiniteError,
+    OutputError,
     UnsupportedModelError,
 )
 from meswitch.huggingface.checkpoint import Checkpoint
@@ -450,7 +451,7 @@ def test_a_bias_that_the_base_has_not_is_refused(made: Path, tmp_path: Path) -> 
 
 
 def test_a_target_that_is_something_else_is_kept(made: Path, adapter: Path) -> None:
-    with pytest.raises(FormatError, match="something else"):
+    with pytest.raises(OutputError, match="something else"):
         import_adapter(made / "base", adapter, made / "base")
 
 

@@ -31,7 +31,7 @@ FLOORS = (
     ("delta", "terminal"),
     ("huggingface",),
     ("reference",),
-    ("site", "progress", "sizes", "expert_name"),
+    ("site", "progress", "sizes", "expert_name", "target"),
     ("errors", "_native"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -32,7 +32,7 @@ from meswitch.compression.options import CompressOptions
 from meswitch.compression.presets import PRESETS
 from meswitch.delta.directory import Delta
 from meswitch.delta.restoration import restore
-from meswitch.errors import ArchitectureError, BaseMismatchError, CheckpointError, FormatError, NonFiniteError
+from meswitch.errors import ArchitectureError, BaseMismatchError, CheckpointError, NonFiniteError, OutputError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.progress import Progress
 from meswitch.site import QuantizedSite, Site, Sparse
@@ -483,12 +483,12 @@ def test_weights_that_are_not_finite(tmp_path: Path, name: str, value: float) ->
 def test_something_else_at_the_target_is_kept(tmp_path: Path) -> None:
     base, finetune = pair(tmp_path)
     for target in (base, base / WEIGHTS):
-        with pytest.raises(FormatError, match="something else"):
+        with pytest.raises(OutputError, match="something else"):
             compress(base, finetune, target)
     compress(base, finetune, tmp_path / "delta", "small")
     compress(base, finetune, tmp_path / "delta", "default")
     assert Delta.open(tmp_path / "delta").manifest["settings"]["preset"] == "default"
-    with pytest.raises(FormatError, match="new folder"):
+    with pytest.raises(OutputError, match="new folder"):
         restore(base, tmp_path / "delta", base)
 
 

@@ -33,7 +33,14 @@ from meswitch.compression.likelihood import NO_TARGET
 from meswitch.compression.options import CompressOptions
 from meswitch.delta.directory import Delta
 from meswitch.delta.restoration import restore
-from meswitch.errors import BaseMismatchError, DataError, FormatError, NonFiniteError, UnsupportedModelError
+from meswitch.errors import (
+    BaseMismatchError,
+    DataError,
+    FormatError,
+    NonFiniteError,
+    OutputError,
+    UnsupportedModelError,
+)
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.decoder import Decoder
 from meswitch.progress import Progress
@@ -351,7 +358,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         distill(base, grown, delta, out, data, options())
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
-    with pytest.raises(FormatError, match="found something else"):
+    with pytest.raises(OutputError, match="found something else"):
         distill(base, finetune, delta, tmp_path / "taken", data, options())
     with pytest.raises(ValueError, match="expected a method of auto, whole, blocks, found 'half'"):
         distill(base, finetune, delta, out, data, options(method="half"))

@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = [
     "Checkpoint",
     "Delta",
+    "Folder",
     "Matrix",
     "Rows",
     "Table",
@@ -21,6 +22,7 @@ __all__ = [
     "estimate_bytes",
     "kernel_threads",
     "probe",
+    "resolve_target",
     "row_energies",
     "tile",
     "write",
@@ -57,6 +59,14 @@ class Delta:
         settings: str,
     ) -> None: ...
     def check_base(self, base: Checkpoint, whole: bool) -> None: ...
+
+@final
+class Folder:
+    def __new__(cls, target: str | PathLike[str], replaces: str | None) -> Folder: ...
+    @property
+    def path(self) -> PathLike[str]: ...
+    def commit(self) -> None: ...
+    def close(self) -> None: ...
 
 @final
 class Matrix:
@@ -107,6 +117,7 @@ def estimate_bytes(
     base_name: str,
 ) -> int: ...
 def bit_equal(base: Checkpoint, finetune: Checkpoint, name: str) -> bool: ...
+def resolve_target(path: str | PathLike[str], replaces: str | None) -> PathLike[str]: ...
 def row_energies(
     base: Checkpoint, finetune: Checkpoint, name: str, transposed: bool, moments: bytes | None
 ) -> bytes: ...

@@ -67,6 +67,10 @@ class NonFiniteError(MeswitchError):
     """A NaN or an infinity in a weight."""
 
 
+class OutputError(MeswitchError):
+    """A place where nothing can be written: something else is there, or another process writes to it."""
+
+
 class BudgetError(MeswitchError):
     """Something that cannot fit the bytes it was given."""
 

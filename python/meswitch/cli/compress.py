@@ -119,6 +119,7 @@ def compress(
     with show_imports():
         _check_distillation(distill, distill_method, calibrate)
         options = _options(preset, bits, embedding_bits, method, bpw, target_size)
+        _check_output(out)
     calibration, sensitivity = _measure(finetune, calibrate, options)
     with show_progress(first="compressing") as progress:
         from meswitch.compression import job
@@ -135,6 +136,13 @@ def compress(
     else:
         _print_choice(report.chosen)
         typer.echo(f"{out}: {format_size(report.bytes)}, {report.bpw:.2f} bits a weight, in {report.seconds:.1f} s")
+
+
+def _check_output(out: Path) -> None:
+    from meswitch.delta.directory import MANIFEST
+    from meswitch.target import resolve_target
+
+    resolve_target(out, replaces=MANIFEST)
 
 
 def _check_distillation(distill: bool, method: str, data: Path | None) -> None:

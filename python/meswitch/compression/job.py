@@ -28,13 +28,13 @@ from meswitch.compression.hessians import Hessians
 from meswitch.compression.options import CompressOptions
 from meswitch.compression.plan import Plan, make_plans
 from meswitch.compression.presets import PRESETS
-from meswitch.delta.directory import Delta
-from meswitch.delta.target import refuse_overwriting
+from meswitch.delta.directory import MANIFEST, Delta
 from meswitch.errors import UnsupportedModelError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.config import config_changes, text_config
 from meswitch.huggingface.files import small_files
 from meswitch.progress import ProgressCallback, ProgressMeter
+from meswitch.target import resolve_target
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def compress(
     call goes on from there. A finished run replaces a delta directory at `out`.
 
     Raises `CheckpointError`, `ArchitectureError`, `NonFiniteError`; `BudgetError` for a target that cannot be met;
-    `FormatError` if something else is at `out`; `OSError` for unwritable files; `ValueError` for an unknown preset.
+    `OutputError` if something else is at `out`; `OSError` for unwritable files; `ValueError` for an unknown preset.
 
     >>> from meswitch import calibrate
     >>> report = compress("base/", "math/", "experts/math", calibration=calibrate("math/", "prompts.jsonl"))
@@ -96,8 +96,7 @@ def compress(
     ('default', True)
     """
     options = CompressOptions(options) if isinstance(options, str) else options
-    start, target = time.perf_counter(), Path(out)
-    refuse_overwriting(target)
+    start, target = time.perf_counter(), resolve_target(out, replaces=MANIFEST)
     job = _Job(Checkpoint.open(base), Checkpoint.open(finetune), options, calibration)
     resumed, allocation = job.run(target, sensitivity or {}, progress)
     seconds, delta = time.perf_counter() - start, Delta.open(target)

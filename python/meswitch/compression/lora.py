@@ -24,14 +24,14 @@ from torch import Tensor
 from meswitch import _native
 from meswitch.compression.adapter import Adapter, BaseModel, LoraFactors
 from meswitch.compression.low_rank import Factors
-from meswitch.delta.directory import Delta
-from meswitch.delta.target import refuse_overwriting
+from meswitch.delta.directory import MANIFEST, Delta
 from meswitch.errors import ArchitectureError, CheckpointError
 from meswitch.huggingface.checkpoint import DTYPES, HEAD, Checkpoint, resolve
 from meswitch.huggingface.files import TEMPLATE, VOCABULARY, matches, small_files
 from meswitch.huggingface.models import is_transposed
 from meswitch.progress import Progress, ProgressCallback
 from meswitch.site import from_matrix
+from meswitch.target import resolve_target
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -69,14 +69,13 @@ def import_adapter(
     delta directory that was there.
 
     Raises `UnsupportedModelError` for an adapter that is not plain LoRA, `ArchitectureError` for one of another base,
-    `CheckpointError` for an incomplete one, `NonFiniteError`, `FormatError` where something else is at `out`, and
+    `CheckpointError` for an incomplete one, `NonFiniteError`, `OutputError` where something else is at `out`, and
     `OSError` where files cannot be written.
 
     >>> import_adapter("base/", "math-lora/", "experts/lora").low_rank
     4
     """
-    start, target = time.perf_counter(), Path(out)
-    refuse_overwriting(target)
+    start, target = time.perf_counter(), resolve_target(out, replaces=MANIFEST)
     model = BaseModel(Checkpoint.open(base))
     opened = Adapter.open(resolve(adapter), model)
     sites, config = _sites(model, opened)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from meswitch import reference
 from meswitch.delta.directory import TENSORS, Delta
-from meswitch.errors import FormatError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.progress import ProgressCallback, ProgressMeter
 from meswitch.site import ReplacedSite, Site
+from meswitch.target import new_folder, resolve_target
 
 
 def rebuild(site: Site, base: Checkpoint, *, rounded: bool = True) -> Tensor:
@@ -42,30 +42,22 @@ def restore(
     `base`: a folder or hub id. `shard_bytes`: the size of a safetensors file, unless one parameter is larger; memory
     holds one file's tensors at a time. `progress` counts weights. An interrupted run leaves nothing at `out`.
 
-    Raises `BaseMismatchError` for another base, `FormatError` if `out` is a file or a folder with something in it,
+    Raises `BaseMismatchError` for another base, `OutputError` if `out` is a file or a folder with something in it,
     `CheckpointError`, and `OSError` if files cannot be written.
 
     >>> restore("base/", "experts/math", "merged/")
     >>> Checkpoint.open("merged/").names() == Checkpoint.open("base/").names()
     True
     """
-    opened, checkpoint, target = Delta.open(delta), Checkpoint.open(base), Path(out)
+    target = resolve_target(out, replaces=None)
+    opened, checkpoint = Delta.open(delta), Checkpoint.open(base)
     opened.check_base(checkpoint)
-    if target.exists() and (target.is_file() or any(target.iterdir())):
-        raise FormatError(f"expected a new folder to write to, found {target}", hint="choose another folder")
-    partial = target.with_name(f".{target.name}.incomplete")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    meter = ProgressMeter(progress, "restoring", opened.parameters)
+    with new_folder(target, replaces=None) as folder:
         for file in opened.manifest["files"]:
             if file != TENSORS:
-                shutil.copyfile(opened.path / file, partial / file)
-        _write_shards(partial, opened, checkpoint, shard_bytes, ProgressMeter(progress, "restoring", opened.parameters))
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                shutil.copyfile(opened.path / file, folder / file)
+        _write_shards(folder, opened, checkpoint, shard_bytes, meter)
 
 
 def _write_shards(folder: Path, delta: Delta, base: Checkpoint, shard_bytes: int, meter: ProgressMeter) -> None:

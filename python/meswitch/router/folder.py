@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from meswitch.errors import RouterError
+from meswitch.target import new_folder
 
 MANIFEST = "router.json"
 FORMAT_VERSION = 1
@@ -35,34 +33,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def write_folder(path: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
     """Write the manifest, with the format version added, and `files` by name into the folder `path`.
 
-    A router that is there is replaced. The folder appears complete or not at all. Raises `RouterError` where `path` is
+    A router that is there is replaced. The folder appears complete or not at all. Raises `OutputError` where `path` is
     something other than a router, `OSError` where it cannot be written.
     """
-    _refuse_overwriting(path)
     text = json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=2) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        new = staging / "new"
-        new.mkdir()
+    with new_folder(path, replaces=MANIFEST) as folder:
         for name, content in {**files, MANIFEST: text.encode()}.items():
-            _write_to_disk(new / name, content)
-        if path.exists():
-            path.rename(staging / "old")
-        new.rename(path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _refuse_overwriting(path: Path) -> None:
-    if not path.exists() or (path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).exists())):
-        return
-    raise RouterError(f"expected a new folder or a router to replace, found something else: {path}")
-
-
-def _write_to_disk(file: Path, content: bytes) -> None:
-    """Written and flushed to the disk itself, so that a rename after it never shows an empty file."""
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+            (folder / name).write_bytes(content)

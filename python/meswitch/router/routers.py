@@ -10,10 +10,11 @@ from meswitch.huggingface.models import load_model
 from meswitch.huggingface.text import load_tokenizer
 from meswitch.progress import ProgressCallback
 from meswitch.router.base import LoadedBase
-from meswitch.router.folder import read_manifest
+from meswitch.router.folder import MANIFEST, read_manifest
 from meswitch.router.kinds import TrainingOptions, find_kind
 from meswitch.router.protocol import TrainedRouter
 from meswitch.router.route import read_examples, report
+from meswitch.target import resolve_target
 
 
 def load_router(path: str | Path, base: str | Path | Checkpoint | None = None) -> TrainedRouter:
@@ -42,17 +43,17 @@ def train_router(
     through the base, then the fits of the router.
 
     Raises `RouterError` for an unknown kind or a threshold out of range, `DataError` for data that cannot be learned
-    from.
+    from, `OutputError` for something other than a router at `out`.
 
     >>> train_router("base/", "labelled.jsonl", "router/").experts
     ('base', 'math')
     """
-    trainable = find_kind(kind)
+    trainable, target = find_kind(kind), resolve_target(out, replaces=MANIFEST)
     examples = read_examples(data)
     checkpoint = Checkpoint.open(base)
     options = TrainingOptions(threshold, checkpoint.sample(), seed, progress)
     router = trainable.train(examples, _load_base(checkpoint, progress), options)
-    router.save(out)
+    router.save(target)
     return router
 
 

@@ -13,8 +13,8 @@ use self::site::{quantized_entry, quantized_site, shared_entry};
 use crate::checkpoint::{Checkpoint, View};
 use crate::codec::{Pair, Settings, quantize};
 use crate::delta::{
-    Assembly, BaseEntry, Delta, FileEntry, Progress, Role, SiteEntry, SiteKind, TensorSpec, Writer, checksum,
-    estimated_bytes, hex,
+    Assembly, BaseEntry, Delta, FileEntry, Progress, Role, SiteEntry, SiteKind, TensorSpec, Writer, check_copied_files,
+    check_site_name, checksum, estimated_bytes, hex,
 };
 use crate::error::{Error, Result};
 
@@ -105,6 +105,7 @@ impl Job<'_> {
 
     /// Checks everything that can be checked before any work.
     fn check(&self) -> Result<()> {
+        check_copied_files(self.files)?;
         let planned: HashSet<&str> = self.plans.iter().map(|plan| plan.name.as_str()).collect();
         if let Some(name) = self.finetune.names().iter().find(|name| !planned.contains(name.as_str())) {
             return Err(Error::Argument(format!("expected a plan for every parameter, found none for {name}")));
@@ -115,6 +116,7 @@ impl Job<'_> {
             )));
         }
         for plan in self.plans {
+            check_site_name(&plan.name)?;
             let finetune = self.finetune.view(&plan.name)?;
             if !self.base.has(&plan.name) {
                 return Err(Error::Architecture(format!(

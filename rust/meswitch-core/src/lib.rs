@@ -96,10 +96,15 @@ pub mod checkpoint;
 pub mod codec;
 #[cfg(feature = "compress")]
 pub mod compress;
+#[cfg(feature = "compress")]
+mod crash;
 pub mod delta;
 mod error;
 #[cfg(feature = "compress")]
 mod fingerprint;
+#[cfg(feature = "compress")]
+#[doc(hidden)]
+pub mod folder;
 pub mod kernels;
 pub mod layout;
 

@@ -10,7 +10,7 @@ use meswitch_core::Error;
 use meswitch_core::checkpoint::Checkpoint;
 use meswitch_core::codec::{Class, Settings};
 use meswitch_core::compress::{Job, Plan};
-use meswitch_core::delta::{Delta, MANIFEST, SiteKind, TENSORS, checksum, rewrite};
+use meswitch_core::delta::{Delta, MANIFEST, Progress, SiteKind, TENSORS, checksum, rewrite};
 use meswitch_core::kernels;
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use serde_json::{Value, json};
@@ -328,8 +328,17 @@ fn what_cannot_be_is_refused_before_any_work() {
     assert!(matches!(norm, Error::NonFinite(_)));
 }
 
-/// Compresses, but stops before the site of that index. Returns the weights that were done at the first step.
-fn stopped_at(family: &Family, index: usize, settings: serde_json::Value) -> (u64, meswitch_core::Result<Delta>) {
+/// Compresses what is saved to the end.
+fn job(family: &Family, settings: Value) -> meswitch_core::Result<Delta> {
+    run(family, settings, &mut |_| true)
+}
+
+/// Compresses what is saved, with a callback for progress.
+fn run(
+    family: &Family,
+    settings: Value,
+    progress: &mut dyn FnMut(Progress<'_>) -> bool,
+) -> meswitch_core::Result<Delta> {
     let open = |name: &str| Checkpoint::open(&family.path(name), &["model.safetensors".to_owned()]).unwrap();
     let (base, finetune) = (open("base"), open("finetune"));
     let job = Job {
@@ -341,14 +350,16 @@ fn stopped_at(family: &Family, index: usize, settings: serde_json::Value) -> (u6
         settings,
         base_name: "test base",
     };
+    job.run(progress, &mut |_| Ok(None))
+}
+
+/// Compresses, but stops before the site of that index. Returns the weights that were done at the first step.
+fn stopped_at(family: &Family, index: usize, settings: Value) -> (u64, meswitch_core::Result<Delta>) {
     let mut first = None;
-    let outcome = job.run(
-        &mut |step| {
-            first.get_or_insert(step.done);
-            step.site != plans().get(index).map_or("none", |plan| &plan.name)
-        },
-        &mut |_| Ok(None),
-    );
+    let outcome = run(family, settings, &mut |step| {
+        first.get_or_insert(step.done);
+        step.site != plans().get(index).map_or("none", |plan| &plan.name)
+    });
     (first.unwrap(), outcome)
 }
 
@@ -548,7 +559,119 @@ fn a_rewrite_changes_what_it_is_told_and_nothing_else() {
         fs::metadata(family.path("again").join(TENSORS)).unwrap().len()
             + fs::metadata(family.path("again").join(MANIFEST)).unwrap().len()
     );
-    let short = HashMap::from([(name, vec![0; 2])]);
-    assert!(matches!(rewrite(&delta, &family.path("no"), &short, &errors, json!({})), Err(Error::Argument(_))));
-    assert!(!family.path("no").exists());
+    let short = HashMap::from([(name.clone(), vec![0; 2])]);
+    let infinite = HashMap::from([(name, [0x00, 0x7c].repeat(scales.len() / 2))]);
+    let error = |site: &str, error: f64| HashMap::from([(site.to_owned(), error)]);
+    let refused = |tensors: &HashMap<String, Vec<u8>>, errors: &HashMap<String, f64>| {
+        let refused = rewrite(&delta, &family.path("no"), tensors, errors, json!({})).unwrap_err();
+        assert!(!family.path("no").exists());
+        refused
+    };
+    assert!(matches!(refused(&short, &errors), Error::Argument(_)));
+    assert!(matches!(refused(&infinite, &errors), Error::NonFinite(_)));
+    for errors in [error("layer.weight", f64::NAN), error("layer.weight", -1.0), error("other.weight", 0.5)] {
+        assert!(matches!(refused(&changed, &errors), Error::Argument(_)));
+    }
+}
+
+#[test]
+fn a_rewrite_gives_no_damaged_byte_a_new_checksum() {
+    let family = Family::new();
+    let start = family.compress().unwrap().extent("layer.weight", "codes.0").unwrap().0;
+    let folder = family.path("delta");
+    for (file, at) in [(TENSORS, start), ("config.json", 0)] {
+        let sound = fs::read(folder.join(file)).unwrap();
+        let mut damaged = sound.clone();
+        damaged[at] ^= 1;
+        fs::write(folder.join(file), damaged).unwrap();
+        let before = content(&folder);
+        let delta = Delta::open(&folder).unwrap();
+        for out in [&folder, &family.path("again")] {
+            let found = rewrite(&delta, out, &HashMap::new(), &HashMap::new(), json!({}));
+            assert!(matches!(found, Err(Error::Checksum(_))), "{file}: {found:?}");
+        }
+        assert_eq!(content(&folder), before);
+        assert!(!family.path("again").exists());
+        fs::write(folder.join(file), sound).unwrap();
+    }
+}
+
+#[test]
+fn names_that_a_reader_refuses_are_refused_before_any_work() {
+    let family = Family::new();
+    family.compress().unwrap();
+    let before = content(&family.path("delta"));
+    let (base, finetune) = (family.path("base"), family.path("finetune"));
+    let open = |folder: &Path| Checkpoint::open(folder, &["model.safetensors".to_owned()]).unwrap();
+    let compress = |files: &[PathBuf], name: &str| {
+        let (base, finetune) = (open(&base), open(&finetune));
+        let mut plans = plans();
+        plans.last_mut().unwrap().name = name.into();
+        let (out, settings) = (family.path("delta"), json!({}));
+        let job =
+            Job { base: &base, finetune: &finetune, plans: &plans, out: &out, files, settings, base_name: "test base" };
+        job.run(&mut |_| panic!("worked"), &mut |_| Ok(None)).err().unwrap()
+    };
+    for name in [".hidden", "new\nline", MANIFEST, TENSORS] {
+        let error = compress(&[finetune.join(name)], "same.weight");
+        assert!(matches!(error, Error::Argument(_)), "{name:?}: {error:?}");
+    }
+    let twice = [finetune.join("config.json"), base.join("config.json")];
+    assert!(matches!(compress(&twice, "same.weight"), Error::Argument(_)));
+    for folder in [&base, &finetune] {
+        let mut tensors = if folder == &base { family.base.clone() } else { family.finetune.clone() };
+        let same = tensors.remove("same.weight").unwrap();
+        tensors.insert("_pad.weight".into(), same);
+        save(folder, &tensors);
+    }
+    assert!(matches!(compress(&[], "_pad.weight"), Error::Architecture(_)));
+    assert_eq!(content(&family.path("delta")), before);
+}
+
+#[test]
+fn names_full_of_what_json_escapes_have_room_in_the_header() {
+    let mut family = Family::new();
+    let long = format!("{}.weight", "\u{1}".repeat(3000));
+    for tensors in [&mut family.base, &mut family.finetune] {
+        let norm = tensors.remove("norm.weight").unwrap();
+        tensors.insert(long.clone(), norm);
+    }
+    save(&family.path("base"), &family.base);
+    save(&family.path("finetune"), &family.finetune);
+    let open = |name: &str| Checkpoint::open(&family.path(name), &["model.safetensors".to_owned()]).unwrap();
+    let mut plans = plans();
+    plans[2].name = long.clone();
+    let delta = Job {
+        base: &open("base"),
+        finetune: &open("finetune"),
+        plans: &plans,
+        out: &family.path("delta"),
+        files: &[],
+        settings: json!({}),
+        base_name: "test base",
+    }
+    .run(&mut |_| true, &mut |_| Ok(None))
+    .unwrap();
+    delta.verify().unwrap();
+    assert!(delta.tensor(&long, "whole").is_some());
+}
+
+#[test]
+fn a_journal_that_cannot_be_read_loses_no_work() {
+    let (family, settings) = (Family::new(), json!({"preset": "test"}));
+    family.compress().unwrap();
+    stopped_at(&family, 2, settings.clone()).1.err().unwrap();
+    let (partial, aside) = (family.path(".delta.incomplete"), family.path("journal"));
+    fs::rename(partial.join(".journal"), &aside).unwrap();
+    let before = content(&partial);
+    // Whoever runs this may read any file, so a folder and a link stand for one that cannot be read.
+    fs::create_dir(partial.join(".journal")).unwrap();
+    assert!(job(&family, settings.clone()).is_err());
+    fs::remove_dir(partial.join(".journal")).unwrap();
+    std::os::unix::fs::symlink(&aside, partial.join(".journal")).unwrap();
+    assert!(job(&family, settings.clone()).is_err());
+    fs::remove_file(partial.join(".journal")).unwrap();
+    assert_eq!(content(&partial), before);
+    fs::rename(&aside, partial.join(".journal")).unwrap();
+    assert_eq!(stopped_at(&family, WHOLE, settings).0, EMBEDDING + LAYER);
 }

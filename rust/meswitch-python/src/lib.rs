@@ -3,6 +3,7 @@
 mod compress;
 mod delta;
 mod errors;
+mod folder;
 mod matrix;
 mod table;
 mod tensor;
@@ -39,6 +40,8 @@ mod _native {
     use super::compress::{bit_equal, compress, estimate_bytes, probe, row_energies, write};
     #[pymodule_export]
     use super::delta::{Checkpoint, Delta, checksum};
+    #[pymodule_export]
+    use super::folder::{Folder, resolve_target};
     #[pymodule_export]
     use super::matrix::{Matrix, tile};
     #[pymodule_export]

@@ -19,12 +19,12 @@ from meswitch.compression.distillation.options import DistillOptions, Method
 from meswitch.compression.distillation.scales import TrainableScales
 from meswitch.compression.distillation.whole_model import WholeModelDistillation
 from meswitch.compression.distillation.windows import Windows
-from meswitch.delta.directory import Delta
-from meswitch.delta.target import refuse_overwriting
+from meswitch.delta.directory import MANIFEST, Delta
 from meswitch.errors import FormatError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.models import skeleton
 from meswitch.progress import ProgressCallback
+from meswitch.target import resolve_target
 
 _BYTES_PER_WEIGHT = 13  # of method `whole`: both models in float32, the expert's rebuilt weights, a byte a code
 
@@ -75,24 +75,23 @@ def distill(
     same call goes on from there.
 
     Raises `DataError` for too little text or a token that the models have no row for, `BaseMismatchError`,
-    `FormatError` (a fine-tune with another vocabulary, something else at `out`), `NonFiniteError` for predictions that
-    are not finite, and `UnsupportedModelError` for a model that `blocks` cannot run a block at a time (fused MoE
-    experts).
+    `FormatError` (a fine-tune with another vocabulary), `OutputError` (something else at `out`), `NonFiniteError` for
+    predictions that are not finite, and `UnsupportedModelError` for a model that `blocks` cannot run a block at a time
+    (fused MoE experts).
 
     >>> options = DistillOptions(steps=2, window=16, batch=2)
     >>> report = distill("base/", "math/", "experts/math", "experts/tuned", "prompts.jsonl", options)
     >>> report.method, report.steps, report.kl_after <= report.kl_before
     ('whole', 2, True)
     """
-    start = time.perf_counter()
+    start, target = time.perf_counter(), resolve_target(out, replaces=MANIFEST)
     opened_base, opened_finetune = Checkpoint.open(base), Checkpoint.open(finetune)
-    refuse_overwriting(Path(out))
     windows = Windows.from_text(data, opened_finetune.path, options)
     with closing(Delta.open(delta)) as source:
         source.check_base(opened_base)
         job = _Job(opened_base, opened_finetune, source, windows, options)
         windows.check(job.vocabulary(), data)
-        return job.run(Path(out), Path(data), progress, start)
+        return job.run(target, Path(data), progress, start)
 
 
 @dataclass(frozen=True)

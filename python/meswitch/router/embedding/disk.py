@@ -45,7 +45,7 @@ class RouterContents(NamedTuple):
 
 
 def save_router(path: Path, contents: RouterContents) -> None:
-    """Write a router's folder; raises `RouterError` where `path` is something other than a router."""
+    """Write a router's folder; raises `OutputError` where `path` is something other than a router."""
     blob = save_tensors(contents.tensors)
     manifest = {
         "kind": KIND,

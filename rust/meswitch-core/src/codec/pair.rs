@@ -11,7 +11,15 @@ const TILE_ELEMENTS: usize = 1 << 18;
 /// threads.
 const BANDS: usize = 64;
 
+/// Differences whose largest magnitude is within this many octaves of 1 are read as they are: sums of their squares,
+/// and of the fourth powers that the low-rank part needs, neither overflow nor vanish in 32-bit floats.
+const SAFE_OCTAVES: i32 = 20;
+
+/// The exponents that a site may have: 2 to their power is a normal 32-bit float.
+const EXPONENTS: std::ops::RangeInclusive<i32> = -126..=127;
+
 /// One site of base and fine-tune as matrices `[rows, columns]`, output by input channels.
+#[derive(Clone)]
 pub struct Pair<'a> {
     /// The site's name in messages.
     pub(crate) name: &'a str,
@@ -25,6 +33,8 @@ pub struct Pair<'a> {
     pub columns: usize,
     /// Whether the tensors on disk are `[columns, rows]`.
     pub(crate) transposed: bool,
+    /// Differences are read in units of `2^exponent`.
+    pub(super) exponent: i32,
 }
 
 impl<'a> Pair<'a> {
@@ -48,7 +58,20 @@ impl<'a> Pair<'a> {
             )));
         }
         let (rows, columns) = if transposed { (columns, base_rows) } else { (base_rows, columns) };
-        Ok(Self { name, base, finetune, rows, columns, transposed })
+        Ok(Self { name, base, finetune, rows, columns, transposed, exponent: 0 })
+    }
+
+    /// The same pair in units that bring a difference's largest magnitude near 1; `None` where it is near enough.
+    pub(super) fn rescaled(&self, largest: f32) -> Option<Self> {
+        let octave = f64::from(largest).log2().floor() as i32;
+        // No further than units whose inverse is a normal float too.
+        let exponent = octave.clamp(-126, 126);
+        (largest > 0.0 && octave.abs() > SAFE_OCTAVES).then(|| Self { exponent, ..self.clone() })
+    }
+
+    /// The exponent nearest to `exponent`, in this pair's units, that a site may have.
+    pub(super) fn nearest_exponent(&self, exponent: i32) -> i32 {
+        exponent.clamp(EXPONENTS.start() - self.exponent, EXPONENTS.end() - self.exponent)
     }
 
     /// The number of rows that only the fine-tune has.
@@ -66,7 +89,7 @@ impl<'a> Pair<'a> {
         self.rows.div_ceil(BANDS).next_multiple_of(self.tile_rows())
     }
 
-    /// Writes the given rows of fine-tune minus base to `out`, one after another. `scratch` is a buffer of any size.
+    /// Writes the given rows of fine-tune minus base, in the pair's units, to `out`, one after another. `scratch` is a buffer of any size.
     ///
     /// # Errors
     /// [`Error::NonFinite`] where a weight or a difference is not finite.
@@ -88,6 +111,10 @@ impl<'a> Pair<'a> {
                 self.base.read(row * self.columns, scratch);
             }
             finite &= sweep::subtract(out, scratch);
+        }
+        if self.exponent != 0 {
+            let inverse = (-self.exponent as f32).exp2();
+            out.iter_mut().for_each(|value| *value *= inverse);
         }
         if finite { Ok(()) } else { Err(self.non_finite_error()) }
     }

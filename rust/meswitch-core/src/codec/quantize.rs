@@ -7,7 +7,7 @@ use super::fitter::{Fitted, Fitter, PartDraft};
 use super::low_rank::LowRank;
 use super::statistics::{Statistics, importance, measure};
 use super::{Pair, Settings, SparseDelta, salient};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::{part_bytes, row_bytes};
 
 /// The rows of a site that share a bit width.
@@ -64,23 +64,38 @@ pub fn quantize(
 ) -> Result<Option<Quantized>> {
     let rows: Vec<usize> = (0..pair.rows).collect();
     let statistics = measure(pair, &rows)?;
-    let energy: f64 = statistics.row_energy.iter().map(|e| f64::from(*e)).sum();
-    if energy == 0.0 {
+    if statistics.changed == 0 {
         return Ok(None);
     }
-    let (drafts, uncoded) = drafts(pair, settings, &statistics);
+    match pair.rescaled(statistics.largest) {
+        None => quantize_changed(pair, moments, settings, &statistics, factor),
+        Some(pair) => quantize_changed(&pair, moments, settings, &measure(&pair, &rows)?, factor),
+    }
+    .map(Some)
+}
+
+/// Quantizes a site that has changes, which the pair gives in units that squares of them fit in.
+fn quantize_changed(
+    pair: &Pair<'_>,
+    moments: Option<&[f32]>,
+    settings: &Settings,
+    statistics: &Statistics,
+    factor: &mut dyn FnMut() -> Result<Option<Vec<f32>>>,
+) -> Result<Quantized> {
+    let energy: f64 = statistics.row_energy.iter().map(|e| f64::from(*e)).sum();
+    let (drafts, uncoded) = drafts(pair, settings, statistics);
     if settings.sparse {
         let limit = planned_bytes(pair, settings, &drafts);
         if let Some((sparse, exponent, missed)) = SparseDelta::fit(pair, statistics.changed, statistics.largest, limit)?
         {
-            return Ok(Some(Quantized::from_sparse(sparse, exponent, (missed / energy).sqrt())));
+            return Ok(Quantized::from_sparse(sparse, pair.exponent + exponent, (missed / energy).sqrt()));
         }
     }
     let importance = importance(moments, pair.columns);
     let low_rank = LowRank::fit(pair, &importance, settings.rank)?;
     let fitter = Fitter { pair, low_rank: low_rank.as_ref(), importance: &importance };
     let uncoded_energy = fitter.energy(&uncoded)?;
-    let mut fitted = fitter.fit_all(drafts, &statistics, settings)?;
+    let mut fitted = fitter.fit_all(drafts, statistics, settings)?;
     let chosen = salient::choose(&fitted.sums.error, &importance, settings.salient);
     if let Some(values) = factor()? {
         fitter.compensate(&mut fitted, settings, &chosen, Factor::new(&values, pair.columns)?)?;
@@ -88,8 +103,12 @@ pub fn quantize(
     let residual = fitter.residual(&fitted, settings, &chosen)?;
     let missed: f64 =
         fitted.sums.error.iter().enumerate().filter(|(i, _)| !chosen.contains(&(*i as u32))).map(|(_, e)| e).sum();
-    let relative_error = ((missed + uncoded_energy) / energy).max(0.0).sqrt();
-    Ok(Some(finish(fitted, settings, chosen, &residual, low_rank, relative_error)))
+    let relative_error = ((missed + uncoded_energy) / energy).sqrt();
+    if !relative_error.is_finite() {
+        let name = pair.name;
+        return Err(Error::NonFinite(format!("expected a finite error of {name}, found {relative_error}")));
+    }
+    Ok(finish(pair, fitted, settings, chosen, &residual, low_rank, relative_error))
 }
 
 /// Groups rows by bit width. Also returns the changed rows that get no codes.
@@ -127,6 +146,7 @@ fn planned_bytes(pair: &Pair<'_>, settings: &Settings, drafts: &[PartDraft]) -> 
 
 /// Rounds everything to half precision, in units of a common exponent.
 fn finish(
+    pair: &Pair<'_>,
     fitted: Fitted,
     settings: &Settings,
     salient_index: Vec<u32>,
@@ -142,7 +162,7 @@ fn finish(
         .fold(0f32, |largest, value| largest.max(value.abs()));
     let largest = low_rank.as_ref().map_or(largest, |part| part.largest().max(largest));
     // The scales of real deltas are far below 1, where half precision has few bits.
-    let exponent = if largest > 0.0 { (largest.log2().floor() as i32).clamp(-100, 100) } else { 0 };
+    let exponent = if largest > 0.0 { pair.nearest_exponent(largest.log2().floor() as i32) } else { 0 };
     let unit = (-exponent as f32).exp2();
     let halves = |values: &[f32]| values.iter().map(|value| f16::from_f32(value * unit)).collect::<Vec<_>>();
     let parts = drafts
@@ -163,7 +183,7 @@ fn finish(
         salient: halves(residual),
         low_rank: low_rank.map(|part| part.halves(unit)),
         sparse: None,
-        exponent,
+        exponent: pair.exponent + exponent,
         relative_error,
     }
 }
@@ -180,5 +200,65 @@ impl Quantized {
             exponent,
             relative_error,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::Dtype;
+
+    use super::*;
+    use crate::checkpoint::View;
+    use crate::kernels::sparse::decode;
+
+    const ROWS: usize = 12;
+    const COLUMNS: usize = 40;
+
+    /// Quantizes the difference of float32 weights and zeros.
+    fn quantized(weights: &[f32], settings: &Settings) -> Option<Quantized> {
+        let data: Vec<u8> = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+        let view = |data| View { dtype: Dtype::F32, shape: vec![ROWS, COLUMNS], data };
+        let base = vec![0; data.len()];
+        let pair = Pair::new("drawn", view(&base), view(&data), false).unwrap();
+        quantize(&pair, None, settings, &mut || Ok(None)).unwrap()
+    }
+
+    fn weights() -> Vec<f32> {
+        (0..ROWS * COLUMNS).map(|i| ((i * 37 % 101) as f32 - 50.0) / 16.0).collect()
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore)] // too slow
+    fn weights_of_any_size_are_quantized_alike() {
+        let terms = Settings { salient: 1, rank: 1, column_scales: true, unbiased: true, ..Settings::default() };
+        for settings in [Settings::default(), terms] {
+            let expected = quantized(&weights(), &settings).unwrap();
+            assert!(expected.relative_error > 0.01 && expected.relative_error < 0.5);
+            for octave in [-120, -83, -41, -22, -21, -20, 18, 19, 41, 83, 120] {
+                let scaled: Vec<f32> = weights().iter().map(|weight| weight * (octave as f32).exp2()).collect();
+                let found = quantized(&scaled, &settings).unwrap();
+                assert_eq!(found.exponent, expected.exponent + octave, "2^{octave}");
+                assert_eq!(found.relative_error, expected.relative_error, "2^{octave}");
+                assert_eq!(format!("{:?}", found.parts), format!("{:?}", expected.parts), "2^{octave}");
+                assert_eq!(found.salient, expected.salient, "2^{octave}");
+                assert_eq!(found.low_rank, expected.low_rank, "2^{octave}");
+            }
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore)] // too slow
+    fn one_changed_weight_of_any_size_is_a_change() {
+        for change in [f32::MIN_POSITIVE / 8.0, 1e-35, 1e-25, 1e-12, 1.0, 1e12, 1e25, 3e38] {
+            let mut weights = vec![0.0; ROWS * COLUMNS];
+            weights[77] = change;
+            let found = quantized(&weights, &Settings::default()).unwrap();
+            let sparse = found.sparse.unwrap();
+            let value: f32 = sparse.values.iter().map(|value| decode(*value)).sum::<f32>();
+            let value = f64::from(value) * f64::from(found.exponent).exp2();
+            assert!((value / f64::from(change) - 1.0).abs() < 1e-3, "{change}: {value}");
+            assert!(found.relative_error < 1e-3, "{change}: {}", found.relative_error);
+        }
+        assert!(quantized(&vec![0.0; ROWS * COLUMNS], &Settings::default()).is_none());
     }
 }

@@ -39,7 +39,7 @@ impl SparseDelta {
         if starts as u64 + 2 * changed >= limit as u64 || changed > i32::MAX as u64 / 8 {
             return Ok(None);
         }
-        let exponent = (largest.log2().floor() as i32 - TOP_EXPONENT).clamp(-100, 100);
+        let exponent = pair.nearest_exponent(largest.log2().floor() as i32 - TOP_EXPONENT);
         for depth in MAX_ENTRIES {
             let (entries, missed) = Self::encode(pair, exponent, depth)?;
             if starts + 2 * entries.gaps.len() < limit && entries.gaps.len() <= i32::MAX as usize {

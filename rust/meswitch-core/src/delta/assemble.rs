@@ -3,19 +3,19 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use safetensors::Dtype;
 use serde_json::Value;
 
-use super::folder::Folder;
-use super::journal::{Finished, Journal};
-use super::manifest::{BaseEntry, FileEntry, Manifest, VERSION};
+use super::journal::{Finished, JOURNAL, Journal};
+use super::manifest::{BaseEntry, FileEntry, MANIFEST, Manifest, TENSORS, VERSION};
 use super::site::{SiteEntry, SiteKind};
 use super::tensor::TensorSpec;
-use super::writer::full_specs;
+use super::writer::{check_copied_files, check_site_name, check_tensors, full_specs};
 use super::{Delta, Writer};
-use crate::checkpoint::{Checkpoint, View};
+use crate::checkpoint::Checkpoint;
+use crate::crash::crash_point;
 use crate::error::{Error, Result};
 use crate::fingerprint::{Fingerprint, sample};
+use crate::folder::{Folder, Target};
 
 /// A delta directory to be written, without its sites.
 pub struct Assembly<'a> {
@@ -59,8 +59,11 @@ impl Assembly<'_> {
         progress: &mut dyn FnMut(Progress<'_>) -> bool,
         site: &mut dyn FnMut(usize, &mut Writer) -> Result<SiteEntry>,
     ) -> Result<Delta> {
+        check_copied_files(self.files)?;
+        sizes.iter().try_for_each(|(name, _)| check_site_name(name))?;
+        let target = target(self.out)?;
         let total = sizes.iter().map(|(_, weights)| weights).sum();
-        let mut folder = if key.is_some() { Folder::open(self.out) } else { Folder::create(self.out) }?;
+        let mut folder = if key.is_some() { Folder::open(target) } else { Folder::create(target) }?;
         let mut output = Output::open(&mut folder, key, specs)?;
         let mut done = sizes[..output.sites.len()].iter().map(|(_, weights)| weights).sum();
         let filled = sizes.iter().enumerate().skip(output.sites.len()).try_for_each(|(index, (name, weights))| {
@@ -74,9 +77,9 @@ impl Assembly<'_> {
         let lasting = matches!(filled, Ok(()) | Err(Error::Interrupted | Error::Io { .. }));
         folder.leave_on_failure(key.is_some() && lasting && !output.sites.is_empty());
         filled.and_then(|()| self.finish(output))?;
-        folder.finish()?;
+        let delta = commit(folder)?;
         progress(Progress { site: "", done, total });
-        Delta::open(self.out)
+        Ok(delta)
     }
 
     /// Writes everything after the sites.
@@ -178,6 +181,28 @@ impl Assembly<'_> {
     }
 }
 
+/// The place of a delta directory that is to be written.
+///
+/// # Errors
+/// [`Error::Output`] where something else is there, [`Error::Io`].
+pub(super) fn target(out: &Path) -> Result<Target> {
+    Target::resolve(out, Some(MANIFEST))
+}
+
+/// Opens the complete directory that lies in a folder, as its readers will, and only then gives it its name.
+///
+/// # Errors
+/// Those of [`Delta::open`] and [`Folder::commit`].
+pub(super) fn commit(folder: Folder) -> Result<Delta> {
+    Delta::open(folder.path())?;
+    crash_point!("opened");
+    // Flushed before it loses its journal, without which the next writer starts over.
+    folder.files().sync_all()?;
+    folder.files().remove(JOURNAL.as_ref())?;
+    crash_point!("no journal");
+    Delta::open(&folder.commit()?)
+}
+
 /// A directory that is being written.
 struct Output {
     journal: Option<Journal>,
@@ -189,10 +214,11 @@ struct Output {
 impl Output {
     /// Starts a directory, or continues after the last complete site of an earlier job with the same key.
     fn open(folder: &mut Folder, key: Option<&str>, specs: &[TensorSpec]) -> Result<Self> {
-        let (journal, finished) = key.map(|key| Journal::open(folder, key)).transpose()?.unzip();
+        let (journal, finished) = key.map(|key| Journal::open(folder.files(), key)).transpose()?.unzip();
         let finished = finished.unwrap_or_default();
         folder.leave_on_failure(!finished.is_empty());
-        let writer = Writer::create(folder.path(), specs)?;
+        folder.files().clear_all_but(&[JOURNAL, TENSORS])?;
+        let writer = Writer::create(folder.files(), specs)?;
         let mut output = Self { journal, writer, fingerprint: Fingerprint::default(), sites: Vec::new() };
         for Finished { entry, digest } in finished {
             if !output.writer.resume_site(&entry)? {
@@ -203,7 +229,7 @@ impl Output {
             }
             output.sites.push(entry);
         }
-        if let Some(journal) = &output.journal {
+        if let Some(journal) = &mut output.journal {
             journal.truncate(output.sites.len())?;
             output.writer.truncate()?;
         }
@@ -222,19 +248,4 @@ impl Output {
         self.sites.push(site.entry);
         Ok(())
     }
-}
-
-/// Checks the size of each tensor, and that its floats are finite.
-fn check_tensors(entry: &SiteEntry, tensors: &[&[u8]]) -> Result<()> {
-    for (spec, data) in entry.tensor_specs()?.into_iter().zip(tensors) {
-        let name = format!("{}/{}", entry.name, spec.name);
-        let dtype: Dtype = serde_json::from_value(spec.dtype.into())
-            .map_err(|_| Error::Argument(format!("expected a dtype of safetensors for {name}, found another")))?;
-        let expected = spec.shape.iter().product::<usize>() * dtype.bitsize() / 8;
-        if data.len() != expected {
-            return Err(Error::Argument(format!("expected {expected} bytes of {name}, found {}", data.len())));
-        }
-        View { dtype, shape: spec.shape, data }.check_finite(&name)?;
-    }
-    Ok(())
 }

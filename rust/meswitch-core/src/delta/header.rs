@@ -2,11 +2,14 @@
 
 use serde_json::{Value, json};
 
-use super::manifest::{FileEntry, Manifest, TENSORS};
+use super::manifest::{FileEntry, Manifest, TENSORS, json as text};
 use super::site::{SiteEntry, SiteKind, TermsEntry};
 use super::tensor::TensorSpec;
 use super::{ALIGNMENT, PADDING, checksum};
-use crate::error::Result;
+use crate::error::{Error, Result};
+
+/// The longest header that readers of safetensors take, without the field that says how long it is.
+const MAX_HEADER_BYTES: usize = 100_000_000;
 
 /// The header of `delta.safetensors`, built tensor by tensor.
 pub(super) struct Header {
@@ -14,43 +17,60 @@ pub(super) struct Header {
     /// Where the next tensor starts, counted from the end of the header.
     pub(super) position: usize,
     paddings: usize,
+    /// The length of the text so far, with a comma too many.
+    length: usize,
 }
 
 impl Header {
     pub(super) fn new() -> Self {
         let mut entries = serde_json::Map::new();
         entries.insert("__metadata__".into(), json!({"format": "meswitch"}));
-        Self { entries, position: 0, paddings: 0 }
+        let length = text(&entries).len() + 1;
+        Self { entries, position: 0, paddings: 0, length }
     }
 
     /// Adds a tensor, and before it one that pads to its alignment. Returns the size of the padding.
-    pub(super) fn add(&mut self, name: &str, dtype: &str, shape: &[usize], size: usize) -> usize {
+    ///
+    /// # Errors
+    /// [`Error::Format`] where the header becomes longer than readers of safetensors take.
+    pub(super) fn add(&mut self, name: &str, dtype: &str, shape: &[usize], size: usize) -> Result<usize> {
         let padding = self.position.next_multiple_of(ALIGNMENT) - self.position;
         if padding > 0 {
             self.entry(&format!("{PADDING}{}", self.paddings), "U8", &[padding], padding);
             self.paddings += 1;
         }
         self.entry(name, dtype, shape, size);
-        padding
+        if self.length > MAX_HEADER_BYTES {
+            return Err(Error::Format(format!(
+                "expected a header of at most {MAX_HEADER_BYTES} bytes in {TENSORS}, found more from {name} on"
+            )));
+        }
+        Ok(padding)
     }
 
     fn entry(&mut self, name: &str, dtype: &str, shape: &[usize], size: usize) {
         let offsets = [self.position, self.position + size];
-        self.entries.insert(name.into(), json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}));
+        let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": offsets});
+        self.length += text(name).len() + 1 + text(&entry).len() + 1;
+        self.entries.insert(name.into(), entry);
         self.position += size;
     }
 
     pub(super) fn text(self) -> Vec<u8> {
-        serde_json::to_vec(&Value::Object(self.entries)).expect("plain data is always JSON")
+        text(&self.entries).into_bytes()
     }
 }
 
-/// An upper bound of the header's size, its length field included, for tensors by full name.
+/// An upper bound of the header's size, its length field included, for tensors by full name. No more than what readers
+/// take: [`Header::add`] refuses what would not fit there.
 pub(super) fn max_header_bytes(specs: &[TensorSpec]) -> usize {
-    // The longest entry: braces, keys, two offsets of 13 digits, and a padding tensor beside it.
+    // The longest entry: braces, keys, two offsets of 13 digits, and a padding tensor beside it. The name and the dtype
+    // without their quotes, which are counted there too, but with what JSON escapes in them.
+    let length = |name: &str| text(name).len() - 2;
     let room: usize =
-        specs.iter().map(|spec| spec.name.len() + spec.dtype.len() + 16 * spec.shape.len() + 80 + 110).sum();
-    (8 + 64 + room).next_multiple_of(ALIGNMENT)
+        specs.iter().map(|spec| length(&spec.name) + length(&spec.dtype) + 16 * spec.shape.len() + 80 + 110).sum();
+    let most = (MAX_HEADER_BYTES + 8) / ALIGNMENT * ALIGNMENT;
+    (8 + 64 + room).next_multiple_of(ALIGNMENT).min(most)
 }
 
 /// Where the tensors, `size` bytes in all, start in the file: right after the header, or after the room reserved for it
@@ -71,7 +91,7 @@ pub(crate) fn estimated_bytes(mut manifest: Manifest, possible: &[TensorSpec]) -
         site.bytes = 0;
         for spec in site.tensor_specs()? {
             let size = spec.size();
-            header.add(&format!("{}/{}", site.name, spec.name), &spec.dtype, &spec.shape, size);
+            header.add(&format!("{}/{}", site.name, spec.name), &spec.dtype, &spec.shape, size)?;
             site.checksums.insert(spec.name, checksum(&[]));
             site.bytes += size as u64;
         }

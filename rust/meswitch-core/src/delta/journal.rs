@@ -1,18 +1,19 @@
 //! The journal: one line for every site that a writer has finished, so that an interrupted job can be resumed.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::PathBuf;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::checksum;
-use super::folder::Folder;
 use super::manifest::json;
 use super::site::{SiteEntry, SiteFields};
+use crate::crash::crash_point;
 use crate::error::{Error, Result};
 use crate::fingerprint::Digest;
+use crate::folder::OpenFolder;
 
 /// The journal's file name.
 pub(super) const JOURNAL: &str = ".journal";
@@ -53,16 +54,19 @@ pub(super) struct Journal {
 
 impl Journal {
     /// Opens a folder's journal. Returns the sites that an earlier job with the same key has finished, up to the first
-    /// incomplete line. Where the journal has another key or none, the folder is emptied.
-    pub(super) fn open(folder: &Folder, key: &str) -> Result<(Self, Vec<Finished>)> {
+    /// incomplete line. Where the journal has another key, or there is none, the folder is emptied.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Output`] where the journal cannot be read; the folder stays as it is.
+    pub(super) fn open(folder: &OpenFolder, key: &str) -> Result<(Self, Vec<Finished>)> {
         let path = folder.path().join(JOURNAL);
-        let text = fs::read(&path).unwrap_or_default();
+        let text = folder.read_file(JOURNAL)?.unwrap_or_default();
         let mut lines = text.split_inclusive(|byte| *byte == b'\n');
         let head = lines.next().filter(|line| read::<String>(line).is_some_and(|other| other == key));
         if head.is_none() {
-            folder.empty()?;
+            folder.clear()?;
         }
-        let file = File::options().create(true).append(true).open(&path).map_err(Error::io(&path))?;
+        let file = folder.open_file(JOURNAL)?;
         let mut journal = Self { path, file, ends: Vec::new() };
         let Some(head) = head else {
             let length = journal.write(&key)?;
@@ -80,9 +84,11 @@ impl Journal {
         Ok((journal, finished))
     }
 
-    /// Removes all but the first `count` of the sites that were read.
-    pub(super) fn truncate(&self, count: usize) -> Result<()> {
-        self.file.set_len(self.ends[count] as u64).map_err(Error::io(&self.path))
+    /// Removes all but the first `count` of the sites that were read; sites are added after them.
+    pub(super) fn truncate(&mut self, count: usize) -> Result<()> {
+        let end = self.ends[count] as u64;
+        let cut = self.file.set_len(end).and_then(|()| self.file.seek(SeekFrom::Start(end)));
+        cut.map(drop).map_err(Error::io(&self.path))
     }
 
     /// Adds a site. Its tensors must have been passed to the operating system before.
@@ -94,6 +100,7 @@ impl Journal {
         let text = json(value);
         let line = format!("{} {text}\n", checksum(text.as_bytes()));
         self.file.write_all(line.as_bytes()).map_err(Error::io(&self.path))?;
+        crash_point!("journal");
         Ok(line.len())
     }
 }

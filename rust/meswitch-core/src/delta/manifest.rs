@@ -127,6 +127,14 @@ impl Manifest {
     }
 }
 
+/// Checks a file's name: of no folder, not hidden, and printable.
+pub(super) fn check_file_name(name: &str) -> Result<()> {
+    if name.is_empty() || name.contains(['/', '\\']) || name.starts_with('.') || name.chars().any(char::is_control) {
+        return Err(Error::Format(format!("expected plain file names in {MANIFEST}, found {name:?}")));
+    }
+    Ok(())
+}
+
 /// What follows the first line, which states its checksum.
 fn checked_body(text: &[u8]) -> Result<&[u8]> {
     let broken = |what: &str| Error::Format(format!("expected {what} in {MANIFEST}"));

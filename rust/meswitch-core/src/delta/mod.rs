@@ -4,8 +4,6 @@
 #[cfg(feature = "compress")]
 mod assemble;
 #[cfg(feature = "compress")]
-mod folder;
-#[cfg(feature = "compress")]
 mod header;
 #[cfg(feature = "compress")]
 mod journal;
@@ -33,7 +31,7 @@ pub use site::{PartEntry, SiteEntry, SiteKind, SparseCounts, TermsEntry};
 pub(crate) use tensor::Role;
 pub use tensor::TensorSpec;
 #[cfg(feature = "compress")]
-pub(crate) use writer::Writer;
+pub(crate) use writer::{Writer, check_copied_files, check_site_name};
 
 /// Bytes of a checksum: a BLAKE3 hash cut to 128 bits.
 const CHECKSUM_BYTES: usize = 16;

@@ -8,7 +8,7 @@ use memmap2::Mmap;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorInfo;
 
-use super::manifest::{MANIFEST, Manifest, TENSORS};
+use super::manifest::{MANIFEST, Manifest, TENSORS, check_file_name};
 use super::site::{SiteEntry, SiteKind};
 use super::{ALIGNMENT, PADDING};
 use crate::error::{Error, Result};
@@ -100,9 +100,7 @@ fn check_files(folder: &Path, manifest: &Manifest) -> Result<()> {
         return Err(Error::Format(format!("expected {TENSORS} among the files of {MANIFEST}, found none")));
     }
     for (name, entry) in &manifest.files {
-        if name.contains(['/', '\\']) || name.starts_with('.') || name.chars().any(char::is_control) {
-            return Err(Error::Format(format!("expected plain file names in {MANIFEST}, found {name:?}")));
-        }
+        check_file_name(name)?;
         let path = folder.join(name);
         let found = fs::metadata(&path).map_err(Error::io(&path))?.len();
         if found != entry.bytes {

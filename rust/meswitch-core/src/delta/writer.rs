@@ -1,20 +1,27 @@
 //! Writing the files of a delta directory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::io::{self, BufWriter, ErrorKind, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use safetensors::Dtype;
+
 use super::header::{Header, bpw, max_header_bytes, tensors_start};
-use super::manifest::{FileEntry, MANIFEST, Manifest, TENSORS};
+use super::manifest::{FileEntry, MANIFEST, Manifest, TENSORS, check_file_name};
 use super::site::SiteEntry;
 use super::tensor::TensorSpec;
-use super::{ALIGNMENT, checksum};
+use super::{ALIGNMENT, PADDING, checksum};
+use crate::checkpoint::View;
+use crate::crash::crash_point;
 use crate::error::{Error, Result};
+use crate::folder::OpenFolder;
 
 /// Writes the tensors, the copied files and the manifest of one delta directory.
 pub(crate) struct Writer {
+    folder: OpenFolder,
+    /// The path of the tensors' file, for messages.
     path: PathBuf,
     file: BufWriter<File>,
     header: Header,
@@ -30,36 +37,41 @@ impl Writer {
     /// written, by full name; they decide how many bytes are reserved for the header.
     ///
     /// # Errors
-    /// [`Error::Io`].
-    pub(super) fn create(folder: &Path, specs: &[TensorSpec]) -> Result<Self> {
-        let path = folder.join(TENSORS);
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
-        let mut file = BufWriter::with_capacity(1 << 20, file.map_err(Error::io(&path))?);
+    /// [`Error::Io`], [`Error::Output`].
+    pub(super) fn create(folder: &OpenFolder, specs: &[TensorSpec]) -> Result<Self> {
+        let path = folder.path().join(TENSORS);
+        let mut file = BufWriter::with_capacity(1 << 20, folder.open_file(TENSORS)?);
         let reserved = max_header_bytes(specs);
-        let first = moved_start(file.get_ref(), reserved).unwrap_or(reserved);
+        let first = moved_start(file.get_ref(), reserved).map_err(Error::io(&path))?.unwrap_or(reserved);
         file.seek(SeekFrom::Start(first as u64)).map_err(Error::io(&path))?;
-        Ok(Self { path, file, header: Header::new(), reserved, first, files: BTreeMap::new() })
+        let folder = folder.clone();
+        Ok(Self { folder, path, file, header: Header::new(), reserved, first, files: BTreeMap::new() })
     }
 
     /// Takes over a site that an earlier writer has written next in the file. Returns false, and changes nothing, where
     /// the file's bytes are not those of the entry's checksums.
     ///
     /// # Errors
-    /// [`Error::Format`] where a number of the entry is out of range.
+    /// [`Error::Format`] where a number of the entry is out of range, [`Error::Io`].
     pub(super) fn resume_site(&mut self, entry: &SiteEntry) -> Result<bool> {
         let specs = entry.tensor_specs()?;
+        let file = self.file.get_ref();
+        let written = file.metadata().map_err(Error::io(&self.path))?.len();
         let mut end = self.header.position;
         for spec in &specs {
             let start = end.next_multiple_of(ALIGNMENT);
             end = start + spec.size();
+            if (self.first + end) as u64 > written {
+                return Ok(false);
+            }
             let mut bytes = vec![0; spec.size()];
-            let read = self.file.get_ref().read_exact_at(&mut bytes, (self.first + start) as u64);
-            if read.is_err() || entry.checksums.get(&spec.name) != Some(&checksum(&bytes)) {
+            file.read_exact_at(&mut bytes, (self.first + start) as u64).map_err(Error::io(&self.path))?;
+            if entry.checksums.get(&spec.name) != Some(&checksum(&bytes)) {
                 return Ok(false);
             }
         }
         for spec in specs {
-            self.header.add(&format!("{}/{}", entry.name, spec.name), &spec.dtype, &spec.shape, spec.size());
+            self.header.add(&format!("{}/{}", entry.name, spec.name), &spec.dtype, &spec.shape, spec.size())?;
         }
         Ok(true)
     }
@@ -85,7 +97,8 @@ impl Writer {
     /// Writes a site's tensors, in the order of [`SiteEntry::tensor_specs`], and sets the entry's sizes and checksums.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] where the number of tensors is not the entry's.
+    /// [`Error::Io`]; [`Error::Format`] where the number of tensors is not the entry's, or where the header becomes too
+    /// long for a reader.
     pub(crate) fn write_site(&mut self, entry: &mut SiteEntry, tensors: &[&[u8]]) -> Result<()> {
         let specs = entry.tensor_specs()?;
         if specs.len() != tensors.len() {
@@ -107,21 +120,24 @@ impl Writer {
     }
 
     fn write_tensor(&mut self, name: &str, dtype: &str, shape: &[usize], bytes: &[u8]) -> Result<()> {
-        let padding = &[0; ALIGNMENT][..self.header.add(name, dtype, shape, bytes.len())];
-        self.file.write_all(padding).and_then(|()| self.file.write_all(bytes)).map_err(Error::io(&self.path))
+        let padding = &[0; ALIGNMENT][..self.header.add(name, dtype, shape, bytes.len())?];
+        self.file.write_all(padding).and_then(|()| self.file.write_all(bytes)).map_err(Error::io(&self.path))?;
+        crash_point!("tensor");
+        Ok(())
     }
 
-    /// Copies a file into the folder under its own name.
+    /// Copies a file, whose name [`check_copied_files`] has checked, into the folder. Returns its entry.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub(super) fn copy_file(&mut self, source: &Path) -> Result<()> {
+    pub(super) fn copy_file(&mut self, source: &Path) -> Result<FileEntry> {
         let bytes = fs::read(source).map_err(Error::io(source))?;
-        let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let target = self.path.with_file_name(&name);
-        write_synced(&target, &bytes)?;
-        self.files.insert(name, FileEntry { bytes: bytes.len() as u64, checksum: checksum(&bytes) });
-        Ok(())
+        let name = copied_name(source);
+        self.folder.write_file(&name, &bytes)?;
+        crash_point!("copied file");
+        let entry = FileEntry { bytes: bytes.len() as u64, checksum: checksum(&bytes) };
+        self.files.insert(name, entry.clone());
+        Ok(entry)
     }
 
     /// Writes header and manifest and flushes all files to disk. Returns the manifest, and the size of manifest and
@@ -141,48 +157,100 @@ impl Writer {
         let start = tensors_start(header.len(), self.reserved, position);
         header.resize(start - 8, b' ');
         let head = [&(header.len() as u64).to_le_bytes()[..], &header].concat();
-        let moved = self.path.with_file_name(MOVED);
         if start != self.first {
             file.seek(SeekFrom::Start(self.first as u64)).map_err(io)?;
-            write_moved(&moved, &head, &mut file).map_err(Error::io(&moved))?;
+            let moved = self.folder.create_file(MOVED)?;
+            write_moved(moved, &head, &mut file).map_err(Error::io(&self.path.with_file_name(MOVED)))?;
         } else {
             file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&head)).map_err(io)?;
             file.sync_all().map_err(io)?;
         }
+        crash_point!("header");
         let tensors = (start + position) as u64;
         self.files.insert(TENSORS.into(), FileEntry { bytes: tensors, checksum: checksum(&head) });
         manifest.files = self.files;
         let text = manifest.to_text();
-        write_synced(&self.path.with_file_name(MANIFEST), text.as_bytes())?;
+        self.folder.write_file(MANIFEST, text.as_bytes())?;
+        crash_point!("manifest");
         if start != self.first {
-            fs::rename(&moved, &self.path).map_err(io)?;
+            self.folder.rename(MOVED, TENSORS)?;
+            crash_point!("moved tensors");
         }
         Ok((manifest, tensors + text.len() as u64))
     }
 }
 
 /// Where the tensors start according to the file's header, if it has one and that is before `reserved`.
-fn moved_start(file: &File, reserved: usize) -> Option<usize> {
+fn moved_start(file: &File, reserved: usize) -> io::Result<Option<usize>> {
     let mut length = [0; 8];
-    file.read_exact_at(&mut length, 0).ok()?;
-    let length = usize::try_from(u64::from_le_bytes(length)).ok()?;
-    (length > 0 && length < reserved - 8).then_some(8 + length)
+    match file.read_exact_at(&mut length, 0) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
+        read => read?,
+    }
+    let length = usize::try_from(u64::from_le_bytes(length)).ok();
+    Ok(length.filter(|length| *length > 0 && *length < reserved - 8).map(|length| 8 + length))
 }
 
 /// The name of a copy whose tensors start right after the header. Until it is flushed, the file that a killed writer
 /// can resume from stays as it was.
 const MOVED: &str = ".delta.safetensors";
 
-fn write_moved(path: &Path, head: &[u8], tensors: &mut File) -> io::Result<()> {
-    let mut file = File::create(path)?;
+fn write_moved(mut file: File, head: &[u8], tensors: &mut File) -> io::Result<()> {
     file.write_all(head)?;
     io::copy(tensors, &mut file)?;
     file.sync_all()
 }
 
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = File::create(path).map_err(Error::io(path))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
+/// The name that a file is copied under: its own.
+fn copied_name(source: &Path) -> String {
+    source.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Checks that files can be copied into a delta directory: by names that a reader takes, one file a name.
+///
+/// # Errors
+/// [`Error::Argument`].
+pub(crate) fn check_copied_files(files: &[PathBuf]) -> Result<()> {
+    let mut names = HashSet::from([MANIFEST.to_owned(), TENSORS.to_owned()]);
+    for file in files {
+        let name = copied_name(file);
+        if check_file_name(&name).is_err() || !names.insert(name) {
+            return Err(Error::Argument(format!(
+                "expected files of plain names, each another, beside the delta's own, found {}",
+                file.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that a parameter's tensors can be told from padding by their names.
+///
+/// # Errors
+/// [`Error::Architecture`].
+pub(crate) fn check_site_name(name: &str) -> Result<()> {
+    if name.starts_with(PADDING) {
+        return Err(Error::Architecture(format!("expected parameters of other names than {PADDING}*, found {name}")));
+    }
+    Ok(())
+}
+
+/// Checks the size of each tensor of a site, in the order of [`SiteEntry::tensor_specs`], and that its floats are finite.
+///
+/// # Errors
+/// [`Error::Argument`], [`Error::NonFinite`]; [`Error::Format`] where a number of the entry is out of range.
+pub(super) fn check_tensors(entry: &SiteEntry, tensors: &[&[u8]]) -> Result<()> {
+    for (spec, data) in entry.tensor_specs()?.into_iter().zip(tensors) {
+        let name = format!("{}/{}", entry.name, spec.name);
+        let dtype: Dtype = serde_json::from_value(spec.dtype.into())
+            .map_err(|_| Error::Argument(format!("expected a dtype of safetensors for {name}, found another")))?;
+        let expected = spec.shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        if data.len() != expected {
+            return Err(Error::Argument(format!("expected {expected} bytes of {name}, found {}", data.len())));
+        }
+        View { dtype, shape: spec.shape, data }.check_finite(&name)?;
+    }
+    Ok(())
 }
 
 /// The tensors of all sites, by full name.
