@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -66,6 +65,18 @@ class Paused:
         self.go.set()
 
 
+def slow_down(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take long from now on, so that a long answer is still being made when the test goes on."""
+    worker, begin = engine._worker, engine._worker._begin_step
+
+    def slow() -> None:
+        begin()
+        if not worker.inbox.closed:
+            threading.Event().wait(0.05)
+
+    monkeypatch.setattr(worker, "_begin_step", slow)
+
+
 def in_thread(work: Callable[[], object]) -> tuple[threading.Thread, list[Any]]:
     """A thread that runs `work`, and what comes of it: what it returned or raised."""
     found: list[Any] = []
@@ -111,11 +122,13 @@ def test_every_reader_of_a_stream_that_fails_gets_an_error_of_its_own(folder: Pa
     assert stream.answer is None
 
 
-def test_a_stream_is_a_context_manager_that_cancels(shared: Engine) -> None:
+def test_a_stream_is_a_context_manager_that_cancels(shared: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     before = shared.stats()["requests"]
-    with shared.stream(PROMPT, expert="a", max_new_tokens=LONG) as stream:
-        next(stream)
-    shared._worker.call(lambda: None)
+    with monkeypatch.context() as patched:
+        slow_down(shared, patched)
+        with shared.stream(PROMPT, expert="a", max_new_tokens=LONG) as stream:
+            next(stream)
+        shared._worker.call(lambda: None)
     after = shared.stats()["requests"]
     assert after["cancelled"] == before["cancelled"] + 1 and after["running"] == after["waiting"] == 0
     assert list(stream) == [] and stream.answer is None
@@ -279,12 +292,16 @@ def test_a_step_runs_between_two_batches_of_a_router(folder: Path, monkeypatch: 
             return [Route("a", {"a": 1.0}, False) for _ in prompts]
 
     with engine_of(folder, router=Router()) as engine:
-        steps: list[int] = []
-        pooled, ids = router_base._pooled_states, router_base._prompt_ids
+        turns, at = [0], []
+        admit, pooled, ids = engine._worker._admit, router_base._pooled_states, router_base._prompt_ids
+
+        def turn() -> None:
+            turns[0] += 1
+            admit()
 
         def counted(*args: Any) -> Tensor:
             threads.add(threading.current_thread().name)
-            steps.append(engine._worker.steps)
+            at.append(turns[0])
             return pooled(*args)
 
         def encoded(*args: Any) -> list[int]:
@@ -294,25 +311,24 @@ def test_a_step_runs_between_two_batches_of_a_router(folder: Path, monkeypatch: 
         monkeypatch.setattr(router_base, "_BATCH_TOKENS", 64)
         monkeypatch.setattr(router_base, "_pooled_states", counted)
         monkeypatch.setattr(router_base, "_prompt_ids", encoded)
-        with engine.stream(PROMPT, expert="b", max_new_tokens=LONG) as stream:
-            next(stream)
-            callers = [in_thread(lambda: engine.generate([PROMPT] * 8, max_new_tokens=1)) for _ in range(3)]
-            assert all(answer.expert == "a" for answers in ended(callers) for answer in answers)
-            assert not stream._request.ended
-        assert len(steps) == 24 and all(later > earlier for earlier, later in itertools.pairwise(steps))
+        monkeypatch.setattr(engine._worker, "_admit", turn)
+        callers = [in_thread(lambda: engine.generate([PROMPT] * 8, max_new_tokens=1)) for _ in range(3)]
+        assert all(answer.expert == "a" for answers in ended(callers) for answer in answers)
+        assert len(at) == 24 == len(set(at))  # a turn for each: whoever runs has a step between two
         assert threads == {"meswitch-engine"}
 
 
 # the end
 
 
-def test_close_frees_the_base_and_the_experts(folder: Path) -> None:
+def test_close_frees_the_base_and_the_experts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(folder)
+    worker = engine._worker
+    slow_down(engine, monkeypatch)
     stream = engine.stream(PROMPT, expert="a", max_new_tokens=LONG)
     next(stream)
+    kept = [worker.model, worker.layers, worker.batch._cache, worker.pool.get("a").delta]
     engine.remove_expert("a")
-    worker = engine._worker
-    kept = [worker.model, worker.layers, worker.batch._cache, worker.live[stream._request.id].expert.delta]  # type: ignore[union-attr]
     alive = [weakref.ref(one) for one in kept]
     del kept
     engine.close()
@@ -346,18 +362,11 @@ def test_close_can_answer_what_was_accepted(folder: Path) -> None:
     assert engine.stats()["requests"] == {"waiting": 0, "running": 0, "finished": 4, "failed": 0, "cancelled": 1}
 
 
-def test_a_drain_has_a_limit(folder: Path) -> None:
+def test_a_drain_has_a_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(folder)
-    begin, started = engine._worker._begin_step, threading.Event()
-
-    def slow() -> None:
-        begin()
-        started.set()
-        engine._worker.inbox.closed or threading.Event().wait(0.05)
-
-    engine._worker._begin_step = slow  # type: ignore[method-assign]
+    slow_down(engine, monkeypatch)
     stream = engine.stream(PROMPT, expert="a", max_new_tokens=LONG)
-    assert started.wait(60)
+    next(stream)
     engine.close(drain=True, timeout=0.01)
     with pytest.raises(EngineClosedError):
         list(stream)
