@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from meswitch.batching.sampler import logits_processors
@@ -19,7 +20,7 @@ class ServedModel:
 
     `vocabulary`: token ids that it reads; `outputs`: ids that it can answer with. `kv_tokens`: the most tokens that one
     request may have in the KV cache of `kv_bytes`. `logits_processors(config, prompt_tokens, eos)`: what a generation
-    config does to logits, as transformers builds it.
+    config does to logits, as transformers builds it; with `device=` for logits elsewhere than the model's.
     """
 
     folder: Path
@@ -28,14 +29,18 @@ class ServedModel:
     outputs: int
     kv_tokens: int
     kv_bytes: int
-    logits_processors: Callable[[GenerationConfig, int, set[int]], LogitsProcessorList]
+    logits_processors: Callable[..., LogitsProcessorList]
 
     @classmethod
     def of(cls, worker: Worker) -> ServedModel:
         """The facts about the model of a worker that is ready."""
 
-        def processors(config: GenerationConfig, prompt_tokens: int, eos: set[int]) -> LogitsProcessorList:
-            return logits_processors(worker.model, config, prompt_tokens, eos, worker.settings.device)
+        own = worker.settings.device
+
+        def processors(
+            config: GenerationConfig, prompt_tokens: int, eos: set[int], *, device: torch.device | str = own
+        ) -> LogitsProcessorList:
+            return logits_processors(worker.model, config, prompt_tokens, eos, device)
 
         return cls(
             folder=worker.settings.base,

@@ -99,29 +99,30 @@ class Preparation:
             ) from error
 
     def _processors(
-        self, settings: ModelSettings, config: GenerationConfig, prompt_tokens: int, eos: set[int]
+        self, settings: ModelSettings, config: GenerationConfig, prompt_tokens: int, eos: set[int], **device: str
     ) -> LogitsProcessorList:
         try:
-            return self._model.logits_processors(config, prompt_tokens, eos)
+            return self._model.logits_processors(config, prompt_tokens, eos, **device)
         except Exception as error:  # transformers raises what it likes for values that it does not take
             raise _refused(settings, error) from error
 
     def _check_own_processors(self, settings: ModelSettings, outputs: int, eos: set[int]) -> None:
         """Tries what a model's own generation config does to logits, once, between two steps.
 
-        It may name tokens that the model has not, or leave none to choose: such a request is refused here.
+        It may name tokens that the model has not, or leave none to choose: such a request is refused here. On the CPU,
+        since a wrong index would end the process's use of a GPU.
         """
         if settings in self._sound:
             return
         greedy = SamplingSettings(temperature=0.0, repetition_penalty=1.0)  # what warps a draw is checked by itself
         config = greedy.generation_config(settings.generation, chat=False)
         config.max_length = 2
-        processors = self._processors(settings, config, 1, eos)
+        processors = self._processors(settings, config, 1, eos, device="cpu")
         if processors:
 
             def tried() -> bool:
-                ids: Any = torch.zeros(1, 1, dtype=torch.int64, device=self._worker.settings.device)
-                scores: Any = torch.linspace(-8, 8, outputs, device=ids.device)[None]
+                ids: Any = torch.zeros(1, 1, dtype=torch.int64)
+                scores: Any = torch.linspace(-8, 8, outputs)[None]
                 return bool(processors(ids, scores).max().isfinite())
 
             try:

@@ -124,7 +124,7 @@ class SettingsReader:
                 hint="one base serves only fine-tunes that keep its settings: `meswitch restore` it, serve it alone",
             )
         generation = _generation_config(files, delta.path, FormatError)
-        tokenizer = TokenizerFiles.of(files, self._base_files) or self.base.tokenizer_files
+        tokenizer = TokenizerFiles.of(files, self._base_files)
         return self._settings(f"expert {name!r}", config, generation, tokenizer)
 
     def _settings(
