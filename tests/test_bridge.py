@@ -488,6 +488,7 @@ def test_planning_attention_asks_the_device_for_nothing() -> None:
     access = CacheAccess(
         queries,
         keys,
+        [0, 8, 11, 89],
         torch.empty(4, dtype=torch.int32, device=meta),
         torch.empty(sum(keys), dtype=torch.int64, device=meta),
         torch.empty(sum(queries), dtype=torch.int64, device=meta),

@@ -26,6 +26,8 @@ from meswitch.batching.step import CacheAccess, PagedStep
 from meswitch.errors import UnsupportedModelError
 
 PAGED = "meswitch_paged"
+BLOCK_QUERIES = 8
+"""Queries that attend together where a token's arithmetic is to follow from its position."""
 # Keywords that change nothing here, and why.
 IGNORED = {
     **dict.fromkeys(
@@ -69,6 +71,16 @@ class AttentionGroup:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How the groups' tokens and keys lie where they are not simply those of the step, one after another: the query and
+    the key in each place, and the place of each token. All `int64`."""
+
+    queries: Tensor
+    keys: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
     """What the layers of one kind of attention do in a step. `read int64 [keys of all groups]`: where the keys lie in
     the cache, empty where nothing was cached before; `write int64 [tokens]`: where the new ones go. `window`: how many
@@ -78,6 +90,7 @@ class AttentionPlan:
     read: Tensor
     write: Tensor
     window: int | None
+    layout: Layout | None = None
 
 
 def plan_attention(access: CacheAccess) -> AttentionPlan:
@@ -98,6 +111,47 @@ def plan_attention(access: CacheAccess) -> AttentionPlan:
         padded.append(own if min(counts) == longest else _padded(own, longest, on_device, access.padding))
         token, key = token_range.stop, key_range.stop
     return AttentionPlan(groups, torch.cat(padded), access.write, access.window)
+
+
+def plan_invariant_attention(access: CacheAccess) -> AttentionPlan:
+    """A plan whose arithmetic for a token follows from its position alone, whoever and whatever else is in the step.
+
+    Every request's sequence has blocks of `BLOCK_QUERIES` positions, from its beginning. A block attends by itself,
+    over as many keys as can be seen from it, and as a whole: what is not in the step is filled with other tokens.
+    """
+    groups: list[AttentionGroup] = []
+    queries, keys, tokens = [], [], []
+    masks: dict[int, Tensor] = {}
+    token = key = placed_tokens = placed_keys = 0
+    device = access.read.device
+
+    def before(block: int) -> int:
+        """Keys that a block sees before its own."""
+        return block if access.window is None else min(block, access.window - 1)
+
+    def nearest(first: int, end: int, start: int, count: int, at: int) -> Tensor:
+        """Where the positions from `first` to `end` lie, if `count` from `start` on begin at `at`."""
+        return at + (torch.arange(first, end, device=device) - start).clamp(0, count - 1)
+
+    for first, asked, known in zip(access.firsts, access.queries, access.keys, strict=True):
+        start, last = first // BLOCK_QUERIES * BLOCK_QUERIES, first + asked
+        end = -(-last // BLOCK_QUERIES) * BLOCK_QUERIES
+        lowest = start - before(start)
+        queries.append(nearest(start, end, first, asked, token))
+        keys.append(nearest(lowest, end, last - known, known, key))
+        tokens.append(placed_tokens + torch.arange(first - start, last - start, device=device))
+        for block in range(start, end, BLOCK_QUERIES):
+            seen = before(block) + BLOCK_QUERIES
+            if block not in masks:
+                count = torch.full((1,), seen, device=device)
+                masks[block] = visible(BLOCK_QUERIES, seen, count, access.window, access.dtype)
+            at, behind = placed_tokens + block - start, placed_keys + block - before(block) - lowest
+            own, over = slice(at, at + BLOCK_QUERIES), slice(behind, behind + seen)
+            groups.append(AttentionGroup(1, BLOCK_QUERIES, seen, own, over, masks[block]))
+        token, key = token + asked, key + known
+        placed_tokens, placed_keys = placed_tokens + end - start, placed_keys + end - lowest
+    layout = Layout(torch.cat(queries), torch.cat(keys), torch.cat(tokens))
+    return AttentionPlan(groups, access.read, access.write, access.window, layout)
 
 
 def _padded(read: Tensor, longest: int, counts: Tensor, padding: int) -> Tensor:
@@ -158,12 +212,15 @@ def paged_attention(
         raise _unsupported(module, "attends more than once in a layer")
     new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     keys, values = paged_step.write_and_read(layer, new_keys, new_values, plan.read, plan.write)
-    queries = query[0].transpose(0, 1)
+    queries, layout = query[0].transpose(0, 1), plan.layout
+    if layout is not None:
+        queries, keys, values = queries[layout.queries], keys[layout.keys], values[layout.keys]
     outputs = [
         attend(group, queries[group.token_range], keys[group.key_range], values[group.key_range], scaling, softcap)
         for group in plan.groups
     ]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return (output if layout is None else output[layout.tokens])[None], None
 
 
 def _is_whole(window: int | None, module: Any) -> bool:

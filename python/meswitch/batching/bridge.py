@@ -309,6 +309,7 @@ class PagedBatch:
             access = CacheAccess(
                 queries,
                 keys,
+                pasts,
                 kwargs["cu_seq_lens_k"][kind].diff(),
                 kwargs["read_index"][allocator.index],
                 kwargs["write_index"][allocator.index],

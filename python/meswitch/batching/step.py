@@ -25,7 +25,8 @@ class NewToken:
 class CacheAccess:
     """What the layers of one kind of attention read and write in a step.
 
-    `queries` and `keys`: how many each request of the step has, in order; `key_counts int32 [requests]`: `keys` on the
+    `queries` and `keys`: how many each request of the step has, in order; `firsts`: the position of its first query in
+    its own sequence; `key_counts int32 [requests]`: `keys` on the
     model's device. `read int64 [sum(keys)]`: where the keys lie in the cache, empty where nothing was cached before;
     `write int64 [sum(queries)]`. `padding`: a place that may be read for a key that is masked. `window`: how many keys
     a token sees at most, its own included; `None` for all. `dtype`: of the cache.
@@ -33,6 +34,7 @@ class CacheAccess:
 
     queries: list[int]
     keys: list[int]
+    firsts: list[int]
     key_counts: Tensor
     read: Tensor
     write: Tensor

@@ -10,6 +10,7 @@ has a result. A caller acquires its request's expert; it is released here, when 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -39,6 +40,7 @@ from meswitch.experts.settings import SettingsReader
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.config import context_limit
 from meswitch.huggingface.models import load_model
+from meswitch.kernels.invariance import BatchInvariance
 from meswitch.kernels.rows import BASE_SLOT
 from meswitch.kernels.select import select_kernels
 from meswitch.layers.install import ExpertLayers
@@ -163,6 +165,8 @@ class Worker(threading.Thread):
         base = Checkpoint(settings.base)
         model = load_model(base, settings.dtype or "auto", check=check_supported).to(settings.device)
         self.model: Any = model.eval().requires_grad_(False)
+        if settings.exact and model._can_set_experts_implementation():
+            model.set_experts_implementation("eager")  # products of rows with one matrix, which can be kept apart
         self.text_config = model.config.get_text_config(decoder=True)
         kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
         self.layers: Any = ExpertLayers(model, kernels, run=self.call)
@@ -178,7 +182,9 @@ class Worker(threading.Thread):
         self._try_step()
 
     def _start_batching(self) -> None:
-        paged = attention.can_be_paged(self.model)
+        exact, paged = self.settings.exact, attention.can_be_paged(self.model)
+        self._arithmetic = BatchInvariance if exact else contextlib.nullcontext
+        plan_attention = attention.plan_invariant_attention if exact else attention.plan_attention
         self.plan = plan = self._plan_cache(masks=not paged)
         self.sampler: Any = RequestSampler()
         self._plain_attention = attention.plain_attention(self.model)
@@ -191,7 +197,7 @@ class Worker(threading.Thread):
                 scheduler=ExpertScheduler,
                 sampler=self.sampler,
                 attention=attention.PAGED if paged else None,
-                plan_attention=attention.plan_attention if paged else None,
+                plan_attention=plan_attention if paged else None,
             )
         except MemoryError as error:
             raise BudgetError(f"kv_budget: {plan.nbytes} bytes do not fit this machine: {error}") from error
@@ -216,7 +222,8 @@ class Worker(threading.Thread):
         self.batch.add(name, [0], 1, ())
         self.batch.prepare()
         try:
-            self.batch.run()
+            with self._arithmetic():
+                self.batch.run()
         except MeswitchError:
             raise
         except Exception as error:  # whatever a model does with a cache that is not its own
@@ -272,7 +279,8 @@ class Worker(threading.Thread):
             if not self.batch.prepare():
                 return False
             self._begin_step()
-            self.batch.run()
+            with self._arithmetic():
+                self.batch.run()
             tokens = self.batch.update()
             failures = self.sampler.failures()
         except Exception as error:

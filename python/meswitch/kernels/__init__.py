@@ -2,7 +2,7 @@
 
     layers ── Kernels (protocol) ─┬─ cpu      native kernels: lookup tables, fused and merged products
                                   └─ torch    plain torch on any device: unpack a tile, multiply
-    reference.py is the truth of both
+    reference.py is the truth of both; invariance keeps rows apart where arithmetic is exact
 
 A step packs the tokens of many requests one after another. `Rows` says which slot each token belongs to, and an
 operation adds to every token what the delta in its slot makes of it. Which product is quickest (base and delta merged,

@@ -23,11 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meswitch import _native
+from meswitch.kernels import invariance
 from meswitch.kernels.rows import Rows
 from meswitch.site import DeltaSite, QuantizedSite
-
-EXACT_PREFILL_TOKENS = 16
-"""From so many tokens of one expert on, exact arithmetic is quicker as a product of torch over unpacked rows."""
 
 MERGE_TOKENS = 64
 """From so many tokens of one expert on, one product with base and delta merged is quicker than one with each."""
@@ -215,19 +213,19 @@ def delta_linear(y: Tensor, x: Tensor, rows: Rows, table: DeltaTable, *, exact: 
     """`y[t] += Δ̂ of its slot · x[t]`, in place.
 
     `x [..., in_features]`, `y [..., >= out_features]`, a row a token, float32, bfloat16 or float16, on the CPU. With
-    `exact` the arithmetic is the reference's, in float32; else sums of neighbouring activations are rounded to
-    16 bits and looked up (an error of a quarter of a per cent of what the delta adds, at most 0.4), unless scales
-    change within 8 columns.
+    `exact` the arithmetic is the reference's, in float32, and a token's own whatever others come with it; else sums of
+    neighbouring activations are rounded to 16 bits and looked up (an error of a quarter of a per cent of what the delta
+    adds, at most 0.4), unless scales change within 8 columns.
     Raises `ValueError` where shapes, dtypes or devices do not fit.
     """
-    if not exact or rows.most_tokens < EXACT_PREFILL_TOKENS:
-        table.native.delta_linear(y, x, rows.native, exact)
+    if not exact:
+        table.native.delta_linear(y, x, rows.native, False)
         return
     x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for slot, tokens in rows.tokens.items():
         delta = table.matrix(slot)
         if delta is not None:
-            _exact_prefill(y, x, tokens, delta, table)
+            _exact_product(y, x, tokens, delta, table)
 
 
 def has_fused_kernel(weight: Tensor) -> bool:
@@ -298,14 +296,14 @@ def _float32_is_quicker(dtype: torch.dtype) -> bool:
     return 4 * best(x, weight) < 3 * best(x.to(dtype), weight.to(dtype))
 
 
-def _exact_prefill(y: Tensor, x: Tensor, tokens: list[int], delta: _native.Matrix, table: DeltaTable) -> None:
-    """Tokens of one expert: rows unpacked a tile at a time, multiplied by torch."""
+def _exact_product(y: Tensor, x: Tensor, tokens: list[int], delta: _native.Matrix, table: DeltaTable) -> None:
+    """Tokens of one expert: rows unpacked a tile at a time, multiplied by torch in blocks of tokens."""
     index = slice(None) if len(tokens) == x.shape[0] else torch.tensor(tokens)
     chosen = x[index].float()
     for start, count in _tiles(table.out_features, table.in_features):
         tile = _tile(count, table.in_features, torch.float32)
         delta.dense(start, tile)
-        y[index, start : start + count] += (chosen @ tile.T).to(y.dtype)
+        y[index, start : start + count] += invariance.linear(chosen, tile).to(y.dtype)
 
 
 def _tile(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -57,6 +57,12 @@ class Rows:
         return {slot: self._tensor(tokens) for slot, tokens in self.tokens.items()}
 
     @cached_property
+    def distinct(self) -> dict[int, Tensor]:
+        """`groups`, and the tokens of the base."""
+        base = [token for token, slot in enumerate(self.slots) if slot == BASE_SLOT]
+        return {**({BASE_SLOT: self._tensor(base)} if base else {}), **self.groups}
+
+    @cached_property
     def bank_index(self) -> Tensor:
         """Slot + 1 of every token, `int64 [tokens]`: its row in a table whose first row is the base's."""
         return self._tensor([slot + 1 for slot in self.slots])

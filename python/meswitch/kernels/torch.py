@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from meswitch import reference
 from meswitch.errors import FormatError
+from meswitch.kernels import invariance
 from meswitch.kernels.rows import Rows
 from meswitch.site import DeltaSite, Part, QuantizedSite, Sparse
 
@@ -84,7 +85,7 @@ class TorchLinear(_DeltaTable):
     def add(self, y: Tensor, x: Tensor, rows: Rows) -> None:
         for delta, index in self._active(rows):
             chosen = x[index].float()
-            product = [chosen @ delta.rows(tile).T for tile in delta.tiles()]
+            product = [invariance.linear(chosen, delta.rows(tile)) for tile in delta.tiles()]
             y[index, : delta.out_features] += torch.cat(product, dim=1).to(y.dtype)
 
 

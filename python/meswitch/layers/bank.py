@@ -15,6 +15,11 @@ class Bank:
         self._base = base.detach()
         self._values = self._base.unsqueeze(0).clone()
 
+    @property
+    def dim(self) -> int:
+        """Axes of one value."""
+        return self._base.dim()
+
     def set(self, slot: int, value: Tensor) -> None:
         count = self._values.shape[0]
         if slot + 2 > count:  # at least doubled, so that many experts are not copied for each one more

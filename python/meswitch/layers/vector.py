@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from meswitch.errors import UnsupportedModelError
 from meswitch.kernels.protocol import Kernels
+from meswitch.kernels.rows import Rows
 from meswitch.layers.bank import Bank
 from meswitch.layers.step import Step
 from meswitch.layers.wrapper import Wrapper
@@ -60,11 +61,30 @@ class VectorWrapper(Wrapper):
         rows = self.step.tokens
         if not self.active(rows):
             return self.base_forward(x, *args, **kwargs)
+        if self.kernels.exact:
+            return self._by_slot(rows, x, *args, **kwargs)
         if rows.only_slot is not None:  # all tokens belong to one expert, so the number of rows does not matter
             only = {leaf: bank.value(rows.only_slot) for leaf, bank in self.banks.items()}
             return self._with(only, x, *args, **kwargs)
         values = {leaf: bank.gather(rows, self.step.last_slot) for leaf, bank in self.banks.items()}
         return self._run(values, x, *args, **kwargs)
+
+    def _by_slot(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module as it is, on the tokens of one slot after another: nothing that others change is in between."""
+        if len(rows.distinct) == 1:
+            return self._of_slot(rows.slots[0], x, *args, **kwargs)
+        axis = self._token_axis(x, len(rows), next(iter(self.banks.values())).dim)
+        y: Tensor | None = None
+        for slot, index in rows.distinct.items():
+            part = self._of_slot(slot, x.index_select(axis, index), *args, **kwargs)
+            y = part.new_empty(x.shape) if y is None else y
+            y.index_copy_(axis, index, part)
+        return y
+
+    def _of_slot(self, slot: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if slot not in self.slots:
+            return self.base_forward(x, *args, **kwargs)
+        return self._with({leaf: bank.value(slot) for leaf, bank in self.banks.items()}, x, *args, **kwargs)
 
     def _run(self, values: Mapping[str, Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module on `x`, each token with its own row of `values [T, ...]`."""
@@ -99,15 +119,18 @@ class VectorWrapper(Wrapper):
     def _per_token(self, value: Tensor, x: Tensor) -> Tensor:
         """`value [T, *own]` shaped to broadcast over `x`, whose axes before `own` hold the tokens once."""
         own = value.dim() - 1
-        lead = x.shape[: x.dim() - own]
-        axes = [axis for axis, size in enumerate(lead) if size == value.shape[0]]
-        if not axes or tuple(x.shape[x.dim() - own :]) != tuple(value.shape[1:]):
+        if tuple(x.shape[x.dim() - own :]) != tuple(value.shape[1:]):
             self.expect_rows(x[..., 0].numel() if x.dim() else 0, self.step.tokens)
-            axes = axes or [0]
-        axis = max(axes, key=lambda a: x.stride(a))  # tokens lie outermost in memory, heads within them
-        shape = [1] * len(lead)
-        shape[axis] = value.shape[0]
+        shape = [1] * (x.dim() - own)
+        shape[self._token_axis(x, value.shape[0], own)] = value.shape[0]
         return value.view(*shape, *value.shape[1:])
+
+    def _token_axis(self, x: Tensor, tokens: int, own: int) -> int:
+        """The axis of `x` that the tokens lie along; the last `own` axes are each token's own."""
+        axes = [axis for axis, size in enumerate(x.shape[: x.dim() - own]) if size == tokens]
+        if not axes:
+            self.expect_rows(x[..., 0].numel() if x.dim() else 0, self.step.tokens)
+        return max(axes or [0], key=x.stride)  # tokens lie outermost in memory, heads within them
 
     def probe(self, leaf: str) -> bool:
         """Whether the module, given one value per token, computes what it would with each value in turn.
