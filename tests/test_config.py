@@ -16,8 +16,9 @@ from meswitch.compression.job import compress
 from meswitch.delta.directory import Delta
 from meswitch.delta.restoration import restore
 from meswitch.engine.engine import Engine
-from meswitch.errors import ArchitectureError
-from meswitch.huggingface.config import config_changes, text_config
+from meswitch.errors import ArchitectureError, CheckpointError
+from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.huggingface.config import config_changes, read_config, text_config
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
@@ -116,3 +117,12 @@ def test_carried_reported_and_refused(tmp_path: Path) -> None:
         with pytest.raises(ArchitectureError, match=said):
             engine.generate("x", expert="long")
         assert engine.generate("x", expert="plain", max_new_tokens=2).expert == "plain"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\ud800"], ids=["", "{", "[]", "deep", "bytes"])
+def test_a_config_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    save_random(tmp_path / "base", config_of("llama"))
+    (tmp_path / "base/config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    for read in (read_config, Checkpoint.open, lambda folder: compress(folder, folder, tmp_path / "delta")):
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            read(tmp_path / "base")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from meswitch.errors import ArchitectureError, CheckpointError, NonFiniteError, UnsupportedModelError
 from meswitch.huggingface.checkpoint import HEAD, Checkpoint
+from meswitch.huggingface.config import parse_json
 from meswitch.huggingface.models import is_transposed, skeleton
 from meswitch.huggingface.names import spellings
 from meswitch.site import matrix_shape
@@ -218,7 +219,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """`adapter_config.json`. Raises `UnsupportedModelError` where it is not plain LoRA."""
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(
             f"expected a peft adapter's {CONFIG} in {folder}, found {type(error).__name__}",

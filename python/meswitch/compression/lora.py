@@ -27,6 +27,7 @@ from meswitch.compression.low_rank import Factors
 from meswitch.delta.directory import MANIFEST, Delta
 from meswitch.errors import ArchitectureError, CheckpointError
 from meswitch.huggingface.checkpoint import DTYPES, HEAD, Checkpoint, resolve
+from meswitch.huggingface.config import parse_json
 from meswitch.huggingface.files import TEMPLATE, VOCABULARY, matches, small_files
 from meswitch.huggingface.models import is_transposed
 from meswitch.progress import Progress, ProgressCallback
@@ -253,7 +254,7 @@ def _has_template(files: dict[str, Path]) -> bool:
     if "tokenizer_config.json" not in files:
         return False
     try:
-        return bool(json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8")).get("chat_template"))
+        return bool(parse_json(files["tokenizer_config.json"].read_text(encoding="utf-8")).get("chat_template"))
     except ValueError as error:
         raise CheckpointError(f"expected JSON in {files['tokenizer_config.json']}, found otherwise: {error}") from error
 

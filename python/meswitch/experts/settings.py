@@ -8,7 +8,6 @@ its config.json. Only an expert whose directory has no vocabulary at all speaks 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from meswitch.delta.directory import Delta
 from meswitch.errors import ArchitectureError, CheckpointError, FormatError, MeswitchError, RequestError
 from meswitch.experts.files import ContentStore, SmallFiles, base_files, delta_files, written_out
 from meswitch.experts.tokenizers import Tokenizer, TokenizerFiles, TokenizerStore
-from meswitch.huggingface.config import config_changes, text_config
+from meswitch.huggingface.config import config_changes, parse_json, text_config
 
 _log = logging.getLogger(__name__)
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
@@ -156,7 +155,7 @@ def _generation_config(files: SmallFiles, path: Path, kind: type[MeswitchError])
     from_model: dict[str, Any] = {"_from_model_config": True} if name == _CONFIG else {}
     with written_out({name: files[name]}) as folder:
         try:
-            if not isinstance(json.loads(files[name].data), dict):
+            if not isinstance(parse_json(files[name].data), dict):
                 raise ValueError("not a JSON object")
             config: GenerationConfig = GenerationConfig.from_pretrained(
                 folder, config_file_name=name, local_files_only=True, **from_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from meswitch.errors import RequestError
 from meswitch.experts.files import SmallFiles, written_out
+from meswitch.huggingface.config import parse_json
 from meswitch.huggingface.files import TOKENIZER, VOCABULARY, matches
 from meswitch.huggingface.text import load_tokenizer
 
@@ -171,7 +171,7 @@ class TokenizerFiles:
         if not matches(names, VOCABULARY):
             return None
         # transformers looks into config.json for the tokenizer's class; nothing else of it matters here.
-        config = json.loads(files["config.json"].data) if "config.json" in files else {}
+        config = parse_json(files["config.json"].data) if "config.json" in files else {}
         identity = tuple(str(config.get(field)) for field in ("model_type", "tokenizer_class", "model_name"))
         contents = sorted((name, files[name].checksum) for name in names)
         wanted = {name: files[name] for name in ("config.json", *names) if name in files}

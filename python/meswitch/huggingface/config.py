@@ -36,13 +36,25 @@ HARMLESS = frozenset(
 _RESOLVED_FIELDS = ("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """JSON as Python reads it. Text that is nested too deeply is a `ValueError` like any other that is not JSON.
+
+    >>> parse_json('{"dtype": "bfloat16"}')
+    {'dtype': 'bfloat16'}
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("arrays or objects nested too deeply") from error
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` as it is written. Raises `CheckpointError` if there is none.
 
     Python's JSON has Infinity and NaN, and so have configs that transformers writes.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(
             f"expected a config.json in {folder}, found {type(error).__name__}",

@@ -12,13 +12,13 @@ A null is a column that is not there. Columns that are not read are named in a `
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from meswitch.errors import DataError, DataWarning
+from meswitch.huggingface.config import parse_json
 
 _ANSWERS = ("completion", "response", "output")
 _PREFERENCES = ("chosen", "rejected")
@@ -57,8 +57,8 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}:{number}"
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError of its own
+            value = parse_json(line)
+        except ValueError as error:  # a number of 5,000 digits is a ValueError of its own
             raise DataError(f"expected a JSON object a line, found {_short(line)}: {where}") from error
         if not isinstance(value, dict):
             raise DataError(f"expected a JSON object a line, found {type(value).__name__}: {where}")
@@ -216,7 +216,7 @@ def _render(messages: Messages, columns: _Columns, tokenizer: Any) -> str:
         )
     tools = columns.get("tools")
     try:
-        tools = json.loads(tools or "null") if isinstance(tools, str) else tools
+        tools = parse_json(tools or "null") if isinstance(tools, str) else tools
         return str(tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False))
     except Exception as error:  # a template is a program that may raise anything
         raise DataError(f"expected messages the chat template accepts, found {error}: {where}") from error

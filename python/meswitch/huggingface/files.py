@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from meswitch.errors import CheckpointError
-from meswitch.huggingface.config import read_config
+from meswitch.huggingface.config import parse_json, read_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -49,7 +48,7 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
 def _read_index(path: Path) -> dict[str, str]:
     """The file of every tensor that an index lists."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"expected an index in JSON in {path}, found otherwise: {error}") from error
     file_of = index.get("weight_map") if isinstance(index, dict) else None

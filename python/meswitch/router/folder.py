@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meswitch.errors import RouterError
+from meswitch.huggingface.config import parse_json
 from meswitch.target import new_folder
 
 MANIFEST = "router.json"
@@ -18,10 +19,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """`router.json` of a router's folder; raises `RouterError` where it is missing, malformed or of a later version."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = parse_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RouterError(f"expected a router, found no router.json: {path}", hint="meswitch router train") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RouterError(f"expected JSON, found {error}: {file}") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
