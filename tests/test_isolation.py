@@ -93,6 +93,22 @@ def test_a_greedy_row_too(engine: Engine, name: str) -> None:
     settle(engine)
 
 
+def test_a_model_that_gives_no_numbers_fails_its_own_rows(engine: Engine, monkeypatch: Any) -> None:
+    expected = engine.generate([PROMPT] * 2, expert=["b", "base"], max_new_tokens=6)
+    wrong, *right = requests_of(engine, ["a", "b", "base"], max_new_tokens=6)
+
+    def broken(ids: list[str], scores: Tensor) -> None:
+        if wrong.id in ids:
+            scores[ids.index(wrong.id), 7] = torch.nan
+
+    monkeypatch.setattr(engine._worker.sampler, "observe", broken)
+    engine._worker.submit([wrong, *right])
+    with pytest.raises(RequestError, match="found NaN or infinity"):
+        wrong.result()
+    assert [request.result() for request in right] == expected
+    settle(engine)
+
+
 def test_no_number_in_the_call_hurts_a_neighbour(engine: Engine) -> None:
     """Refused, failed or answered: the neighbour has its text."""
     expected = engine.generate(PROMPT, expert="b", max_new_tokens=20)

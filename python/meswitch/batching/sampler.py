@@ -84,20 +84,21 @@ class RequestSampler(LogitsProcessor):
         self._failures, self._usable = {}, {}
         if self.observe is not None:
             self.observe([request.request_id for request in requests], scores)
-        for row, request in enumerate(requests):
-            state = self.states[request.request_id]
+        states = [self.states[request.request_id] for request in requests]
+        for row, state in enumerate(states):
             if state.vocabulary < scores.shape[1]:
                 # A model may squash its logits after lm_head (soft-capping), and −inf with them.
                 scores[row, state.vocabulary :] = -torch.inf
+        usable = scores[: len(states)].amax(dim=1, keepdim=True) > -torch.inf  # not where a logit is NaN
+        for row, (state, request) in enumerate(zip(states, requests, strict=True)):
+            self._usable[request.request_id] = usable[row]
             if state.processors or state.generator is not None:
                 try:
-                    token, usable = _choose(state, request, scores[row, : state.vocabulary])
+                    token, self._usable[request.request_id] = _choose(state, request, scores[row, : state.vocabulary])
                     scores[row] = -torch.inf
                     scores[row].index_fill_(0, token, 0.0)
                 except Exception as error:  # processors do what an expert's own file says
                     self._failures[request.request_id] = _failed(f"{type(error).__name__}: {error}")
-                else:
-                    self._usable[request.request_id] = usable
         return scores
 
     def failures(self) -> dict[str, RequestError]:
@@ -105,7 +106,7 @@ class RequestSampler(LogitsProcessor):
         read from the device by then."""
         if self._usable and not torch.cat(list(self._usable.values())).all():
             for request_id, usable in self._usable.items():
-                if not usable:
+                if not usable and request_id not in self._failures:
                     self._failures[request_id] = _failed("expected finite probabilities, found NaN or infinity")
         failures, self._failures, self._usable = self._failures, {}, {}
         return failures
@@ -131,5 +132,6 @@ def _choose(state: SamplingState, request: Any, scores: Tensor) -> tuple[Tensor,
 
 def _failed(why: str) -> RequestError:
     return RequestError(
-        f"sampling failed: {why}", hint="check the sampling settings, and the expert's generation_config.json"
+        f"sampling failed: {why}",
+        hint="check the sampling settings, and the expert's generation_config.json and weights",
     )
