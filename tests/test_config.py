@@ -84,6 +84,33 @@ def test_an_old_spelling_is_no_change(tmp_path: Path) -> None:
     assert not config_changes(new, saved(tmp_path / "old", "llama", rope_theta=10000.0))
 
 
+@pytest.mark.parametrize("other", [{"type": "yarn"}, {"beta_fast": 32.0, "beta_slow": 1}, {"truncate": True}])
+def test_rope_settings_are_compared_by_meaning(other: dict[str, Any], tmp_path: Path) -> None:
+    yarn = {"factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    plain, odd = saved(tmp_path / "base", "llama"), saved(tmp_path / "expert", "llama")
+    plain["rope_parameters"] = yarn | {"rope_type": "yarn"}
+    odd["rope_parameters"] = yarn | ({} if "type" in other else {"rope_type": "yarn"}) | other
+    assert not config_changes(plain, odd)
+    odd["rope_parameters"] |= {"beta_fast": 16}
+    assert list(config_changes(plain, odd)) == ["rope_parameters"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_infinity_and_nan_in_a_config(tied: bool, tmp_path: Path) -> None:
+    limits, odd = {"limit": [0.0, float("inf")]}, {"odd": float("nan")}
+    for name, seed, fields in (("base", 0, odd), ("finetune", 1, odd | limits)):
+        save_random(tmp_path / name, config_of("llama", tie_word_embeddings=tied), seed)
+        edit(tmp_path / name, **fields)
+    report = compress(tmp_path / "base", tmp_path / "finetune", tmp_path / "delta")
+    assert report.config_changes == {"limit": (None, [0.0, float("inf")])}
+    assert Delta.open(tmp_path / "delta").manifest["settings"]["config_changes"] == {"limit": [None, [0.0, "Infinity"]]}
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["config_changes"] == {
+        "limit": [None, [0.0, "Infinity"]]
+    }
+    restore(tmp_path / "base", tmp_path / "delta", tmp_path / "restored")
+    assert json.loads((tmp_path / "restored" / "config.json").read_text())["limit"] == [0.0, float("inf")]
+
+
 def test_a_longer_context_counts_where_rope_depends_on_it(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
     base = saved(tmp_path / "base", "llama", rope_parameters=yarn)

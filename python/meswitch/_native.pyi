@@ -16,10 +16,10 @@ __all__ = [
     "backends",
     "base_linear",
     "base_linear_tokens",
-    "bit_equal",
     "compress",
     "cpu_features",
     "estimate_bytes",
+    "is_shared",
     "kernel_threads",
     "probe",
     "resolve_target",
@@ -116,7 +116,7 @@ def estimate_bytes(
     settings: str,
     base_name: str,
 ) -> int: ...
-def bit_equal(base: Checkpoint, finetune: Checkpoint, name: str) -> bool: ...
+def is_shared(base: Checkpoint, finetune: Checkpoint, name: str) -> bool: ...
 def resolve_target(path: str | PathLike[str], replaces: str | None) -> PathLike[str]: ...
 def row_energies(
     base: Checkpoint, finetune: Checkpoint, name: str, transposed: bool, moments: bytes | None

@@ -163,7 +163,7 @@ def served(site: Site, base: Tensor) -> Tensor:
     if isinstance(site, ReplacedSite):
         return site.value
     if isinstance(site, SharedSite):
-        return base.to(site.dtype)
+        return base
     old_rows = base[: site.base_rows].float() if base.dim() else base.float()
     weight = old_rows + from_matrix(dense(site), old_rows.shape, transposed=site.transposed)
     return weight if site.added is None else torch.cat([weight, site.added.float()])

@@ -1,6 +1,6 @@
 """One parameter of a delta directory, as data. A site is of exactly one of four kinds.
 
-    Site = SharedSite       bit-equal to the base: nothing is stored
+    Site = SharedSite       the base, cast to its dtype at most: nothing is stored
          | ReplacedSite     stored uncompressed, in its own dtype
          | QuantizedSite    codes and scales, with salient channels and a low-rank part, or sparse entries
          | LowRankSite      two thin factors and nothing else (an imported LoRA)
@@ -155,7 +155,7 @@ class _Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedSite(_Parameter):
-    """A parameter that is bit-equal in base and fine-tune."""
+    """A parameter that is the base's own, cast to the fine-tune's dtype."""
 
     kind = "shared"
 

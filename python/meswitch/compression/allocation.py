@@ -5,7 +5,7 @@
     all sites ── steps down their hulls, the largest loss a byte first, until the target is reached
 
 A *form* is a way to store one site, with its bytes and its loss. Only forms on the lower convex hull of loss against
-bytes can be optimal. Sites that are bit-equal to the base take no bytes and have no forms.
+bytes can be optimal. Sites that are shared with the base take no bytes and have no forms.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def allocate(
 ) -> Allocation:
     """Chooses a form for every site so that the whole delta takes at most `target` bytes, as `weigh` counts them.
 
-    `plans` without a rule, and those whose names are in `shared` (bit-equal to the base), stay as they are. `progress`
+    `plans` without a rule, and those whose names are in `shared` (the base's own), stay as they are. `progress`
     gets a site's name, the weights done and all weights. Equal arguments make equal choices.
 
     Raises `BudgetError` if even the smallest forms take more, with the bytes that they need; `NonFiniteError`.

@@ -30,6 +30,7 @@ from meswitch.errors import DataError, FormatError, NonFiniteError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.documents import read_texts
 from meswitch.huggingface.models import load_model
+from meswitch.huggingface.pairing import Pair, pair
 from meswitch.huggingface.text import (
     FORWARD_TOKENS,
     batches,
@@ -175,7 +176,7 @@ def evaluate(
         opened.check_base(checkpoint)
         finetune = load_model(finetuned, torch.float32)
         finetune_score, score, kl, agreement = _compare(run, finetune, expert_model(checkpoint, opened), data)
-        comparison = _compare_svd(run, checkpoint, opened, finetuned, finetune, data) if svd else None
+        comparison = _compare_svd(run, opened, pair(checkpoint, finetuned), finetune, data) if svd else None
         del finetune  # before another model is loaded
     base_score = _score_base(run, load_model(checkpoint, torch.float32))
     return Evaluation(run.scored, base_score, finetune_score, score, kl, agreement, comparison)
@@ -234,13 +235,11 @@ def _compare(run: _Run, finetune: Any, expert: Any, data: str | Path) -> tuple[S
     return Score(means[0]), Score(means[1]), max(means[2], 0.0), means[3]
 
 
-def _compare_svd(
-    run: _Run, base: Checkpoint, delta: Delta, against: Checkpoint, finetune: Any, data: str | Path
-) -> SvdComparison:
+def _compare_svd(run: _Run, delta: Delta, paired: Pair, finetune: Any, data: str | Path) -> SvdComparison:
     """The same with a truncated SVD of equal bytes in place of every quantized site."""
     quantized = [site for site in delta.sites.values() if isinstance(site, QuantizedSite)]
-    svd_sites = {site.name: low_rank.svd_of_equal_bytes(site, base, against) for site in quantized}
-    _, score, kl, agreement = _compare(run, finetune, expert_model(base, delta, delta.sites | svd_sites), data)
+    svd_sites = {site.name: low_rank.svd_of_equal_bytes(site, paired.base, paired.finetune) for site in quantized}
+    _, score, kl, agreement = _compare(run, finetune, expert_model(paired.base, delta, delta.sites | svd_sites), data)
     ranks = [low_rank.rank_of_equal_bytes(site) for site in quantized]
     saved = sum(site.nbytes - svd_sites[site.name].nbytes for site in quantized)
     return SvdComparison(score, kl, agreement, statistics.median(ranks) if ranks else None, delta.nbytes - saved)

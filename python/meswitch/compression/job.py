@@ -8,12 +8,12 @@ What each site gets is decided here; quantizing, hashing, writing and resuming a
 
 from __future__ import annotations
 
-import json
 import math
 import resource
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,10 @@ from meswitch.compression.presets import PRESETS
 from meswitch.delta.directory import MANIFEST, Delta
 from meswitch.errors import UnsupportedModelError
 from meswitch.huggingface.checkpoint import Checkpoint
-from meswitch.huggingface.config import config_changes, text_config
-from meswitch.huggingface.files import small_files
+from meswitch.huggingface.config import config_changes, finite, json_text, text_config
+from meswitch.huggingface.files import carried_files
+from meswitch.huggingface.pairing import pair
+from meswitch.huggingface.quantization import refuse_quantized
 from meswitch.progress import ProgressCallback, ProgressMeter
 from meswitch.target import resolve_target
 
@@ -63,7 +65,8 @@ class CompressReport:
 
     def to_json(self) -> dict[str, Any]:
         """The fields by their names, without `config_changes` if there are none."""
-        return {name: value for name, value in asdict(self).items() if name != "config_changes" or value}
+        fields = finite(asdict(self))
+        return {name: value for name, value in fields.items() if name != "config_changes" or value}
 
 
 def compress(
@@ -97,8 +100,9 @@ def compress(
     """
     options = CompressOptions(options) if isinstance(options, str) else options
     start, target = time.perf_counter(), resolve_target(out, replaces=MANIFEST)
-    job = _Job(Checkpoint.open(base), Checkpoint.open(finetune), options, calibration)
-    resumed, allocation = job.run(target, sensitivity or {}, progress)
+    with tempfile.TemporaryDirectory() as scratch:
+        job = _Job(Checkpoint.open(base), Checkpoint.open(finetune), options, calibration, Path(scratch))
+        resumed, allocation = job.run(target, sensitivity or {}, progress)
     seconds, delta = time.perf_counter() - start, Delta.open(target)
     return CompressReport(
         preset=options.label,
@@ -131,16 +135,27 @@ def _config_changes(base: Checkpoint, finetune: Checkpoint) -> dict[str, tuple[A
 class _Job:
     """One compress: the arguments of the native half, and what comes before it.
 
-    `settings` go into the manifest.
+    `settings` go into the manifest. `scratch`: a folder for files that are written before they are carried.
     """
 
     def __init__(
-        self, base: Checkpoint, finetune: Checkpoint, options: CompressOptions, calibration: Calibration | None
+        self,
+        base: Checkpoint,
+        finetune: Checkpoint,
+        options: CompressOptions,
+        calibration: Calibration | None,
+        scratch: Path,
     ) -> None:
-        self._base, self._finetune, self._options, self._calibration = base, finetune, options, calibration
-        self._pair = base.native, finetune.native
-        self._parameters = sum(prod(finetune.shape(name)) for name in finetune.names())
-        self._files = sorted(small_files(finetune.path).values())
+        refuse_quantized(base, "base")
+        refuse_quantized(finetune, "fine-tune")
+        paired = pair(base, finetune)
+        self._base, self._finetune, self._options = paired.base, paired.finetune, options
+        self._pair = paired.base.native, paired.finetune.native
+        self._own_names = paired.own_names
+        self._calibration = None if calibration is None else self._renamed(calibration)
+        self._parameters = sum(prod(self._finetune.shape(name)) for name in self._finetune.names())
+        files = carried_files(finetune.path, scratch)
+        self._files = [files[name] for name in sorted(files)]
         self._name = base.name
         self.settings: dict[str, Any] = {
             "preset": options.label,
@@ -155,6 +170,7 @@ class _Job:
         self, out: Path, sensitivity: dict[str, Tensor], progress: ProgressCallback | None
     ) -> tuple[int, Allocation | None]:
         """Writes the delta. Returns the weights that an earlier run had done, and the choice of method `auto`."""
+        sensitivity = self._under_base_names(sensitivity)
         plans = list(make_plans(self._base, self._finetune, self._options.rules, self._calibration))
         if not self._options.chooses_per_site:
             meter = ProgressMeter(progress, "compressing", self._parameters)
@@ -184,11 +200,18 @@ class _Job:
             meter.update(done_before + done, site, resumed)
 
         self.settings["compensated"] = factor is not None
-        settings, native = json.dumps(self.settings), [plan.to_native() for plan in plans]
+        settings, native = json_text(self.settings), [plan.to_native() for plan in plans]
         _native.compress(
             *self._pair, out, native, self._moments(plans), self._files, settings, self._name, step, factor
         )
         return resumed or 0
+
+    def _renamed(self, calibration: Calibration) -> Calibration:
+        return replace(calibration, second_moments=self._under_base_names(calibration.second_moments))
+
+    def _under_base_names(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What was measured on the fine-tune alone, by the base's names as well."""
+        return values | {name: values[own] for name, own in self._own_names.items() if own in values}
 
     def _moments(self, plans: list[Plan]) -> dict[str, bytes]:
         """E[x²] of the sites that are quantized, as little-endian float32."""
@@ -224,11 +247,11 @@ class _Job:
         bpw, target = self._options.bpw, self._options.target_bytes
         target = math.floor(bpw * self._parameters / 8) if bpw is not None else target
         self.settings |= {"method": "auto", "target_bytes": target}
-        shared = {plan.name for plan in plans if _native.bit_equal(*self._pair, plan.name)}
+        shared = {plan.name for plan in plans if _native.is_shared(*self._pair, plan.name)}
 
         def weigh(plans: list[Plan], summary: list[dict[str, Any]]) -> int:
             # With the longest number, so that the smallest possible size does not depend on the target.
-            settings = json.dumps({**self.settings, "target_bytes": 10**15, "chosen": summary})
+            settings = json_text({**self.settings, "target_bytes": 10**15, "chosen": summary})
             native = [plan.to_native() for plan in plans]
             return _native.estimate_bytes(*self._pair, native, shared, self._files, settings, self._name)
 

@@ -28,8 +28,9 @@ from meswitch.delta.directory import MANIFEST, Delta
 from meswitch.errors import ArchitectureError, CheckpointError
 from meswitch.huggingface.checkpoint import DTYPES, HEAD, Checkpoint, resolve
 from meswitch.huggingface.config import parse_json
-from meswitch.huggingface.files import TEMPLATE, VOCABULARY, matches, small_files
+from meswitch.huggingface.files import TEMPLATE, TOKENIZER, VOCABULARY, carried_files, matches
 from meswitch.huggingface.models import is_transposed
+from meswitch.huggingface.quantization import refuse_quantized
 from meswitch.progress import Progress, ProgressCallback
 from meswitch.site import from_matrix
 from meswitch.target import resolve_target
@@ -77,7 +78,9 @@ def import_adapter(
     4
     """
     start, target = time.perf_counter(), resolve_target(out, replaces=MANIFEST)
-    model = BaseModel(Checkpoint.open(base))
+    checkpoint = Checkpoint.open(base)
+    refuse_quantized(checkpoint, "base")
+    model = BaseModel(checkpoint)
     opened = Adapter.open(resolve(adapter), model)
     sites, config = _sites(model, opened)
     _write(model.checkpoint, opened, sites, config, target, progress)
@@ -113,7 +116,7 @@ def _write(
             progress(Progress("importing", done, total, site))
 
     with tempfile.TemporaryDirectory() as temporary:
-        files = _files(base.path, adapter.folder)
+        files = _files(base.path, adapter.folder, Path(temporary))
         if config != base.config:
             files["config.json"] = Path(temporary) / "config.json"
             files["config.json"].write_text(json.dumps(config, indent=2) + "\n")
@@ -236,13 +239,15 @@ def _update_vocabulary(base: BaseModel, sites: dict[str, _ImportedSite], config:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _files(base: Path, adapter: Path) -> dict[str, Path]:
+def _files(base: Path, adapter: Path, scratch: Path) -> dict[str, Path]:
     """The small files of the expert by name: the adapter's where it has its own, else the base's."""
-    base_files, adapter_files = small_files(base), small_files(adapter)
+    for name in ("base", "adapter"):
+        (scratch / name).mkdir()
+    base_files, adapter_files = carried_files(base, scratch / "base"), carried_files(adapter, scratch / "adapter")
     adapter_files.pop("config.json", None)  # if there is one, it is a copy of the base's
     templates = matches(base_files, TEMPLATE)
-    others = ("config.json", "generation_config.json", *templates)
-    dropped = [name for name in base_files if name not in others] if matches(adapter_files, VOCABULARY) else []
+    tokenizer = [name for name in matches(base_files, TOKENIZER) if name not in templates]
+    dropped = tokenizer if matches(adapter_files, VOCABULARY) else []
     dropped += templates if _has_template(adapter_files) else []
     return {name: path for name, path in base_files.items() if name not in dropped} | adapter_files
 

@@ -2,6 +2,7 @@
 
     files        which small files belong to a checkpoint        config    which fields of a config change a model
     checkpoint   a folder's tensors, mapped                      names     one parameter's names: file, model, adapter
+    pairing      base and fine-tune under one set of names         quantization   what is quantized, and so no input
     models       a model with all of its weights, or none        decoder   a model run a block at a time
     documents    data files to documents, line by line       text      tokenizers, windows of tokens
 

@@ -7,6 +7,7 @@ harmless.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ HARMLESS = frozenset(
     """.split()
 )
 # transformers resolves these into `layer_types` when it loads a config.
+_ROPE_DEFAULTS: dict[str, dict[str, Any]] = {"yarn": {"beta_fast": 32, "beta_slow": 1, "truncate": True}}
 _RESOLVED_FIELDS = ("max_window_layers", "sliding_window_pattern", "_sliding_window_pattern")
 
 
@@ -96,8 +98,50 @@ def config_changes(base: Mapping[str, Any], expert: Mapping[str, Any]) -> dict[s
         names -= set(_RESOLVED_FIELDS)
     if not all(re.fullmatch("default|linear|llama3|none", kind) for kind in _rope_types(base)):
         names.add("max_position_embeddings")  # other rope types derive frequencies from it
-    differing = sorted(name for name in names if base.get(name, missing) != expert.get(name, missing))
+    ours, theirs = ({**config, **_plain_rope(config)} for config in (base, expert))
+    differing = sorted(name for name in names if not _same(ours.get(name, missing), theirs.get(name, missing)))
     return {name: (base.get(name), expert.get(name)) for name in differing}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of a field are equal. NaN equals itself here."""
+    return bool(one == other) or json.dumps(one, default=repr) == json.dumps(other, default=repr)
+
+
+def _plain_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rope settings of a config in one spelling, without what has its default value."""
+
+    def plain(parameters: dict[str, Any]) -> dict[str, Any]:
+        kind = parameters.get("rope_type") or parameters.get("type") or "default"
+        defaults = _ROPE_DEFAULTS.get(kind, {}) | {"type": parameters.get("type")}
+        others = {name: value for name, value in parameters.items() if value is not None}
+        return {name: value for name, value in others.items() if defaults.get(name) != value} | {"rope_type": kind}
+
+    found = {name: config[name] for name in ("rope_parameters", "rope_scaling") if isinstance(config.get(name), dict)}
+    return {
+        name: {key: plain(value) for key, value in rope.items()}
+        if rope and all(isinstance(value, dict) for value in rope.values())
+        else plain(rope)
+        for name, rope in found.items()
+    }
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON: infinities and NaN, which only Python's JSON has, become their names.
+
+    >>> finite({"limit": [0.0, float("inf")]})
+    {'limit': [0.0, 'Infinity']}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def json_text(value: Any) -> str:
+    """JSON that any reader takes; see `finite`."""
+    return json.dumps(finite(value), allow_nan=False)
 
 
 def _rope_types(config: Mapping[str, Any]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,15 +12,23 @@ from meswitch.huggingface.config import parse_json, read_config
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
-VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece*.model", "*.tiktoken")
+VOCABULARY = (
+    *("tokenizer.json", "tokenizer.model", "tekken.json", "vocab*", "spiece.model", "sentencepiece*.model"),
+    *("*.tiktoken", "*.spm", "bpe.codes"),
+)
 """Files with a tokenizer's vocabulary; a folder without any of them has no tokenizer."""
 
 TEMPLATE = ("chat_template.*",)
-TOKENIZER = (*VOCABULARY, *TEMPLATE, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "merges.txt")
-SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER)
-"""The files that a delta directory keeps of its fine-tune."""
+_TEMPLATES_FOLDER = "additional_chat_templates"  # transformers' own name
+TOKENIZER = (
+    *(*VOCABULARY, *TEMPLATE, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "merges*"),
+    *("normalizer.json", "tokenization_*.py"),
+)
+PROCESSOR = ("processor_config.json", "*preprocessor_config.json", "audio_tokenizer_config.json")
+SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER, *PROCESSOR, "*.py")
+"""The files that a delta directory keeps of its fine-tune. Code is kept for others, and never run."""
 
-HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "bpe.codes", "*.py")
 """The files that are downloaded from the hub: weights, indices and small files, no pickles."""
 
 
@@ -77,6 +86,32 @@ def _no_weights(folder: Path) -> CheckpointError:
 def small_files(folder: Path) -> dict[str, Path]:
     """The paths of a checkpoint's small files, by name."""
     return {file.name: file for pattern in SMALL_FILES for file in folder.glob(pattern) if file.is_file()}
+
+
+def carried_files(folder: Path, scratch: Path) -> dict[str, Path]:
+    """`small_files`, with every chat template among them.
+
+    A delta directory has no folders in it. Templates in `additional_chat_templates/` go, with the default one, into a
+    copy of tokenizer_config.json in `scratch`, where transformers reads them as well. Raises `CheckpointError` for a
+    tokenizer_config.json that is not JSON.
+    """
+    files = small_files(folder)
+    templates = {path.stem: path for path in sorted((folder / _TEMPLATES_FOLDER).glob("*.jinja")) if path.is_file()}
+    if not templates:
+        return files
+    if "chat_template.jinja" in files:
+        templates = {"default": files.pop("chat_template.jinja"), **templates}
+    path = files.get("tokenizer_config.json")
+    try:
+        config = {} if path is None else parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"expected JSON in {path}, found otherwise: {error}") from error
+    config["chat_template"] = [
+        {"name": name, "template": template.read_text(encoding="utf-8")} for name, template in templates.items()
+    ]
+    files["tokenizer_config.json"] = scratch / "tokenizer_config.json"
+    files["tokenizer_config.json"].write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return files
 
 
 def matches(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

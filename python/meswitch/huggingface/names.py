@@ -9,14 +9,33 @@ files. Every search for a parameter goes through this file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
 
 T = TypeVar("T")
+
+
+class Place(NamedTuple):
+    """Where transformers loads a tensor to: a parameter or buffer, and which piece of it, if there are several.
+
+    A tensor that it leaves out has its own name for a parameter.
+    """
+
+    parameter: str
+    piece: str = ""
 
 
 def spellings(name: str, prefix: str) -> tuple[str, ...]:
@@ -62,10 +81,64 @@ class ParameterNames:
         }
         return {name: parameter for name, parameter in renamed.items() if parameter in parameters}
 
+    def places(self, names: Iterable[str]) -> dict[Place, str]:
+        """A checkpoint's tensors by the places that they are loaded to, in the order in which transformers reads them.
+
+        Of tensors with one place, the first counts.
+        """
+        state, places = self._model.state_dict(), dict[Place, str]()
+        for name in sorted(names, key=dot_natural_key):
+            parameter, pattern = rename_source_key(name, self._renamings, self._converters, self.prefix, state)
+            if parameter not in state and name in state:
+                parameter, pattern = name, None
+            piece = "" if pattern is None else self.spellings(name)[-1]
+            places.setdefault(Place(parameter, piece) if parameter in state else Place(name), name)
+        return places
+
+    def left_out(self, name: str) -> bool:
+        """Whether a tensor is one that transformers knows to leave out: a buffer of older versions, say."""
+        patterns = set(self._model._keys_to_ignore_on_load_unexpected or ())
+        buffers = [buffer for buffer, _ in self._model.named_buffers()]
+        if any(buffer.endswith("rotary_emb.inv_freq") for buffer in buffers):
+            patterns.add(r"rotary_emb\.inv_freq")  # of each layer in older versions, as transformers remembers
+        if any(buffer.endswith("position_ids") for buffer in buffers):
+            patterns.add(r"(^|\.)position_ids$")
+        return any(re.search(pattern, spelling) for pattern in patterns for spelling in self.spellings(name))
+
+    def tied_to(self, parameter: str) -> str | None:
+        """The parameter that this one is tied to, by the config."""
+        source: str | None = getattr(self._model, "all_tied_weights_keys", {}).get(parameter)
+        return source
+
+    def stack(self, parameter: str, names: Iterable[str]) -> list[str] | None:
+        """The order in which tensors of single MoE experts lie in a stack of them; `None` if it is no plain stack.
+
+        A plain stack is `[MoE experts, rows, columns]`, one matrix after another.
+        """
+        by_pattern: dict[str, list[str]] = {}
+        for name in sorted(names, key=dot_natural_key):
+            renamed = apply_renamings(name, self._renamings)
+            found = [(conv, conv.rename_source_key(renamed)[1]) for conv in self._converters]
+            converter, pattern = next((each for each in found if each[1] is not None), (None, None))
+            if converter is None or pattern is None or not _stacks_rows(converter):
+                return None
+            by_pattern.setdefault(pattern, []).append(name)
+            order = converter.source_patterns
+        columns = [by_pattern[pattern] for pattern in order if pattern in by_pattern]
+        if len({len(column) for column in columns}) != 1:
+            return None
+        return [name for expert in zip(*columns, strict=True) for name in expert]
+
     def with_file_names(self, values: dict[str, T], names: Iterable[str]) -> dict[str, T]:
         """`values` by parameter, and again by each of the checkpoint's tensors (`names`) that is loaded into one."""
         parameters = self.parameters(names)
         return values | {name: values[parameter] for name, parameter in parameters.items() if parameter in values}
+
+
+def _stacks_rows(converter: WeightConverter) -> bool:
+    """Whether a conversion only puts matrices below each other, those of one MoE expert after another's."""
+    operations = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    return operations in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
 def moe_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

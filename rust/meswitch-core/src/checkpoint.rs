@@ -139,10 +139,8 @@ impl Checkpoint {
         for (index, file) in files.iter().enumerate() {
             // SAFETY: the mapping is read-only; as with any mapped model file, nothing may write to the file meanwhile.
             let map = unsafe { MmapedSafetensors::new(file) }.map_err(|error| {
-                Error::Checkpoint(format!(
-                    "expected whole safetensors files, found a broken one at {}: {error}",
-                    file.display()
-                ))
+                // The cause names the file.
+                Error::Checkpoint(format!("expected whole safetensors files, found a broken one: {error}"))
             })?;
             stored.extend(map.tensors().into_iter().map(|(name, _)| (name, index)));
             maps.push(map);

@@ -7,6 +7,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use half::{bf16, f16};
+use safetensors::Dtype;
 use serde_json::Value;
 
 use self::site::{quantized_entry, quantized_site, shared_entry};
@@ -148,7 +150,7 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// An upper bound of the size of manifest and tensors, if the sites named in `shared` are bit-equal to the base's
+    /// An upper bound of the size of manifest and tensors, if the sites named in `shared` are the base's
     /// and no others are. It exceeds the size by a few bytes, and by what skipping unchanged rows saves.
     ///
     /// # Errors
@@ -237,8 +239,8 @@ impl Job<'_> {
     fn write_site(&self, plan: &Plan, writer: &mut Writer, factor: &mut FactorFn<'_>) -> Result<SiteEntry> {
         let (base, finetune) = (self.base.view(&plan.name)?, self.finetune.view(&plan.name)?);
         let shared = shared_entry(plan, &finetune);
-        if bit_equal(&base, &finetune) {
-            base.check_finite(&plan.name)?;
+        if is_shared(&base, &finetune) {
+            finetune.check_finite(&plan.name)?;
             return Ok(shared);
         }
         if let Some(settings) = &plan.quantize {
@@ -264,10 +266,34 @@ fn has_more_rows(base: &View<'_>, finetune: &View<'_>) -> bool {
         && finetune.shape[0] > base.shape[0]
 }
 
-/// Whether two tensors have the same dtype, shape and bytes. Runs on rayon's pool.
+/// Whether a fine-tune's tensor is the base's, as it is or cast to the fine-tune's dtype. Runs on rayon's pool.
 #[must_use]
-pub fn bit_equal(a: &View<'_>, b: &View<'_>) -> bool {
+pub fn is_shared(base: &View<'_>, finetune: &View<'_>) -> bool {
     use rayon::prelude::*;
-    let same_bytes = || a.data.par_chunks(1 << 20).zip(b.data.par_chunks(1 << 20)).all(|(a, b)| a == b);
-    a.dtype == b.dtype && a.shape == b.shape && same_bytes()
+    const CHUNK: usize = 1 << 16;
+    if base.shape != finetune.shape {
+        return false;
+    }
+    if base.dtype == finetune.dtype {
+        return base.data.par_chunks(CHUNK).zip(finetune.data.par_chunks(CHUNK)).all(|(a, b)| a == b);
+    }
+    let (size, chunks) = (finetune.dtype.bitsize() / 8, finetune.len().div_ceil(CHUNK));
+    base.is_float()
+        && finetune.is_float()
+        && (0..chunks).into_par_iter().all(|chunk| {
+            let (start, end) = (chunk * CHUNK, ((chunk + 1) * CHUNK).min(finetune.len()));
+            let mut values = vec![0f32; end - start];
+            base.read(start, &mut values);
+            is_cast(&values, finetune.dtype, &finetune.data[start * size..end * size])
+        })
+}
+
+/// Whether little-endian floats of this dtype are these values, rounded to the nearest.
+fn is_cast(values: &[f32], dtype: Dtype, bytes: &[u8]) -> bool {
+    let pairs = || values.iter().zip(bytes.as_chunks::<2>().0);
+    match dtype {
+        Dtype::BF16 => pairs().all(|(value, stored)| bf16::from_f32(*value).to_le_bytes() == *stored),
+        Dtype::F16 => pairs().all(|(value, stored)| f16::from_f32(*value).to_le_bytes() == *stored),
+        _ => values.iter().zip(bytes.as_chunks::<4>().0).all(|(value, stored)| value.to_le_bytes() == *stored),
+    }
 }

@@ -107,7 +107,7 @@ fn report_progress(progress: &Py<PyAny>, step: Progress<'_>, raised: &mut Option
     raised.is_none()
 }
 
-/// What `compress` would write, in bytes and a few too many, if the sites in `shared` are bit-equal and no others.
+/// What `compress` would write, in bytes and a few too many, if the sites in `shared` are the base's and no others.
 #[pyfunction]
 #[pyo3(signature = (base, finetune, plans, shared, files, settings, base_name))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // the signature that Python sees
@@ -126,10 +126,10 @@ pub fn estimate_bytes(
     job.estimated_bytes(&shared).map_err(to_python)
 }
 
-/// Whether a parameter is bit-equal in base and fine-tune.
+/// Whether a fine-tune's parameter is the base's, cast to its own dtype at most.
 #[pyfunction]
-pub fn bit_equal(py: Python<'_>, base: &Checkpoint, finetune: &Checkpoint, name: &str) -> PyResult<bool> {
-    enter_pool(py, || Ok(meswitch_core::compress::bit_equal(&base.0.view(name)?, &finetune.0.view(name)?)))
+pub fn is_shared(py: Python<'_>, base: &Checkpoint, finetune: &Checkpoint, name: &str) -> PyResult<bool> {
+    enter_pool(py, || Ok(meswitch_core::compress::is_shared(&base.0.view(name)?, &finetune.0.view(name)?)))
 }
 
 /// `Σ importance · Δ²` of every row of a site, as little-endian float32; `moments` are its E[x²].

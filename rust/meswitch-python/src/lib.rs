@@ -37,7 +37,7 @@ fn enter_pool<T: Send + Ungil>(py: Python<'_>, work: impl FnOnce() -> Result<T> 
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use super::compress::{bit_equal, compress, estimate_bytes, probe, row_energies, write};
+    use super::compress::{compress, estimate_bytes, is_shared, probe, row_energies, write};
     #[pymodule_export]
     use super::delta::{Checkpoint, Delta, checksum};
     #[pymodule_export]

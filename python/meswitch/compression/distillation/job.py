@@ -23,6 +23,7 @@ from meswitch.delta.directory import MANIFEST, Delta
 from meswitch.errors import FormatError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.models import skeleton
+from meswitch.huggingface.pairing import pair
 from meswitch.progress import ProgressCallback
 from meswitch.target import resolve_target
 
@@ -85,11 +86,11 @@ def distill(
     ('whole', 2, True)
     """
     start, target = time.perf_counter(), resolve_target(out, replaces=MANIFEST)
-    opened_base, opened_finetune = Checkpoint.open(base), Checkpoint.open(finetune)
-    windows = Windows.from_text(data, opened_finetune.path, options)
+    paired = pair(Checkpoint.open(base), Checkpoint.open(finetune))
+    windows = Windows.from_text(data, paired.finetune.path, options)
     with closing(Delta.open(delta)) as source:
-        source.check_base(opened_base)
-        job = _Job(opened_base, opened_finetune, source, windows, options)
+        source.check_base(paired.base)
+        job = _Job(paired.base, paired.finetune, source, windows, options)
         windows.check(job.vocabulary(), data)
         return job.run(target, Path(data), progress, start)
 

@@ -10,7 +10,7 @@ use crate::codec::{Pair, Quantized, QuantizedPart, Settings};
 use crate::delta::{PartEntry, SiteEntry, SiteKind, SparseCounts, TermsEntry};
 use crate::layout::{row_bytes, tile_rows};
 
-/// The entry of a parameter that is bit-equal to the base's.
+/// The entry of a parameter that is the base's, cast to the fine-tune's dtype.
 pub(super) fn shared_entry(plan: &Plan, finetune: &View<'_>) -> SiteEntry {
     SiteEntry {
         name: plan.name.clone(),
