@@ -91,7 +91,7 @@ def test_a_file_that_the_config_names(tmp_path: Path) -> None:
         Checkpoint(folder)
 
 
-def test_adapter_files_beside_a_model_are_not_loaded(tmp_path: Path) -> None:
+def test_adapter_files_beside_a_model_are_not_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = save_random(tmp_path / "model", config_of("llama"))
     adapter = save_adapter(folder, tmp_path / "adapter", r=4, target_modules=["q_proj"])
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -99,6 +99,11 @@ def test_adapter_files_beside_a_model_are_not_loaded(tmp_path: Path) -> None:
     model = load_model(Checkpoint(folder))
     assert set(model.state_dict()) == set(load_file(folder / WEIGHTS))
     assert same(Checkpoint(folder), model.state_dict())
+    assert "adapter files beside the model are not loaded" in caplog.text
+    left_out, equal = compress(folder, save_random(tmp_path / "same", config_of("llama")), tmp_path / "delta").notes
+    assert f"adapter files in {folder} are left out" in left_out and "no weight differs" in equal
+    other = save_random(tmp_path / "other", config_of("llama"), seed=5)
+    assert compress(folder, other, tmp_path / "other-delta").notes == (left_out,)
 
 
 def test_an_adapter_alone_is_for_import(tmp_path: Path) -> None:

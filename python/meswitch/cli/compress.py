@@ -128,6 +128,7 @@ def compress(
             base, finetune, out, options, calibration=calibration, sensitivity=sensitivity, progress=progress
         )
     _warn_of_changes(report.config_changes)
+    _print_notes(report.notes)
     result = report.to_json()
     if distill and calibrate is not None:
         result["distilled"] = _distill(base, finetune, out, calibrate, distill_method)
@@ -209,6 +210,12 @@ def _warn_of_changes(changes: dict[str, Any]) -> None:
         typer.echo("hint: the engine refuses such an expert; `meswitch restore` it, and serve it alone", err=True)
 
 
+def _print_notes(notes: tuple[str, ...]) -> None:
+    """What else is worth a word, on stderr."""
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+
+
 def _print_choice(rows: list[dict[str, Any]] | None) -> None:
     """The forms that method auto chose, on stderr."""
     if not rows:
@@ -235,6 +242,7 @@ def import_(
         from meswitch.compression.lora import import_adapter
 
         report = import_adapter(base, adapter, out, progress=progress)
+    _print_notes(report.notes)
     if as_json:
         print_json(report.to_json())
     else:

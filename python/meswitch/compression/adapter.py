@@ -41,6 +41,7 @@ _KNOWN_FIELDS = frozenset(
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B)")
+_ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])\.([^.]+)(?=\.(?:weight|bias)$)|(?<=\.lora_embedding_[AB])\.([^.]+)$")
 _WRAPPED = re.compile(r"(.+)\.(base_layer|original_module)\.(.+)")
 _SAVED_COPY = ".modules_to_save."
 _MERGE = "merge the adapter into a copy of the base (peft: merge_and_unload), then compress that"
@@ -254,8 +255,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
+            adapters = {match[0] for key in file.keys() if (match := _ADAPTER_NAME.search(key))}  # noqa: SIM118
+            if len(adapters) > 1:
+                found = ", ".join(sorted(name.removeprefix(".") for name in adapters))
+                raise UnsupportedModelError(f"expected one adapter, found {found}: {path}", hint="save each by itself")
             for key in file.keys():  # noqa: SIM118  not a dictionary
-                tensors[key.removeprefix(_PREFIX)] = file.get_tensor(key)
+                # A model's own state has the adapter's name in its keys, `lora_A.default.weight`.
+                tensors[_ADAPTER_NAME.sub("", key.removeprefix(_PREFIX))] = file.get_tensor(key)
     except SafetensorError as error:
         raise CheckpointError(f"expected a whole {WEIGHTS}, found a broken one: {error}: {folder}") from error
     for key, tensor in tensors.items():

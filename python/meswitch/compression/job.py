@@ -12,7 +12,7 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -32,7 +32,7 @@ from meswitch.delta.directory import MANIFEST, Delta
 from meswitch.errors import UnsupportedModelError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.config import config_changes, finite, json_text, text_config
-from meswitch.huggingface.files import carried_files
+from meswitch.huggingface.files import carried_files, has_adapter
 from meswitch.huggingface.pairing import pair
 from meswitch.huggingface.quantization import refuse_quantized
 from meswitch.progress import ProgressCallback, ProgressMeter
@@ -48,6 +48,7 @@ class CompressReport:
     make the fine-tune compute differently, with the base's and the fine-tune's value; the engine refuses an expert that
     has any, `restore` keeps them. `compensated`: whether errors were compensated. `chosen`: the forms that method
     `auto` chose, `{role, form, sites, bytes_share, loss_share}` for each role and form; `None` for other methods.
+    `notes`: what else is worth a word, a sentence each.
     `predicted_kl`: its estimate of KL(fine-tune ‖ expert) in nats a token, where sensitivity was given.
     """
 
@@ -62,11 +63,12 @@ class CompressReport:
     compensated: bool = False
     chosen: list[dict[str, Any]] | None = None
     predicted_kl: float | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by their names, without `config_changes` if there are none."""
+        """The fields by their names, without `config_changes` and `notes` if there are none."""
         fields = finite(asdict(self))
-        return {name: value for name, value in fields.items() if name != "config_changes" or value}
+        return {name: value for name, value in fields.items() if value or name not in ("config_changes", "notes")}
 
 
 def compress(
@@ -101,7 +103,8 @@ def compress(
     options = CompressOptions(options) if isinstance(options, str) else options
     start, target = time.perf_counter(), resolve_target(out, replaces=MANIFEST)
     with tempfile.TemporaryDirectory() as scratch:
-        job = _Job(Checkpoint.open(base), Checkpoint.open(finetune), options, calibration, Path(scratch))
+        checkpoints = Checkpoint.open(base), Checkpoint.open(finetune)
+        job = _Job(*checkpoints, options, calibration, Path(scratch))
         resumed, allocation = job.run(target, sensitivity or {}, progress)
     seconds, delta = time.perf_counter() - start, Delta.open(target)
     return CompressReport(
@@ -116,7 +119,16 @@ def compress(
         compensated=job.settings["compensated"],
         chosen=allocation.summary() if allocation else None,
         predicted_kl=allocation.loss if allocation and sensitivity else None,
+        notes=tuple(_notes(*checkpoints, delta, job.settings["config_changes"])),
     )
+
+
+def _notes(base: Checkpoint, finetune: Checkpoint, delta: Delta, config_changes: dict[str, Any]) -> Iterator[str]:
+    for checkpoint in (base, finetune):
+        if has_adapter(checkpoint.path):
+            yield f"the adapter files in {checkpoint.path} are left out: its own weights count"
+    if not config_changes and all(site.kind == "shared" for site in delta.sites.values()):
+        yield "the fine-tune is the base: no weight differs"
 
 
 def _peak_rss_bytes() -> int:

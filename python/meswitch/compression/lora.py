@@ -42,7 +42,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class ImportReport:
     """What an import wrote: bytes of manifest and tensors, bits per weight, and the number of sites of each kind.
 
-    `replaced` counts sites of new rows alone, too.
+    `replaced` counts sites of new rows alone, too. `notes`: what else is worth a word, a sentence each.
     """
 
     bytes: int
@@ -51,10 +51,11 @@ class ImportReport:
     low_rank: int
     replaced: int
     shared: int
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by their names."""
-        return asdict(self)
+        """The fields by their names, without `notes` if there are none."""
+        return {name: value for name, value in asdict(self).items() if value or name != "notes"}
 
 
 def import_adapter(
@@ -87,7 +88,12 @@ def import_adapter(
     delta, kinds = Delta.open(target), [site.entry["kind"] for site in sites.values()]
     counts = {kind: kinds.count(kind) for kind in ("low_rank", "replaced", "shared")}
     counts["replaced"] += kinds.count("quantized")
-    return ImportReport(delta.nbytes, delta.bpw, time.perf_counter() - start, **counts)
+    notes = [
+        f"{file.name} is not read: rows of new tokens are those of the adapter itself"
+        for file in [opened.folder / "new_embeddings.safetensors"]
+        if file.is_file()
+    ]
+    return ImportReport(delta.nbytes, delta.bpw, time.perf_counter() - start, **counts, notes=tuple(notes))
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,11 @@ def _no_weights(folder: Path) -> CheckpointError:
     return CheckpointError(f"expected {WEIGHTS} or {INDEX}, found neither in {folder}", hint=hint)
 
 
+def has_adapter(folder: Path) -> bool:
+    """Whether adapter files lie beside a checkpoint, left over from a merge, say. They are never loaded with it."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
 def small_files(folder: Path) -> dict[str, Path]:
     """The paths of a checkpoint's small files, by name."""
     return {file.name: file for pattern in SMALL_FILES for file in folder.glob(pattern) if file.is_file()}

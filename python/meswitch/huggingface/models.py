@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from meswitch.errors import CheckpointError, UnsupportedModelError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.config import load_config, read_config
+from meswitch.huggingface.files import has_adapter
+
+_log = logging.getLogger(__name__)
 
 LINEAR_MODULES = (nn.Linear, Conv1D)
 """Modules that multiply their input by a matrix `weight`; GPT-2's `Conv1D` stores it transposed."""
@@ -47,6 +51,8 @@ def load_model(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto", *, che
         model, missing = load_weights(empty, checkpoint.slices(), _dtype(dtype, config, checkpoint))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.path}: expected a whole checkpoint: {error}") from error
+    if has_adapter(checkpoint.path):
+        _log.warning("%s: the adapter files beside the model are not loaded", checkpoint.path)
     if missing:
         raise CheckpointError(
             f"{checkpoint.path}: expected every weight of the model, found none for {missing[0]} "
