@@ -48,6 +48,7 @@ def raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: RuntimeError", "smaller model"),
         (OSError(errno.ENOSPC, "No space left on device", "a"), "OSError: [Errno 28] No space left on device", None),
         (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid"), "UnicodeDecodeError: 'utf-8' codec", "not UTF-8"),
+        (RuntimeError("error unpacking string as utf-8"), "RuntimeError: error unpacking string", "not UTF-8"),
         (ModuleNotFoundError("No module named 'peft'"), "ModuleNotFoundError: No module named 'peft'", "doctor"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

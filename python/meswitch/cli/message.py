@@ -13,6 +13,7 @@ DEBUG = "MESWITCH_DEBUG"
 """The environment variable that, set to anything but 0, has the traceback printed too."""
 
 _LONGEST_LINE = 2000
+_NOT_UTF_8 = "unpacking string as utf-8"  # as torch words it of a path
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")  # as torch words it
 
 
@@ -46,7 +47,7 @@ def describe_error(error: BaseException) -> tuple[str, str | None]:
         return line, None
     if _is_lack_of_memory(error):
         return f"out of memory: {line}", "close other programs, or use a smaller model or a machine with more memory"
-    if isinstance(error, UnicodeError):
+    if isinstance(error, UnicodeError) or _NOT_UTF_8 in line:
         return line, f"a name or a file holds text that is not UTF-8; {DEBUG}=1 shows where it was read"
     if isinstance(error, ImportError):
         return line, "`meswitch doctor` says what is installed here and what is missing"
