@@ -2,4 +2,5 @@
 
 from meswitch.cli.guard import main
 
-main()
+if __name__ == "__main__":
+    main()
