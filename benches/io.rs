@@ -34,9 +34,10 @@ fn save(folder: &Path, seed: u32) {
 fn delta(root: &Path) -> Delta {
     save(&root.join("base"), 0);
     save(&root.join("finetune"), 2);
+    let files = ["model.safetensors".to_owned()];
     let (base, finetune) = (
-        Checkpoint::open(&root.join("base")).expect("base"),
-        Checkpoint::open(&root.join("finetune")).expect("fine-tune"),
+        Checkpoint::open(&root.join("base"), &files).expect("base"),
+        Checkpoint::open(&root.join("finetune"), &files).expect("fine-tune"),
     );
     let settings = Settings { zero: Zero::Symmetric, ..Settings::default() };
     let plans: Vec<Plan> = finetune
