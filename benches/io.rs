@@ -43,7 +43,13 @@ fn delta(root: &Path) -> Delta {
     let plans: Vec<Plan> = finetune
         .names()
         .iter()
-        .map(|name| Plan { name: name.clone(), transposed: false, quantize: Some(settings.clone()), moments: None })
+        .map(|name| Plan {
+            name: name.clone(),
+            transposed: false,
+            owner: None,
+            quantize: Some(settings.clone()),
+            moments: None,
+        })
         .collect();
     let job = Job {
         base: &base,

@@ -134,7 +134,7 @@ fn measure<'a>(
 ) -> Measurement {
     let x: Vec<f32> = (0..tokens * columns).map(|i| (i % 17) as f32 - 8.0).collect();
     let group = if group == 0 { columns } else { group };
-    let size = part_bytes(bits, rows, columns);
+    let size = part_bytes(bits, rows, columns).expect("a size");
     let scales = &scales[..rows * columns / group];
     let matrix = |codes: &'a [u8]| {
         let parts = vec![Part { bits, zero: 1.5, group, rows: None, codes: codes.into(), scales }];

@@ -158,7 +158,7 @@ class Ours(Side):
 
         windows, count, _ = words.shape
         rows, columns, one = self.y.shape[1], self.x.shape[1], Rows([0])
-        scales = torch.rand(windows, count, rows, columns // group).half()
+        scales = torch.rand(windows, count, columns // group, rows).half()
         tables = [
             [table(bits, group, columns, *pair) for pair in zip(*of, strict=True)]
             for of in zip(words, scales, strict=True)
@@ -170,7 +170,7 @@ class Ours(Side):
                 of.native.delta_linear(y, x, one.native, False)
 
         self.check(tables[0][0])
-        nbytes = count * (4 * words.shape[-1] + 2 * rows * scales.shape[-1])
+        nbytes = count * (4 * words.shape[-1] + 2 * rows * scales.shape[-2])
         return Cycle([lambda window=window: run(window) for window in tables], count, nbytes)
 
     def check(self, table: Any) -> None:
@@ -192,8 +192,8 @@ def table(bits: int, group: int, columns: int, codes: Any, scales: Any) -> Any:
     from meswitch.site import Part
 
     part = Part(bits, (2**bits - 1) / 2, codes, scales, group)
-    site = QuantizedSite(name="weight", shape=(len(scales), columns), dtype=torch.bfloat16, parts=(part,))
-    of = ops.DeltaTable(len(scales), columns)
+    site = QuantizedSite(name="weight", shape=(part.count, columns), dtype=torch.bfloat16, parts=(part,))
+    of = ops.DeltaTable(part.count, columns)
     of.set(0, site)
     return of
 

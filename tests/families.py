@@ -120,7 +120,7 @@ def quantize(name: str, base: Tensor, tuned: Tensor, *, transposed: bool) -> Sit
     delta = delta.T.contiguous() if transposed else delta
     scales = (0.996 * delta.std(dim=1, keepdim=True)).half()
     codes = (delta / scales.float() + 1.5).round().clamp(0, 3).to(torch.uint8)
-    part = Part(bits=2, zero=1.5, codes=reference.pack(codes, 2), scales=scales)
+    part = Part(bits=2, zero=1.5, codes=reference.pack(codes, 2), scales=scales.T.contiguous())
     size = 4 * part.codes.numel() + 2 * scales.numel()
     shape = tuple(tuned.shape)
     return QuantizedSite(
@@ -160,6 +160,17 @@ class HandDelta:
     @property
     def nbytes(self) -> int:
         return sum(site.nbytes for site in self.sites.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.nbytes
+
+    @property
+    def outline(self) -> dict[str, Site]:
+        return self.sites
+
+    def load(self) -> dict[str, Site]:
+        return self.sites
 
     @property
     def bpw(self) -> float:

@@ -27,7 +27,7 @@ def sites(draw: st.DrawFn) -> QuantizedSite:
         zero = draw(st.sampled_from([(2**bits - 1) / 2, float(2 ** (bits - 1))]))
         groups = 1 if size is None else -(-columns // size)
         own = None if whole else rows.int()
-        parts.append(Part(bits, zero, reference.pack(codes, bits), halves(len(rows), groups), size, own))
+        parts.append(Part(bits, zero, reference.pack(codes, bits), halves(groups, len(rows)), size, own))
     salient, rank = draw(st.integers(0, min(4, columns))), draw(st.integers(0, 3))
     chosen = torch.randperm(columns, generator=generator)[:salient].sort().values.int()
     return QuantizedSite(

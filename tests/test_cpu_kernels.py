@@ -85,7 +85,7 @@ def test_base_and_delta_together_are_the_reference(
 def test_rounding_costs_less_than_a_hundredth(bits: int, group_size: int | None, columns: int) -> None:
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 2**bits, (256, columns), generator=generator).to(torch.uint8)
-    scales = torch.rand(256, -(-columns // (group_size or columns)), generator=generator).half()
+    scales = torch.rand(-(-columns // (group_size or columns)), 256, generator=generator).half()
     part = Part(bits, (2**bits - 1) / 2, reference.pack(codes, bits), scales, group_size)
     site = QuantizedSite(name="plain", shape=(256, columns), dtype=torch.float32, parts=(part,))
     table = cpu.DeltaTable(256, columns)
@@ -117,7 +117,7 @@ def test_embedding_is_the_reference(site: QuantizedSite, slots: list[int], data:
 
 def plain_site(out: int = 8, columns: int = 40, bits: int = 2) -> QuantizedSite:
     codes = torch.randint(0, 2**bits, (out, columns), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    part = Part(bits, (2**bits - 1) / 2, reference.pack(codes, bits), torch.ones(out, 1).half())
+    part = Part(bits, (2**bits - 1) / 2, reference.pack(codes, bits), torch.ones(1, out).half())
     return QuantizedSite(name="plain", shape=(out, columns), dtype=torch.float32, parts=(part,))
 
 
@@ -249,7 +249,7 @@ def test_wrong_shapes_are_refused() -> None:
 def test_a_forked_process_works_alone() -> None:
     table = cpu.DeltaTable(1024, 1024)
     codes = torch.randint(0, 4, (1024, 1024)).to(torch.uint8)
-    part = Part(2, 1.5, reference.pack(codes, 2), torch.ones(1024, 1).half())
+    part = Part(2, 1.5, reference.pack(codes, 2), torch.ones(1, 1024).half())
     table.set(0, QuantizedSite(name="big", shape=(1024, 1024), dtype=torch.float32, parts=(part,)))
     x, rows = torch.randn(1, 1024), Rows([0])
     y, again = torch.zeros(1, 1024), torch.zeros(1, 1024)
@@ -270,7 +270,7 @@ from meswitch.site import Part, QuantizedSite
 
 rows = torch.arange(1024).int()
 codes = torch.randint(0, 4, (1024, 1024)).to(torch.uint8)
-part = Part(2, 1.5, reference.pack(codes, 2), torch.ones(1024, 1).half(), rows=rows)
+part = Part(2, 1.5, reference.pack(codes, 2), torch.ones(1, 1024).half(), rows=rows)
 table = cpu.DeltaTable(2048, 1024)
 table.set(0, QuantizedSite(name="big", shape=(2048, 1024), dtype=torch.float32, parts=(part,)))
 

@@ -171,7 +171,7 @@ def test_groups_and_gradients(tmp_path: Path) -> None:
     site = next(s for s in coded(Delta.open(case(tmp_path)[2])) if s.column_scales is not None)
     part = site.parts[0]
     groups = -(-site.in_features // 5)
-    group_scales = torch.rand(part.scales.shape[0], groups).half() + 0.5
+    group_scales = torch.rand(groups, part.count).half() + 0.5
     grouped = type(part)(part.bits, part.zero, part.codes, group_scales, 5, part.rows)
     scales = TrainableScales(
         QuantizedSite(

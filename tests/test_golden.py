@@ -17,7 +17,7 @@ GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob(
 
 def test_there_are_some() -> None:
     assert {path.name for path in GOLDEN} >= {"default", "small", "me-switch", "bitdelta", "sparse", "wide"}
-    assert {path.parent.name for path in GOLDEN} >= {"v1", "v2", "v3"}
+    assert {path.parent.name for path in GOLDEN} >= {"v1", "v2", "v3", "v4"}
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda path: f"{path.parent.name}-{path.name}")

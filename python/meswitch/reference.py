@@ -9,12 +9,12 @@ The packed form of one row of b-bit codes (b = 1, 2, 4, 8), 8 / b codes a byte, 
               [ 3 2 1 0 ] [ 7 6 5 4 ]         [ b bytes ]    ...    highest bits first
 
 A 3-bit row is the 2-bit form of the low two bits followed by the 1-bit form of the high ones. Rows lie in blocks of
-256, the last of w rows (what is left, rounded up to a multiple of 8; the missing ones are zeros), each transposed:
+256, the last of w rows (what is left, rounded up to a multiple of 64; the missing ones are zeros), each transposed:
 
     block 0                                              block 1    the last
     [ byte 0 of 256 rows ] [ byte 1 of 256 rows ] ...    ...        [ byte 0 of w rows ] [ byte 1 of w rows ] ...
 
-so one cache line holds the same columns of 64 rows. docs/format.md calls this order *tiled*.
+so one cache line holds the same columns of 64 rows. A part of at most 48 rows is padded to a multiple of 16 only.
 """
 
 from __future__ import annotations
@@ -43,19 +43,20 @@ def row_bytes(bits: int, columns: int) -> int:
 
 
 def padded_rows(rows: int) -> int:
-    """The number of rows that a part of `rows` rows takes space for: the next multiple of 8.
+    """The number of rows that a part of `rows` rows takes space for.
 
-    >>> [padded_rows(rows) for rows in (0, 1, 64, 300)]
-    [0, 8, 64, 304]
+    >>> [padded_rows(rows) for rows in (0, 1, 48, 49, 64, 300)]
+    [0, 16, 48, 64, 64, 320]
     """
-    return -(-rows // 8) * 8
+    multiple = 64 if rows > 48 else 16
+    return -(-rows // multiple) * multiple
 
 
 def part_bytes(bits: int, rows: int, columns: int) -> int:
     """Bytes of the packed codes of a part.
 
     >>> part_bytes(2, 70, 300)
-    5472
+    9728
     """
     return row_bytes(bits, columns) * padded_rows(rows)
 
@@ -64,8 +65,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Packs codes `uint8 [n, columns]`, each below 2**bits, into words `int32 [part_bytes / 4]`.
 
     >>> packed = pack(torch.tensor([[1, 2, 3, 0, 1], [3, 3, 3, 3, 2]], dtype=torch.uint8), 2).view(torch.uint8)
-    >>> packed[[0, 1, 2, 8, 9]].tolist(), len(packed)
-    ([57, 255, 0, 1, 2], 16)
+    >>> packed[[0, 1, 2, 16, 17]].tolist(), len(packed)
+    ([57, 255, 0, 1, 2], 32)
     """
     packed = torch.zeros(padded_rows(len(codes)), row_bytes(bits, codes.shape[1]), dtype=torch.uint8)
     packed[: len(codes)] = pack_rows(codes, bits)
@@ -140,8 +141,8 @@ def dense(site: DeltaSite) -> Tensor:
     unit = 2.0**site.exponent
     if isinstance(site, QuantizedSite):
         for part in site.parts:
-            codes = unpack(part.codes, part.bits, len(part.scales), site.in_features).float()
-            scales = expand_scales(part.scales.float(), part.group_size, site.in_features) * unit
+            codes = unpack(part.codes, part.bits, part.count, site.in_features).float()
+            scales = expand_scales(part.scales.T.float(), part.group_size, site.in_features) * unit
             delta[part_rows(part, site.out_features)] = scales * (codes - part.zero)
         if site.column_scales is not None:
             delta *= site.column_scales.float()

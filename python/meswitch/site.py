@@ -5,8 +5,7 @@
          | QuantizedSite    codes and scales, with salient channels and a low-rank part, or sparse entries
          | LowRankSite      two thin factors and nothing else (an imported LoRA)
 
-`reference.py` defines what each of them computes. All of these are immutable, and their tensors are views of the
-mapped file that nobody writes to.
+`reference.py` defines what each of them computes. All of these are immutable, and nobody writes to their tensors.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def from_matrix(matrix: Tensor, shape: Sequence[int], *, transposed: bool = Fals
 class Part:
     """The rows of a site that share a bit width.
 
-    `codes int32 [words]`: packed, see `reference.pack`. `scales float16 [n, groups]`. `rows int32 [n]`: their row
+    `codes int32 [words]`: packed, see `reference.pack`. `scales float16 [groups, n]`. `rows int32 [n]`: their row
     numbers in rising order, `None` for all rows of the site. `zero`: the code that means 0, may be half-integer.
     `group_size`: how many columns share a scale, `None` for the whole row.
     """
@@ -61,6 +60,11 @@ class Part:
     scales: Tensor
     group_size: int | None = None
     rows: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of its rows, `n`."""
+        return self.scales.shape[1]
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ class QuantizedSite(_DeltaSite):
 
     @property
     def bits(self) -> int | None:
-        return max(self.parts, key=lambda part: len(part.scales)).bits if self.parts else None
+        return max(self.parts, key=lambda part: part.count).bits if self.parts else None
 
     @property
     def density(self) -> float | None:

@@ -1,7 +1,7 @@
-"""Made `v1/`, `v2/` and `v3/` once, with the format versions of their names. Never run it again over a folder that
+"""Made `v1/` to `v4/` once, with the format versions of their names. Never run it again over a folder that
 stands: every later version must read what is there. A new format version gets a folder of its own.
 
-    python tests/golden/make.py v3
+    python tests/golden/make.py v4
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ sys.path.insert(0, str(HERE.parent))
 
 from families import config_of, save_finetune, save_random  # noqa: E402
 from meswitch.compression.job import compress  # noqa: E402
+from meswitch.compression.options import CompressOptions  # noqa: E402
 from meswitch.delta.restoration import restore  # noqa: E402
 
 SAME, DENSE = "model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.up_proj.weight"
-# By version: how each delta directory is made. Version 2 brought sparse entries, version 3 tiled codes.
+# By version: how each delta directory is made. Version 2 brought sparse entries, version 3 tiled codes,
+# version 4 the binding, and codes and scales in lines.
 MADE: dict[str, dict[str, dict[str, Any]]] = {
     "v1": {preset: {"preset": preset} for preset in ("default", "small", "me-switch", "bitdelta")},
     "v2": {"sparse": {"preset": "default"}},
     "v3": {"default": {"preset": "default"}, "small": {"preset": "small"}, "wide": {"preset": "small", "bits": 8}},
+    "v4": {"default": {"preset": "default"}, "small": {"preset": "small"}, "wide": {"preset": "small", "bits": 8}},
 }
 
 
@@ -57,7 +60,7 @@ def main(version: str) -> None:
     for checkpoint, tensors in ((base, ours), (finetune, theirs)):
         save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     for name, settings in MADE[version].items():
-        compress(base, finetune, folder / name, **settings)
+        compress(base, finetune, folder / name, CompressOptions(**settings))
         restore(base, folder / name, folder / "restored")
         (folder / "restored" / "model.safetensors").rename(folder / f"{name}.safetensors")
         for left in (folder / "restored").iterdir():

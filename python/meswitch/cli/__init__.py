@@ -11,7 +11,7 @@ the commands that need them, so that help is quick.
     choices      wrong values of options to wrong usage
 
     compress     compress, import
-    deltas       inspect, verify, restore
+    deltas       inspect, verify, restore, upgrade
     evaluate     evaluate
     router       router train, router evaluate
     generate     generate

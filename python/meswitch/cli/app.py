@@ -8,7 +8,7 @@ import typer
 
 from meswitch import __version__
 from meswitch.cli.compress import compress, import_
-from meswitch.cli.deltas import inspect, restore, verify
+from meswitch.cli.deltas import inspect, restore, upgrade, verify
 from meswitch.cli.demo import demo
 from meswitch.cli.doctor import doctor
 from meswitch.cli.evaluate import evaluate
@@ -36,6 +36,7 @@ app.command("import")(import_)
 app.command()(inspect)
 app.command()(verify)
 app.command()(restore)
+app.command()(upgrade)
 app.command()(evaluate)
 app.add_typer(router_app, name="router")
 app.command()(generate)

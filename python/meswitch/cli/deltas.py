@@ -1,4 +1,4 @@
-"""`meswitch inspect`, `meswitch verify` and `meswitch restore`: what is done with a delta directory."""
+"""`meswitch inspect`, `verify`, `restore` and `upgrade`: what is done with a delta directory."""
 
 from __future__ import annotations
 
@@ -81,6 +81,27 @@ def verify(
     with show_status("reading"):
         Delta.open(delta).verify(base)
     typer.echo(f"sound: {delta}")
+
+
+def upgrade(
+    deltas: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Delta directories.", show_default=False)],
+) -> None:
+    """Rewrite delta directories of older format versions in today's, in their places.
+
+    Every byte is checked on the way. One that has today's version already is left alone.
+
+    \b
+      meswitch upgrade experts/*
+    """
+    from meswitch.delta.directory import Delta
+
+    for directory in deltas:
+        delta = Delta.open(directory)
+        old = delta.format_version
+        with show_status(f"upgrading {directory}"):
+            changed = delta.upgrade()
+        now = Delta.open(directory).format_version
+        typer.echo(f"version {old} to {now}: {directory}" if changed else f"version {now} already: {directory}")
 
 
 def restore(

@@ -237,9 +237,10 @@ def _compare(run: _Run, finetune: Any, expert: Any, data: str | Path) -> tuple[S
 
 def _compare_svd(run: _Run, delta: Delta, paired: Pair, finetune: Any, data: str | Path) -> SvdComparison:
     """The same with a truncated SVD of equal bytes in place of every quantized site."""
-    quantized = [site for site in delta.sites.values() if isinstance(site, QuantizedSite)]
+    sites = delta.load()
+    quantized = [site for site in sites.values() if isinstance(site, QuantizedSite)]
     svd_sites = {site.name: low_rank.svd_of_equal_bytes(site, paired.base, paired.finetune) for site in quantized}
-    _, score, kl, agreement = _compare(run, finetune, expert_model(paired.base, delta, delta.sites | svd_sites), data)
+    _, score, kl, agreement = _compare(run, finetune, expert_model(paired.base, delta, sites | svd_sites), data)
     ranks = [low_rank.rank_of_equal_bytes(site) for site in quantized]
     saved = sum(site.nbytes - svd_sites[site.name].nbytes for site in quantized)
     return SvdComparison(score, kl, agreement, statistics.median(ranks) if ranks else None, delta.nbytes - saved)

@@ -21,12 +21,14 @@ Role: TypeAlias = Literal["block", "embedding", "head", "gate"]
 class Owner:
     """The module that owns a parameter: its role, whether it stores its weight `[in, out]`, and when it runs.
 
-    `order` sorts parameters in the order in which the model runs them.
+    `order` sorts parameters in the order in which the model runs them. `layer`: the number of the layer that it belongs
+    to, `None` outside of layers.
     """
 
     role: Role
     transposed: bool
     order: tuple[int, int]
+    layer: int | None = None
 
 
 def parameter_owners(finetune: Checkpoint, names: Iterable[str]) -> dict[str, Owner]:
@@ -46,9 +48,19 @@ def parameter_owners(finetune: Checkpoint, names: Iterable[str]) -> dict[str, Ow
         role: Role = "gate" if id(module) in gates else "block"
         if module is head or isinstance(module, nn.Embedding):
             role = "head" if module is head else "embedding"
+        layer = _layer(model, module_name)
         for number, (leaf, parameter) in enumerate(module.named_parameters(recurse=False)):
             # All parameters of a stack of MoE experts have one place, so that each expert's matrices stay together.
             order = (position, 0 if parameter.dim() > 2 else number)
             transposed = is_transposed(module) and leaf == "weight"
-            owners[f"{module_name}.{leaf}" if module_name else leaf] = Owner(role, transposed, order)
+            owners[f"{module_name}.{leaf}" if module_name else leaf] = Owner(role, transposed, order, layer)
     return {name: owners[parameter] for name, parameter in ParameterNames(model).parameters(names).items()}
+
+
+def _layer(model: nn.Module, module_name: str) -> int | None:
+    """The number of a module, or of one that it lies in, in the outermost list of modules around it."""
+    parts = module_name.split(".")
+    for number, part in enumerate(parts):
+        if part.isdigit() and isinstance(model.get_submodule(".".join(parts[:number])), nn.ModuleList):
+            return int(part)
+    return None

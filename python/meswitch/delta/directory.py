@@ -7,27 +7,18 @@ Delta ── sites ── Site (one of four kinds, see `meswitch.site`)
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
-from meswitch import _native, reference
-from meswitch.huggingface.checkpoint import DTYPES, Checkpoint, as_checkpoint
-from meswitch.site import (
-    LowRank,
-    LowRankSite,
-    Part,
-    QuantizedSite,
-    ReplacedSite,
-    Salient,
-    SharedSite,
-    Site,
-    Sparse,
-    matrix_shape,
-)
+from meswitch import _native
+from meswitch.delta.entry import site_of
+from meswitch.huggingface.checkpoint import Checkpoint, as_checkpoint
+from meswitch.site import Site
 
 MANIFEST, TENSORS = "meswitch.json", "delta.safetensors"
 
@@ -35,9 +26,13 @@ MANIFEST, TENSORS = "meswitch.json", "delta.safetensors"
 class Delta:
     """An opened delta directory; any thread may use it.
 
-    `path`: the directory. `manifest`: `meswitch.json`, parsed. `sites`: every parameter of the fine-tune by name,
-    in the order in which the model runs them. Their tensors are views of the mapped file, which must not be written to;
-    only the codes of format versions 1 and 2 are copied, into the order of version 3.
+    It holds the manifest and the open file of tensors, but no tensors, so an idle one costs some kilobytes. A directory
+    that is replaced or removed does no harm; one whose file is changed in place raises `ChecksumError` when it is read.
+
+    `path`: the directory. `sites`: every parameter of the fine-tune by name, in the order in which the model runs them;
+    each look-up reads that site's tensors into memory and checks them. `outline`: the same with tensors on torch's
+    meta device, which have shapes and dtypes and no content. `load` reads all sites at once. Tensors are in the order
+    of today's format whatever the directory's version, and must not be written to.
 
     Opening checks the manifest, and the names, dtypes, shapes and sizes of tensors; `verify` reads every byte.
     Raises `FormatError` or `ChecksumError` for a directory that is not a valid delta directory.
@@ -50,12 +45,7 @@ class Delta:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._native = _native.Delta(path)
-        self.manifest: dict[str, Any] = json.loads(self._native.manifest())
-        size = self.manifest["files"][TENSORS]["bytes"]
-        # A private mapping: torch asks for writable memory, and nothing written would reach the file.
-        self._bytes: Tensor | None = torch.from_file(str(path / TENSORS), shared=False, size=size, dtype=torch.uint8)
-        self.sites: dict[str, Site] = {entry["name"]: self._site(entry) for entry in self.manifest["sites"]}
+        self._native: _native.Delta | None = _native.Delta(path)
 
     @classmethod
     def open(cls, path: str | Path) -> Delta:
@@ -63,20 +53,59 @@ class Delta:
         return cls(Path(path))
 
     @property
+    def native(self) -> _native.Delta:
+        """The native half. Raises `ValueError` once the delta is closed."""
+        if self._native is None:
+            raise ValueError(f"expected an open delta, found a closed one: {self.path}")
+        return self._native
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """`meswitch.json`, parsed anew at every look-up."""
+        manifest: dict[str, Any] = json.loads(self.native.manifest())
+        return manifest
+
+    @property
+    def format_version(self) -> int:
+        """The version of the format that the directory has."""
+        return self.native.format_version
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """Every parameter of the fine-tune; a look-up reads and checks its tensors."""
+        return _Sites(self.native)
+
+    @property
+    def outline(self) -> dict[str, Site]:
+        """Every parameter of the fine-tune, with tensors that have no content."""
+        native = self.native
+        return {name: site_of(_entry(native, name), _meta_tensor) for name in native.names()}
+
+    def load(self) -> dict[str, Site]:
+        """Reads and checks all tensors: one piece of memory of `memory_bytes`, kept while any tensor of it is alive."""
+        native, tensors = self.native, self.native.tensors()
+        memory = from_dlpack(tensors.dlpack())
+        return {name: _site(native, name, tensors, memory) for name in native.names()}
+
+    @property
     def fingerprint(self) -> str:
         """The hash of the base that the delta was made against."""
-        fingerprint: str = self.manifest["base"]["fingerprint"]
-        return fingerprint
+        return self.native.fingerprint
 
     @property
     def nbytes(self) -> int:
-        """Bytes of manifest and tensors."""
-        return self._native.nbytes
+        """Bytes of manifest and tensors on disk."""
+        return self.native.nbytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory that `load` takes."""
+        return self.native.memory_bytes
 
     @property
     def parameters(self) -> int:
         """The number of weights of the fine-tune."""
-        return sum(site.parameters for site in self.sites.values())
+        return self.native.parameters
 
     @property
     def bpw(self) -> float:
@@ -88,9 +117,9 @@ class Delta:
 
         Raises `ChecksumError` or `FormatError` for the first that differs, `BaseMismatchError` for another base.
         """
-        self._native.verify()
+        self.native.verify()
         if base is not None:
-            self._native.check_base(as_checkpoint(base).native, True)
+            self.native.check_base(as_checkpoint(base).native, True)
 
     @property
     def files(self) -> dict[str, str]:
@@ -98,16 +127,19 @@ class Delta:
         return {name: entry["checksum"] for name, entry in self.manifest["files"].items() if name != TENSORS}
 
     def read_file(self, name: str) -> bytes:
-        """One of `files`, as it was written. Raises `ChecksumError` where it has changed, `OSError` where it is gone.
+        """One of `files`, as it was when the delta was opened.
+
+        Raises `ChecksumError` where it has changed, `FormatError` where another directory has taken its place, and
+        `OSError` where it is gone.
 
         >>> Delta.open("experts/math").read_file("config.json")[:1]
         b'{'
         """
-        return self._native.read_file(name)
+        return self.native.read_file(name)
 
     def check_base(self, base: str | Path | Checkpoint) -> None:
         """Checks the base quickly: names, shapes, dtypes and a few bytes of each tensor. Raises `BaseMismatchError`."""
-        self._native.check_base(as_checkpoint(base).native, False)
+        self.native.check_base(as_checkpoint(base).native, False)
 
     def rewrite(
         self, out: str | Path, tensors: Mapping[str, Tensor], errors: Mapping[str, float], settings: dict[str, Any]
@@ -117,26 +149,34 @@ class Delta:
         `settings` replace the manifest's. `out` may be this directory.
         """
         content = {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors.items()}
-        self._native.rewrite(out, content, dict(errors), json.dumps(settings))
+        self.native.rewrite(out, content, dict(errors), json.dumps(settings))
+
+    def upgrade(self) -> bool:
+        """Writes the directory anew in today's format, in its own place; false, and nothing done, if it has it already.
+
+        Every tensor and file is compared with its checksum on the way; a failure leaves the directory as it was. This
+        object goes on reading the old files. Raises `ChecksumError`, and `OSError` if it cannot be written.
+        """
+        return self.native.upgrade()
 
     def close(self) -> None:
-        """Drops all sites; the file stays mapped while a tensor of it is alive."""
-        self._bytes = None
-        self.sites = {}
+        """Closes the file. Tensors that were read stay as they are."""
+        self._native = None
 
     def inspect(self) -> dict[str, Any]:
         """What `meswitch inspect --json` prints; only sparse sites have a `density`."""
         kinds: dict[str, dict[str, int]] = {}
-        for site in self.sites.values():
+        sites, manifest = self.outline.values(), self.manifest
+        for site in sites:
             kind = kinds.setdefault(site.kind, {"sites": 0, "parameters": 0, "bytes": 0})
             kind["sites"] += 1
             kind["parameters"] += site.parameters
             kind["bytes"] += site.nbytes
         return {
-            "format_version": self.manifest["format_version"],
+            "format_version": manifest["format_version"],
             "base_fingerprint": self.fingerprint,
-            "base": self.manifest["base"]["name"],
-            "settings": self.manifest["settings"],
+            "base": manifest["base"]["name"],
+            "settings": manifest["settings"],
             "parameters": self.parameters,
             "bytes": self.nbytes,
             "bpw": self.bpw,
@@ -152,84 +192,51 @@ class Delta:
                     "relative_error": site.relative_error,
                     **({} if site.density is None else {"density": site.density}),
                 }
-                for site in self.sites.values()
+                for site in sites
             ],
         }
 
-    def _site(self, entry: dict[str, Any]) -> Site:
-        name, dtype, kind = entry["name"], DTYPES[entry["dtype"]], entry["kind"]
-        common: dict[str, Any] = {
-            "name": name,
-            "shape": tuple(entry["shape"]),
-            "dtype": dtype,
-            "transposed": entry.get("transposed", False),
-            "nbytes": entry["bytes"],
-            "relative_error": entry["relative_error"],
-        }
-        if kind == "shared":
-            return SharedSite(**common)
-        if kind == "replaced":
-            return ReplacedSite(**common, value=self._tensor(name, "whole", dtype, entry["shape"]))
-        rows, columns = matrix_shape(
-            entry["shape"], transposed=entry.get("transposed", False), added_rows=entry.get("added", 0)
-        )
-        if entry.get("added", 0):
-            common["added"] = self._tensor(name, "added", dtype, (entry["added"], columns))
-        common["exponent"] = entry.get("exponent", 0)
-        rank = entry.get("rank", 0)
-        if rank:
-            u = self._tensor(name, "u", torch.float16, (rows, rank))
-            common["low_rank"] = LowRank(u, self._tensor(name, "v", torch.float16, (rank, columns)))
-        if kind == "low_rank":
-            return LowRankSite(**common)
-        return QuantizedSite(
-            **common,
-            parts=tuple(self._part(entry, number, rows, columns) for number in range(len(entry.get("parts", [])))),
-            column_scales=self._optional(name, "column_scales", torch.float16, (columns,)),
-            salient=self._salient(name, rows, entry.get("salient", 0)),
-            sparse=self._sparse(name, rows, entry.get("sparse")),
-        )
 
-    def _part(self, entry: dict[str, Any], number: int, out: int, columns: int) -> Part:
-        name, part = entry["name"], entry["parts"][number]
-        rows, group_size = part.get("rows", out), part.get("group_size")
-        groups = 1 if group_size is None else -(-columns // group_size)
-        codes = self._tensor(name, f"codes.{number}", torch.int32, (-1,))
-        if not part.get("tiled", False):
-            codes = _tiled(codes, part["bits"], rows, columns)
-        scales = self._tensor(name, f"scales.{number}", torch.float16, (rows, groups))
-        selected = self._optional(name, f"rows.{number}", torch.int32, (rows,))
-        return Part(part["bits"], part["zero"], codes, scales, group_size, selected)
+class _Sites(Mapping[str, Site]):
+    """The sites of a delta, each read when it is looked up."""
 
-    def _salient(self, name: str, rows: int, count: int) -> Salient | None:
-        if not count:
-            return None
-        index = self._tensor(name, "salient_index", torch.int32, (count,))
-        return Salient(index, self._tensor(name, "salient", torch.float16, (rows, count)))
+    def __init__(self, native: _native.Delta) -> None:
+        self._native = native
 
-    def _sparse(self, name: str, rows: int, entry: dict[str, int] | None) -> Sparse | None:
-        if entry is None:
-            return None
-        starts = self._tensor(name, "sparse_starts", torch.int32, (rows + 1,))
-        gaps = self._tensor(name, "sparse_gaps", torch.uint8, (-1,))
-        return Sparse(starts, gaps, self._tensor(name, "sparse_values", torch.float8_e5m2, (-1,)), entry["changed"])
+    def __getitem__(self, name: str) -> Site:
+        if name not in self:
+            raise KeyError(name)
+        tensors = self._native.tensors(name)
+        return _site(self._native, name, tensors, from_dlpack(tensors.dlpack()))
 
-    def _tensor(self, site: str, role: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """A view of a tensor that must exist, as the native half checked when it opened the directory."""
-        tensor = self._optional(site, role, dtype, shape)
-        assert tensor is not None, f"{site}/{role}"
-        return tensor
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._native.site(name) is not None
 
-    def _optional(self, site: str, role: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor | None:
-        """A view of a tensor; `None` if the site has none of this role."""
-        extent = self._native.extent(site, role)
-        if extent is None or self._bytes is None:
-            return None
-        return self._bytes[extent[0] : extent[1]].view(dtype).view(*shape)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._native.names())
+
+    def __len__(self) -> int:
+        return len(self._native.names())
 
 
-def _tiled(codes_by_row: Tensor, bits: int, rows: int, columns: int) -> Tensor:
-    """A tiled copy of codes that are stored row after row, as format versions 1 and 2 do."""
-    codes = torch.empty(reference.part_bytes(bits, rows, columns) // 4, dtype=torch.int32)
-    _native.tile(codes_by_row, bits, columns, codes)
-    return codes
+def _site(native: _native.Delta, name: str, tensors: _native.Tensors, memory: Tensor) -> Site:
+    """A site whose tensors are views of `memory`, which holds those of `tensors`."""
+
+    def read(role: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        extent = tensors.extent(name, role)
+        assert extent is not None, f"{name}/{role}"  # the native half checked when it opened the directory
+        return memory[extent[0] : extent[1]].view(dtype).view(*shape)
+
+    return site_of(_entry(native, name), read)
+
+
+def _entry(native: _native.Delta, name: str) -> dict[str, Any]:
+    text = native.site(name)
+    if text is None:
+        raise KeyError(name)
+    entry: dict[str, Any] = json.loads(text)
+    return entry
+
+
+def _meta_tensor(role: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    return torch.empty([max(length, 0) for length in shape], dtype=dtype, device="meta")

@@ -32,7 +32,7 @@ def expert_model(base: Checkpoint, delta: Delta, sites: Mapping[str, Site] | Non
 
     `sites` replace the delta's. Raises `FormatError` if weights of the model are missing.
     """
-    sites = delta.sites if sites is None else sites
+    sites = delta.load() if sites is None else sites
     state = {name: _LazyWeight(base, site) for name, site in sites.items()}
     model, missing = load_weights(skeleton(delta.path), state, torch.float32)
     if missing:

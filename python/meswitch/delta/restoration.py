@@ -56,7 +56,7 @@ def restore(
     with new_folder(target, replaces=None) as folder:
         for file in opened.manifest["files"]:
             if file != TENSORS:
-                shutil.copyfile(opened.path / file, folder / file)
+                (folder / file).write_bytes(opened.read_file(file))
         _write_shards(folder, opened, checkpoint, shard_bytes, meter)
 
 
@@ -69,13 +69,14 @@ def _write_shards(folder: Path, delta: Delta, base: Checkpoint, shard_bytes: int
         tensors: dict[str, Tensor] = {}
         for name in names:
             meter.advance(0, name)
+            site = delta.sites[name]
             # A copy: safetensors refuses tensors that share memory, as views of one mapped file do.
-            tensors[name] = rebuild(delta.sites[name], base).clone(memory_format=torch.contiguous_format)
-            meter.advance(delta.sites[name].parameters)
+            tensors[name] = rebuild(site, base).clone(memory_format=torch.contiguous_format)
+            meter.advance(site.parameters)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(site.parameters * site.dtype.itemsize for site in delta.sites.values())
+        total = sum(site.parameters * site.dtype.itemsize for site in delta.outline.values())
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
         (folder / "model.safetensors.index.json").write_text(text)
 
@@ -84,7 +85,7 @@ def _shards(delta: Delta, shard_bytes: int) -> list[list[str]]:
     """Parameter names by file, in order."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, site in delta.sites.items():
+    for name, site in delta.outline.items():
         size += site.parameters * site.dtype.itemsize
         if size > shard_bytes and shards[-1]:
             shards.append([])

@@ -26,7 +26,8 @@ def check_folder(folder: Path) -> Path:
 class Expert:
     """One fine-tune that requests can name.
 
-    It is opened (`delta`, `settings`; `nbytes` and `bpw` are the delta's, kept as numbers) or broken (`error`). `tied`:
+    It is opened (`delta`, `settings`; `nbytes`: the memory that it takes while resident, `bpw`: the delta's) or broken
+    (`error`). `tied`:
     whether its lm_head is its embeddings. `vocabulary` and `outputs`: token ids that it reads, and those it can answer
     with. `salt` keeps its prefix-cache pages apart from other experts' and earlier generations'. `slot`: its adapter
     slot while resident. `uses` and `pins` count requests that have acquired it and that run on it.
@@ -49,5 +50,6 @@ class Expert:
     served: int = 0
 
     @property
-    def sites(self) -> Iterable[Site]:
-        return () if self.delta is None else self.delta.sites.values()
+    def outline(self) -> Iterable[Site]:
+        """Its sites, with tensors that have no content."""
+        return () if self.delta is None else self.delta.outline.values()

@@ -110,14 +110,17 @@ class ExpertPool:
         try:
             if self.base is not None:
                 delta.check_base(self.base)
-            expert = Expert(name, path, delta, nbytes=int(delta.nbytes), bpw=float(delta.bpw), salt=next(self._salts))
+            expert = Expert(
+                name, path, delta, nbytes=int(delta.memory_bytes), bpw=float(delta.bpw), salt=next(self._salts)
+            )
             tied = layers.tied
             if self._settings is not None:
                 expert.settings = self._settings.read(name, delta)
                 tied = bool(expert.settings.config.tie_word_embeddings)
             expert.tied = tied
-            layers.check(expert.sites, tied=tied)
-            expert.vocabulary, expert.outputs = layers.vocabulary_of(expert.sites, tied=tied)
+            outline = list(expert.outline)
+            layers.check(outline, tied=tied)
+            expert.vocabulary, expert.outputs = layers.vocabulary_of(outline, tied=tied)
             budget = self.residency.budget
             if budget is not None and expert.nbytes > budget:
                 raise BudgetError(

@@ -79,10 +79,14 @@ class Residency:
         return True
 
     def _install(self, expert: Expert) -> None:
-        """Puts an expert into the lowest free slot, so that tables by slot stay as short as they can."""
+        """Reads an expert's tensors, and puts them into the lowest free slot, so that tables by slot stay short.
+
+        Raises `ChecksumError` or `OSError` where its file has changed.
+        """
+        sites = expert.delta.load()
         slot = self._free[0] if self._free else self._slots
         try:
-            self.layers.install(slot, expert.sites, tied=expert.tied)
+            self.layers.install(slot, sites.values(), tied=expert.tied)
         except BaseException:
             self.layers.remove(slot)
             raise

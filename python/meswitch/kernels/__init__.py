@@ -10,7 +10,7 @@ fused, or one after the other; modules that share an input in one call) is a bac
 threshold: layers know none of them.
 
 Threads: a backend object belongs to one engine, and everything here runs on that engine's thread. Memory: tensors of a
-site stay the delta's; `cpu` reads them where they are mapped, `torch` copies them to its device.
+site stay the delta's; `cpu` reads them where they lie, `torch` copies them to its device.
 
 Imports: `delta`, `site`, `reference`, and the arithmetic of `_native` (in `cpu` and `rows` alone).
 """

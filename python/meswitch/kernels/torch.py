@@ -164,8 +164,8 @@ class _PartRows:
 
     def __init__(self, part: Part, out_features: int, in_features: int, device: torch.device) -> None:
         self._bits, self._zero, self._columns = part.bits, part.zero, in_features
-        self._count, self._group_size = len(part.scales), part.group_size or max(in_features, 1)
-        self._codes, self._scales = part.codes.view(torch.uint8).to(device), part.scales.to(device)
+        self._count, self._group_size = part.count, part.group_size or max(in_features, 1)
+        self._codes, self._scales = part.codes.view(torch.uint8).to(device), part.scales.T.to(device)
         self._place: Tensor | None = None  # where in the part each row of the site is; −1 elsewhere
         if part.rows is not None:
             place = torch.full((out_features,), -1, dtype=torch.int64)

@@ -15,8 +15,8 @@ use self::site::{quantized_entry, quantized_site, shared_entry};
 use crate::checkpoint::{Checkpoint, View};
 use crate::codec::{Pair, Settings, quantize};
 use crate::delta::{
-    Assembly, BaseEntry, Delta, FileEntry, Progress, Role, SiteEntry, SiteKind, TensorSpec, Writer, check_copied_files,
-    check_site_name, checksum, estimated_bytes, hex,
+    Assembly, BaseEntry, Delta, FileEntry, Owner, Progress, Role, SiteEntry, SiteKind, TensorSpec, Writer,
+    check_copied_files, check_site_name, checksum, estimated_bytes, hex,
 };
 use crate::error::{Error, Result};
 
@@ -27,6 +27,8 @@ pub struct Plan {
     pub name: String,
     /// Whether its delta's matrix is the parameter transposed.
     pub transposed: bool,
+    /// The part of the model that it belongs to, where there is one.
+    pub owner: Option<Owner>,
     /// How it is quantized; `None` to store it whole where it differs from the base's.
     pub quantize: Option<Settings>,
     /// E\[x²\] of its input channels, where known.
@@ -98,8 +100,8 @@ impl Job<'_> {
             add(file.file_name().unwrap_or_default().as_encoded_bytes());
             add(&fs::read(file).map_err(Error::io(file))?);
         }
-        for Plan { name, transposed, quantize, moments } in self.plans {
-            add(format!("{name:?} {transposed} {quantize:?} {}", moments.is_some()).as_bytes());
+        for Plan { name, transposed, owner, quantize, moments } in self.plans {
+            add(format!("{name:?} {transposed} {owner:?} {quantize:?} {}", moments.is_some()).as_bytes());
             add(&moments.iter().flatten().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>());
         }
         Ok(hex(hasher.finalize().as_bytes()))
@@ -202,11 +204,10 @@ impl Job<'_> {
         let mut specs = Vec::new();
         for plan in self.plans {
             let view = self.finetune.view(&plan.name)?;
-            let dtype = view.dtype.to_string();
             // The size of the reservation is part of the file, so it must not depend on the dtype of added rows.
             let mut add = |role: Role, dimensions: usize| {
-                let dtype = if role == Role::Added { "F16" } else { &dtype };
-                specs.push(role.spec(dtype, &vec![0; dimensions]).of_site(&plan.name));
+                let dtype = if role == Role::Added { Dtype::F16 } else { view.dtype };
+                specs.extend(role.spec(dtype, &vec![0; dimensions]).map(|spec| spec.of_site(&plan.name)));
             };
             add(Role::Whole, view.shape.len());
             if let Some(settings) = &plan.quantize {

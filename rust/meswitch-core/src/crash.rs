@@ -69,6 +69,7 @@ mod tests {
         let plan = |name: &str| Plan {
             name: name.into(),
             transposed: false,
+            owner: None,
             quantize: (name != NAMES[1]).then(Settings::default),
             moments: None,
         };

@@ -1,4 +1,4 @@
-//! Where a part's codes lie in its bytes (format version 3).
+//! Where a part's codes lie in its bytes (format version 4).
 //!
 //! A packed row of `b`-bit codes (b = 1, 2, 4, 8) holds eight columns in `b` bytes, lowest bits first. A 3-bit row is
 //! two
@@ -6,7 +6,7 @@
 //!
 //! Rows are stored in *blocks* of 256, whose bytes are transposed: byte 0 of all rows of the block, then byte 1 of all
 //! rows, and so on. So one cache line holds the same columns of 64 rows; such 64 rows are a *line*. The last block is
-//! padded with rows of zeros to a multiple of 8.
+//! padded with rows of zeros to whole lines, or, in a part of less than one line, to a multiple of 16 rows.
 
 pub mod legacy;
 
@@ -25,15 +25,26 @@ pub const fn row_bytes(bits: u32, columns: usize) -> usize {
     bits as usize * columns.div_ceil(8)
 }
 
-/// Rows of a part, padding included.
-pub(crate) const fn padded_rows(rows: usize) -> usize {
-    rows.next_multiple_of(8)
+/// What parts of less than a line are padded to: rows that start at a multiple of 16 bytes.
+const SHORT_ROWS: usize = 16;
+
+/// Rows of a part, padding included; `None` where that overflows.
+const fn checked_padded_rows(rows: usize) -> Option<usize> {
+    rows.checked_next_multiple_of(if rows > LINE_ROWS - SHORT_ROWS { LINE_ROWS } else { SHORT_ROWS })
 }
 
-/// Bytes of the codes of a part.
+/// Rows of a part, padding included.
+pub(crate) const fn padded_rows(rows: usize) -> usize {
+    checked_padded_rows(rows).expect("a part has fewer than 2^31 rows")
+}
+
+/// Bytes of the codes of a part; `None` where that overflows.
 #[must_use]
-pub const fn part_bytes(bits: u32, rows: usize, columns: usize) -> usize {
-    row_bytes(bits, columns) * padded_rows(rows)
+pub const fn part_bytes(bits: u32, rows: usize, columns: usize) -> Option<usize> {
+    match ((bits as usize).checked_mul(columns.div_ceil(8)), checked_padded_rows(rows)) {
+        (Some(row_bytes), Some(rows)) => row_bytes.checked_mul(rows),
+        _ => None,
+    }
 }
 
 /// The planes of a packed row: the width of their codes, their first byte, and the factor of their codes.
@@ -41,20 +52,26 @@ pub(crate) fn planes(bits: u32, columns: usize) -> Vec<(u32, usize, f32)> {
     if bits == 3 { vec![(2, 0, 1.0), (1, row_bytes(2, columns), 4.0)] } else { vec![(bits, 0, 1.0)] }
 }
 
-/// The first row found in two parts, if any. A part is given by its rows; `None` stands for all of `rows`.
-///
-/// # Panics
-/// Where a part's row is not below `rows`.
+/// The first row found in two parts, if any. A part is given by its rows, which rise; `None` stands for all rows, of
+/// which there are `rows`. Memory is taken for the rows that are listed only.
 pub(crate) fn row_in_two_parts<R: IntoIterator<Item = u32>>(
     rows: usize,
     parts: impl IntoIterator<Item = Option<R>>,
 ) -> Option<u32> {
-    let mut seen = vec![false; rows];
-    let mut seen_before = |row: &u32| std::mem::replace(&mut seen[*row as usize], true);
-    parts.into_iter().find_map(|part| match part {
-        None => (0..rows as u32).find(&mut seen_before),
-        Some(part) => part.into_iter().find(&mut seen_before),
-    })
+    let (mut whole, mut listed) = (0, Vec::new());
+    for part in parts {
+        match part {
+            None => whole += 1,
+            Some(part) => listed.extend(part),
+        }
+    }
+    // A stable sort merges lists that rise.
+    listed.sort();
+    match whole {
+        0 => listed.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0]),
+        1 => listed.first().copied(),
+        _ => (rows > 0).then_some(0),
+    }
 }
 
 /// Packs one row of codes into `packed`, which must have `row_bytes(bits, codes.len())` bytes.
@@ -187,6 +204,39 @@ pub(crate) fn tile_rows(packed: &[u8], row_size: usize) -> Vec<u8> {
     codes
 }
 
+/// The first row, if any, with a bit that no code has: after its last column, or in a row of padding.
+pub(crate) fn first_stray_bit(codes: &[u8], bits: u32, rows: usize, columns: usize) -> Option<usize> {
+    let row_size = row_bytes(bits, columns);
+    if row_size == 0 {
+        return None;
+    }
+    let last_codes = if columns.is_multiple_of(8) { 8 } else { columns % 8 };
+    // The bytes of the last eight columns, each with its bits that no code has.
+    let mut stray = Vec::new();
+    for (width, first, _) in planes(bits, columns) {
+        let used = u64::MAX.unbounded_shr(64 - width * last_codes as u32).to_le_bytes();
+        let start = first + row_bytes(width, columns) - width as usize;
+        stray.extend((0..width as usize).map(|byte| (start + byte, !used[byte])));
+    }
+    for block in (0..rows).step_by(BLOCK_ROWS) {
+        let (start, width) = line_start(block, rows, row_size);
+        let count = width.min(rows - block);
+        let line = |byte: usize| &codes[start + byte * width..][..width];
+        let padded = (0..row_size).find_map(|byte| line(byte)[count..].iter().position(|byte| *byte != 0));
+        let after = stray.iter().find_map(|(byte, mask)| line(*byte)[..count].iter().position(|byte| byte & mask != 0));
+        if let Some(row) = after.or(padded.map(|row| count + row)) {
+            return Some(block + row);
+        }
+    }
+    None
+}
+
+/// The elements of `[rows, columns]` as `[columns, rows]`.
+pub(crate) fn turned<T: Copy>(elements: &[T], rows: usize) -> Vec<T> {
+    let columns = elements.len().checked_div(rows).unwrap_or(0);
+    (0..columns).flat_map(|column| elements.iter().skip(column).step_by(columns).copied()).collect()
+}
+
 /// Writes the packed rows of the line that holds `row`, `row_size` bytes each: the inverse of [`tile_rows`].
 pub(crate) fn untile_line(codes: &[u8], rows: usize, row_size: usize, row: usize, packed: &mut [u8]) {
     let (start, width) = line_start(row, rows, row_size);
@@ -273,6 +323,10 @@ mod tests {
         assert_eq!(row_in_two_parts(5, [Some(even.clone()), Some(vec![3, 4])]), Some(4));
         assert_eq!(row_in_two_parts(5, [None, Some(odd)]), Some(1));
         assert_eq!(row_in_two_parts(5, [Some(even), None]), Some(0));
+        assert_eq!(row_in_two_parts(5, [None::<Vec<u32>>, None]), Some(0));
+        assert_eq!(row_in_two_parts(0, [None::<Vec<u32>>, None]), None);
+        // Nothing is allocated for rows that are only counted.
+        assert_eq!(row_in_two_parts(usize::MAX, [None, Some(vec![])]), None);
         assert_eq!(row_in_two_parts(5, [None, Some(none)]), None);
     }
 
@@ -318,7 +372,37 @@ mod tests {
             assert_eq!(row_bytes(bits, 4096) * 8, 4096 * bits as usize);
             assert_eq!((row_bytes(bits, 0), row_bytes(bits, 1)), (0, bits as usize));
         }
-        assert_eq!(part_bytes(2, 300, 16), 4 * 304);
+        assert_eq!(part_bytes(2, 300, 16), Some(4 * 320));
+        assert_eq!([0, 1, 16, 17, 48, 49, 64, 65].map(padded_rows), [0, 16, 16, 32, 48, 64, 64, 128]);
+        assert_eq!([part_bytes(2, usize::MAX, 16), part_bytes(8, 8, usize::MAX)], [None, None]);
+    }
+
+    #[test]
+    fn bits_that_no_code_has_are_found() {
+        for bits in BITS {
+            for (rows, columns) in [(1, 1), (70, 13), (300, 16), (16, 5)] {
+                let full = ((1u16 << bits) - 1) as u8;
+                let mut packed = Vec::new();
+                for _ in 0..rows {
+                    let mut row = vec![0; row_bytes(bits, columns)];
+                    pack_row(&vec![full; columns], bits, &mut row);
+                    packed.extend(row);
+                }
+                let codes = tile_rows(&packed, row_bytes(bits, columns));
+                assert_eq!(first_stray_bit(&codes, bits, rows, columns), None);
+                // A bit is set already, or is found.
+                for bit in 0..8 * codes.len() {
+                    let mut codes = codes.clone();
+                    if codes[bit / 8] & 1 << (bit % 8) == 0 {
+                        codes[bit / 8] |= 1 << (bit % 8);
+                        assert!(
+                            first_stray_bit(&codes, bits, rows, columns).is_some(),
+                            "{bits} {rows} {columns} {bit}"
+                        );
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -6,20 +6,22 @@
 //!
 //! # Reading
 //!
-//! [`Delta::open`] maps a directory and checks its structure; [`Delta::verify`] reads every byte and compares it with
-//! its checksum. [`Delta::matrix`] gives one site as a [`kernels::Matrix`], whatever the version of the format.
+//! [`Delta::open`] checks a directory's structure and reads no tensor; [`Delta::verify`] reads every byte and compares it
+//! with its checksum. [`Delta::tensors`] reads all tensors into memory that nobody else can change, and
+//! [`delta::Tensors::matrix`] gives one site as a [`kernels::Matrix`], whatever the version of the format.
 //!
 //! ```
 //! use meswitch_core::{Delta, kernels};
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! # if cfg!(miri) { return Ok(()) } // cannot map files
+//! # if cfg!(miri) { return Ok(()) }
 //! # let folder = tempfile::tempdir()?;
 //! # let path = doctest::write_delta(folder.path())?;
 //! let delta = Delta::open(&path)?;
 //! delta.verify()?;
 //!
 //! // The delta of one weight, [output channels, input channels].
-//! let matrix = delta.matrix("layer.weight")?;
+//! let tensors = delta.tensors()?;
+//! let matrix = tensors.matrix("layer.weight")?;
 //! assert_eq!((matrix.rows(), matrix.columns()), (2, 3));
 //!
 //! // y = Δ̂ · x for one token. Results come in runs of rows, from several threads.
@@ -51,8 +53,9 @@
 //! #         let head = [&(length as u64).to_le_bytes()[..], format!("{header:length$}").as_bytes()].concat();
 //! #         let data = [&starts[..], &[0; 52], &gaps, &[0; 61], &values].concat();
 //! #         let file = [&head[..], &data].concat();
+//! #         let hash = "0".repeat(64);
 //! #         let body = format!(
-//! #             r#""format_version": 3, "writer": "doctest", "base": {{"fingerprint": "", "sample": "", "name": ""}},
+//! #             r#""format_version": 3, "writer": "doctest", "base": {{"fingerprint": "{hash}", "sample": "{hash}", "name": ""}},
 //! #             "settings": null, "files": {{"delta.safetensors": {{"bytes": {}, "checksum": "{}"}}}},
 //! #             "sites": [{{"name": "layer.weight", "kind": "quantized", "shape": [2, 3], "dtype": "BF16", "bytes": 18,
 //! #             "bpw": 24.0, "relative_error": 0.0, "sparse": {{"entries": 3, "changed": 3}}, "tensors":
@@ -82,13 +85,13 @@
 //!
 //! # Platforms
 //!
-//! Little-endian only; writing needs Unix. Kernels have code for AVX-512, AVX2 and NEON, and portable code for the
+//! Little-endian Unix only. Kernels have code for AVX-512, AVX2 and NEON, and portable code for the
 //! rest.
 
 #![warn(unreachable_pub)]
 
 #[cfg(target_endian = "big")]
-compile_error!("meswitch-core maps little-endian tensors as they are: big-endian targets are not supported");
+compile_error!("meswitch-core reads little-endian tensors as they are: big-endian targets are not supported");
 
 #[cfg(feature = "compress")]
 pub mod checkpoint;
@@ -99,6 +102,7 @@ pub mod compress;
 #[cfg(feature = "compress")]
 mod crash;
 pub mod delta;
+mod directory;
 mod error;
 #[cfg(feature = "compress")]
 mod fingerprint;
@@ -107,6 +111,8 @@ mod fingerprint;
 pub mod folder;
 pub mod kernels;
 pub mod layout;
+mod memory;
 
 pub use delta::Delta;
 pub use error::{Error, Result};
+pub use memory::Region;

@@ -37,8 +37,9 @@ fn golden_directories_are_read() {
 fn golden_sites_are_matrices() {
     for (folder, _) in golden() {
         let delta = Delta::open(&folder).unwrap();
+        let tensors = delta.tensors().unwrap();
         for site in &delta.manifest().sites {
-            let matrix = delta.matrix(&site.name);
+            let matrix = tensors.matrix(&site.name);
             if matches!(site.kind, SiteKind::Shared | SiteKind::Replaced) {
                 assert!(matches!(matrix, Err(meswitch_core::Error::Argument(_))), "{}", site.name);
                 continue;
@@ -76,18 +77,19 @@ fn golden_directories_restore_their_fine_tune() {
             Delta::open(&folder).unwrap(),
             meswitch_core::checkpoint::Checkpoint::open(&base, &["model.safetensors".to_owned()]).unwrap(),
         );
+        let tensors = delta.tensors().unwrap();
         let stored = fs::read(PathBuf::from(format!("{}.safetensors", folder.display()))).unwrap();
         let stored = SafeTensors::deserialize(&stored).unwrap();
         for site in &delta.manifest().sites {
             let expected = stored.tensor(&site.name).unwrap();
             let base = base.view(&site.name).unwrap();
             if matches!(site.kind, SiteKind::Shared | SiteKind::Replaced) {
-                let found = delta.tensor(&site.name, "whole").unwrap_or(base.data);
+                let found = tensors.tensor(&site.name, "whole").unwrap_or(base.data);
                 assert_eq!(found, expected.data(), "{}", site.name);
                 continue;
             }
             assert!(!site.transposed);
-            let matrix = delta.matrix(&site.name).unwrap();
+            let matrix = tensors.matrix(&site.name).unwrap();
             let (mut wide, mut dense) = (vec![0f32; base.len()], vec![0f32; base.len()]);
             base.read(0, &mut wide);
             dense_rows(&matrix, 0, &mut dense);
@@ -99,7 +101,7 @@ fn golden_directories_restore_their_fine_tune() {
                 inexact += usize::from(step);
             }
             assert!(inexact * 1000 <= base.len(), "{}: {inexact} of {}", site.name, base.len());
-            let added = delta.tensor(&site.name, "added").unwrap_or_default();
+            let added = tensors.tensor(&site.name, "added").unwrap_or_default();
             assert_eq!(added, &expected.data()[2 * base.len()..]);
         }
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use meswitch_core::Error;
 use meswitch_core::codec::{self, Class, Pair, Settings, Zero};
 use meswitch_core::compress::{Job, Plan};
-use meswitch_core::delta::{Assembly, Progress, SiteEntry};
+use meswitch_core::delta::{Assembly, Owner, Progress, SiteEntry};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -198,7 +198,9 @@ fn read_plan(plan: &Bound<'_, PyDict>, moments: &HashMap<String, Vec<u8>>) -> Py
         Some(bits) => Some(read_settings(plan, bits.extract()?)?),
     };
     let moments = moments.get(&name).map(|bytes| floats(bytes));
-    Ok(Plan { transposed: required(plan, "transposed")?, name, quantize, moments })
+    let owner: Option<(u32, Option<u32>)> = plan.get_item("owner")?.map(|owner| owner.extract()).transpose()?;
+    let owner = owner.map(|(layer, moe_expert)| Owner { layer, moe_expert });
+    Ok(Plan { transposed: required(plan, "transposed")?, owner, name, quantize, moments })
 }
 
 fn read_settings(plan: &Bound<'_, PyDict>, bits: u32) -> PyResult<Settings> {

@@ -11,7 +11,7 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
 
 use crate::errors::to_python;
-use crate::{enter, enter_pool};
+use crate::{dlpack, enter, enter_pool};
 
 /// Where parameters lie, as Python says it.
 type Sources = BTreeMap<String, (String, Option<(usize, Vec<usize>)>)>;
@@ -72,7 +72,7 @@ impl Checkpoint {
     }
 }
 
-/// An opened delta directory.
+/// An opened delta directory; it holds no tensors.
 #[pyclass(frozen)]
 pub struct Delta(delta::Delta);
 
@@ -89,15 +89,51 @@ impl Delta {
         serde_json::to_string(self.0.manifest()).map_err(|error| PyValueError::new_err(error.to_string()))
     }
 
+    /// The names of all sites, in the order of the manifest.
+    fn names(&self) -> Vec<String> {
+        self.0.manifest().sites.iter().map(|site| site.name.clone()).collect()
+    }
+
+    /// A site's entry of the manifest, in JSON; `None` where there is no such site.
+    fn site(&self, name: &str) -> Option<String> {
+        self.0.site(name).and_then(|site| serde_json::to_string(site).ok())
+    }
+
+    /// The version of the format that the directory has.
+    #[getter]
+    fn format_version(&self) -> u32 {
+        self.0.manifest().format_version
+    }
+
+    /// The hash of the base that the delta was made against.
+    #[getter]
+    fn fingerprint(&self) -> String {
+        self.0.manifest().base.fingerprint.clone()
+    }
+
+    /// The number of weights of the fine-tune.
+    #[getter]
+    fn parameters(&self) -> u64 {
+        self.0.manifest().parameters()
+    }
+
     /// What manifest and tensors weigh.
     #[getter]
     fn nbytes(&self) -> u64 {
         self.0.bytes()
     }
 
-    /// Where a site's tensor lies in `delta.safetensors`: its first byte and the one after its last; none if absent.
-    fn extent(&self, site: &str, role: &str) -> Option<(usize, usize)> {
-        self.0.extent(site, role)
+    /// The memory that all tensors take.
+    #[getter]
+    fn memory_bytes(&self) -> PyResult<usize> {
+        self.0.memory_bytes().map_err(to_python)
+    }
+
+    /// Reads the tensors of one site, or of all, and compares them with their checksums.
+    #[pyo3(signature = (site=None))]
+    fn tensors(&self, py: Python<'_>, site: Option<&str>) -> PyResult<Tensors> {
+        let read = || site.map_or_else(|| self.0.tensors(), |site| self.0.site_tensors(site));
+        enter_pool(py, read).map(Tensors)
     }
 
     /// The bytes of a small file that the manifest names.
@@ -125,9 +161,31 @@ impl Delta {
         enter_pool(py, || delta::rewrite(&self.0, &out, &tensors, &errors, settings))
     }
 
+    /// Writes the directory anew in today's format, in its own place; false where it has it already.
+    fn upgrade(&self, py: Python<'_>) -> PyResult<bool> {
+        enter_pool(py, || delta::upgrade(&self.0))
+    }
+
     /// Compares a base with the one the delta was made against: quickly, or all of its content.
     fn check_base(&self, py: Python<'_>, base: &Checkpoint, whole: bool) -> PyResult<()> {
         enter_pool(py, || self.0.check_base(&base.0, whole))
+    }
+}
+
+/// Tensors of a delta in memory that is given back when nothing of Python or Rust uses it any more.
+#[pyclass(frozen)]
+pub struct Tensors(delta::Tensors);
+
+#[pymethods]
+impl Tensors {
+    /// All of the memory as a DLPack capsule: bytes, which must not be written to.
+    fn dlpack<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        dlpack::capsule(py, self.0.region().clone())
+    }
+
+    /// Where a tensor lies in that memory: its first byte and the one after its last; `None` if absent.
+    fn extent(&self, site: &str, role: &str) -> Option<(usize, usize)> {
+        self.0.extent(site, role).map(|range| (range.start, range.end))
     }
 }
 
@@ -135,5 +193,5 @@ impl Delta {
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value)] // what Python hands over
 pub fn checksum(py: Python<'_>, bytes: PyBackedBytes) -> PyResult<String> {
-    enter_pool(py, || Ok(delta::checksum(&bytes)))
+    enter_pool(py, || Ok(delta::checksum(&bytes).to_string()))
 }

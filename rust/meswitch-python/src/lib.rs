@@ -2,6 +2,7 @@
 
 mod compress;
 mod delta;
+mod dlpack;
 mod errors;
 mod folder;
 mod matrix;
@@ -39,11 +40,11 @@ mod _native {
     #[pymodule_export]
     use super::compress::{compress, estimate_bytes, is_shared, probe, row_energies, write};
     #[pymodule_export]
-    use super::delta::{Checkpoint, Delta, checksum};
+    use super::delta::{Checkpoint, Delta, Tensors, checksum};
     #[pymodule_export]
     use super::folder::{Folder, resolve_target};
     #[pymodule_export]
-    use super::matrix::{Matrix, tile};
+    use super::matrix::Matrix;
     #[pymodule_export]
     use super::table::{Rows, Table, base_linear, base_linear_tokens};
 

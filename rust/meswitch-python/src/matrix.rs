@@ -2,12 +2,10 @@
 
 use meswitch_core::Error;
 use meswitch_core::kernels::{self, Part, SparseEntries, Terms};
-use meswitch_core::layout::{self, legacy};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::enter;
-use crate::errors::to_python;
 use crate::tensor::Tensor;
 
 /// Bits, zero, group size, rows, codes, scales.
@@ -139,7 +137,7 @@ fn read_terms(
             let (rows, codes, scales) = unsafe {
                 (rows.as_ref().map(|rows| rows.elements(py)).transpose()?, codes.bytes(py)?, scales.elements(py)?)
             };
-            Ok(Part { bits: *bits, zero: *zero, group: *group, rows, codes: codes.into(), scales })
+            Ok(Part { bits: *bits, zero: *zero, group: *group, rows, codes, scales })
         })
         .collect::<PyResult<_>>()?;
     // SAFETY: as above.
@@ -167,27 +165,4 @@ fn check_tokens(tokens: &[usize], total: usize) -> PyResult<()> {
         None => Ok(()),
         Some(token) => Err(PyValueError::new_err(format!("expected tokens below {total}, found {token}"))),
     }
-}
-
-/// Fills `out int32` with rows of codes as format versions 1 and 2 have them, in today's layout.
-#[pyfunction]
-#[allow(clippy::needless_pass_by_value)] // what Python hands over
-pub fn tile(py: Python<'_>, codes: Tensor, bits: u32, columns: usize, out: Tensor) -> PyResult<()> {
-    // SAFETY: both tensors are kept until this returns, and nothing else accesses `out` meanwhile.
-    let (packed, tiled) = unsafe { (codes.bytes(py)?, out.bytes_mut(py)?) };
-    let stride = if layout::BITS.contains(&bits) { legacy::row_bytes(bits, columns) } else { 0 };
-    let rows = packed.len().checked_div(stride).unwrap_or(0);
-    if rows * stride != packed.len() || layout::part_bytes(bits, rows, columns) != tiled.len() {
-        return Err(to_python(Error::Argument(format!(
-            "expected whole rows of {columns} codes and room for them, found {} and {} bytes",
-            packed.len(),
-            tiled.len()
-        ))));
-    }
-    enter(py, || {
-        if rows > 0 {
-            tiled.copy_from_slice(&legacy::to_tiled(packed, bits, columns));
-        }
-        Ok(())
-    })
 }

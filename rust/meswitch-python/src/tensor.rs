@@ -192,21 +192,6 @@ impl Tensor {
         Ok(unsafe { std::slice::from_raw_parts_mut(self.address as *mut T, elements.len()) })
     }
 
-    /// The bytes of a contiguous tensor, to be written.
-    ///
-    /// # Safety
-    /// As [`Self::elements_mut`].
-    #[allow(clippy::mut_from_ref)] // the memory is torch's
-    pub unsafe fn bytes_mut(&self, py: Python<'_>) -> PyResult<&'static mut [u8]> {
-        // SAFETY: passed on to the caller.
-        let bytes = unsafe { self.bytes(py) }?;
-        if bytes.is_empty() {
-            return Ok(&mut []);
-        }
-        // SAFETY: the same memory; the caller lets nothing else access it.
-        Ok(unsafe { std::slice::from_raw_parts_mut(self.address as *mut u8, bytes.len()) })
-    }
-
     /// Rows of a tensor `[..., >= width]` of floats: how many, and the kernels' view of them.
     ///
     /// The view must not be used after this tensor is dropped. Raises `ValueError` for other shapes and dtypes.

@@ -63,12 +63,12 @@ class BlockwiseDistillation:
         schedule: Schedule,
         journal: Journal,
     ) -> None:
-        self._base, self._finetune, self._sites = base, finetune, delta.sites
+        self._base, self._finetune, self._sites = base, finetune, delta.load()
         self._windows, self._schedule, self._journal = windows, schedule, journal
         self._decoder = decoder = Decoder(finetune.path, finetune.names())
-        self._head = HEAD if decoder.head == decoder.embedding and HEAD in delta.sites else decoder.head
+        self._head = HEAD if decoder.head == decoder.embedding and HEAD in self._sites else decoder.head
         self._tied = self._head == decoder.embedding
-        self.scales = trainable_scales(delta.sites.values())
+        self.scales = trainable_scales(self._sites.values())
 
         def rebuilt(name: str) -> Tensor:
             return rebuild(delta.sites[name], base, rounded=False)

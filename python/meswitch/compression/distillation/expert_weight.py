@@ -36,7 +36,7 @@ class DeltaRows:
         for part in scales.parts:
             numbers = reference.part_rows(part, site.out_features)
             in_part = torch.isin(numbers, self._base_rows).nonzero()[:, 0]
-            codes = reference.unpack(part.codes, part.bits, len(part.scales), site.in_features, in_part)
+            codes = reference.unpack(part.codes, part.bits, part.count, site.in_features, in_part)
             self._parts.append((in_part, torch.searchsorted(self._base_rows, numbers[in_part]), codes))
 
     def delta(self, *, rounded: bool) -> Tensor:
@@ -59,7 +59,7 @@ class DeltaRows:
         column_scales = scales.value("column_scales", rounded=rounded) if has_column_scales else torch.ones(columns)
         delta = torch.zeros(self._count, columns)
         for number, (part, (in_part, places, codes)) in enumerate(zip(scales.parts, self._parts, strict=True)):
-            row_scales = scales.value(f"scales.{number}", rounded=rounded) * unit
+            row_scales = scales.value(f"scales.{number}", rounded=rounded).T * unit
             row_scales = row_scales if len(in_part) == len(row_scales) else row_scales[in_part]
             if row_scales.shape[1] > 1:
                 row_scales = reference.expand_scales(row_scales, part.group_size, columns)

@@ -138,7 +138,8 @@ fn planned_bytes(pair: &Pair<'_>, settings: &Settings, drafts: &[PartDraft]) -> 
     let salient = settings.salient.min(pair.columns);
     let parts = drafts.iter().map(|draft| {
         let rows = if draft.all { 0 } else { 4 * draft.rows.len() };
-        part_bytes(draft.bits, draft.rows.len(), pair.columns) + 2 * draft.scales.len() + rows
+        let codes = part_bytes(draft.bits, draft.rows.len(), pair.columns);
+        codes.expect("a matrix in memory has a size") + 2 * draft.scales.len() + rows
     });
     let columns = if settings.column_scales { 2 * pair.columns } else { 0 };
     parts.sum::<usize>() + columns + salient * (4 + 2 * pair.rows) + 2 * rank * (pair.rows + pair.columns)

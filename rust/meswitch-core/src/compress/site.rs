@@ -8,25 +8,27 @@ use super::Plan;
 use crate::checkpoint::View;
 use crate::codec::{Pair, Quantized, QuantizedPart, Settings};
 use crate::delta::{PartEntry, SiteEntry, SiteKind, SparseCounts, TermsEntry};
-use crate::layout::{row_bytes, tile_rows};
+use crate::layout::legacy::Order;
+use crate::layout::{row_bytes, tile_rows, turned};
 
 /// The entry of a parameter that is the base's, cast to the fine-tune's dtype.
 pub(super) fn shared_entry(plan: &Plan, finetune: &View<'_>) -> SiteEntry {
     SiteEntry {
         name: plan.name.clone(),
         shape: finetune.shape.clone(),
-        dtype: finetune.dtype.to_string(),
+        dtype: finetune.dtype,
         kind: SiteKind::Shared,
         transposed: plan.transposed,
+        owner: plan.owner,
         bytes: 0,
         bpw: 0.0,
         relative_error: 0.0,
-        checksums: BTreeMap::new(),
+        checksums: Vec::new(),
     }
 }
 
 /// A part without rows, for a quantized site that has neither codes nor a low-rank part.
-const EMPTY_PART: PartEntry = PartEntry { bits: 1, zero: 0.5, group_size: None, rows: Some(0), tiled: true };
+const EMPTY_PART: PartEntry = PartEntry { bits: 1, zero: 0.5, group_size: None, rows: Some(0), order: Order::Current };
 
 /// The kind of a site with these parts and terms.
 fn kind_of(parts: Vec<PartEntry>, terms: TermsEntry) -> SiteKind {
@@ -49,7 +51,7 @@ pub(super) fn quantized_entry(plan: &Plan, settings: &Settings, pair: &Pair<'_>)
         zero: 127.5,
         group_size: settings.group_size,
         rows: (count < pair.rows).then_some(count),
-        tiled: true,
+        order: Order::Current,
     };
     let terms = TermsEntry {
         exponent: 0,
@@ -110,7 +112,7 @@ fn quantized_terms(pair: &Pair<'_>, quantized: Quantized) -> (SiteKind, Vec<Vec<
         zero: part.zero,
         group_size: part.group_size,
         rows: part.rows.as_ref().map(Vec::len),
-        tiled: true,
+        order: Order::Current,
     };
     let parts: Vec<PartEntry> = quantized.parts.iter().map(entry).collect();
     let column_scales = quantized.column_scales.filter(|_| !parts.is_empty());
@@ -126,7 +128,7 @@ fn quantized_terms(pair: &Pair<'_>, quantized: Quantized) -> (SiteKind, Vec<Vec<
         let row_size = row_bytes(part.bits, pair.columns);
         debug_assert_eq!(part.codes.len(), part.rows.as_ref().map_or(pair.rows, Vec::len) * row_size);
         tensors.push(tile_rows(&part.codes, row_size));
-        tensors.push(half_bytes(&part.scales));
+        tensors.push(half_bytes(&turned(&part.scales, part.rows.as_ref().map_or(pair.rows, Vec::len))));
         tensors.extend(part.rows.as_deref().map(index_bytes));
     }
     tensors.extend(column_scales.as_deref().map(half_bytes));

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::journal::{Finished, JOURNAL, Journal};
-use super::manifest::{BaseEntry, FileEntry, MANIFEST, Manifest, TENSORS, VERSION};
+use super::manifest::{BaseEntry, FileEntry, MANIFEST, Manifest, TENSORS, VERSION, raw};
 use super::site::{SiteEntry, SiteKind};
 use super::tensor::TensorSpec;
 use super::writer::{check_copied_files, check_site_name, check_tensors, full_specs};
@@ -109,9 +109,10 @@ impl Assembly<'_> {
     ) -> Manifest {
         Manifest {
             format_version: VERSION,
+            binding: None,
             writer: format!("meswitch {}", env!("CARGO_PKG_VERSION")),
             base,
-            settings: self.settings.clone(),
+            settings: raw(&self.settings),
             files,
             sites,
         }
@@ -162,7 +163,7 @@ impl Assembly<'_> {
             }
             let fits = match &entry.kind {
                 SiteKind::Replaced => true,
-                SiteKind::Shared => base_shape == base.shape && entry.dtype == base.dtype.to_string(),
+                SiteKind::Shared => base_shape == base.shape && entry.dtype == base.dtype,
                 _ => base_shape == base.shape,
             };
             if !fits {

@@ -1,120 +1,200 @@
-//! The header of `delta.safetensors`, and the size of a delta directory that is not written yet.
+//! The header of `delta.safetensors`: which tensors there are and where each lies.
 
-use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fmt;
 
-use super::manifest::{FileEntry, Manifest, TENSORS, json as text};
-use super::site::{SiteEntry, SiteKind, TermsEntry};
+use safetensors::Dtype;
+use serde::de::{self, MapAccess};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::checksum::Checksum;
+use super::manifest::{MANIFEST, TENSORS, json};
+use super::site::SiteEntry;
 use super::tensor::TensorSpec;
-use super::{ALIGNMENT, PADDING, checksum};
+use super::{ALIGNMENT, PADDING};
 use crate::error::{Error, Result};
 
-/// The longest header that readers of safetensors take, without the field that says how long it is.
-const MAX_HEADER_BYTES: usize = 100_000_000;
+/// The largest header that safetensors reads, in bytes.
+pub(super) const MAX_BYTES: usize = 100_000_000;
 
-/// The header of `delta.safetensors`, built tensor by tensor.
+/// At least the length of the metadata's text.
+const METADATA_BYTES: usize = 128;
+
+/// Where the metadata says which manifest the file belongs to.
+const BINDING: &str = "binding";
+
+/// What a header says of one tensor.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// The first byte and the one after the last, counted from the end of the header.
+    data_offsets: (usize, usize),
+}
+
+/// What a header says of the file.
+type Metadata = BTreeMap<String, String>;
+
+/// A header, built tensor by tensor.
+#[derive(Serialize)]
 pub(super) struct Header {
-    entries: serde_json::Map<String, Value>,
+    #[serde(rename = "__metadata__")]
+    metadata: Metadata,
+    #[serde(flatten)]
+    entries: BTreeMap<String, Entry>,
     /// Where the next tensor starts, counted from the end of the header.
+    #[serde(skip)]
     pub(super) position: usize,
+    #[serde(skip)]
     paddings: usize,
-    /// The length of the text so far, with a comma too many.
+    /// The length of the text, or a few bytes more.
+    #[serde(skip)]
     length: usize,
 }
 
 impl Header {
     pub(super) fn new() -> Self {
-        let mut entries = serde_json::Map::new();
-        entries.insert("__metadata__".into(), json!({"format": "meswitch"}));
-        let length = text(&entries).len() + 1;
-        Self { entries, position: 0, paddings: 0, length }
+        let metadata = [("format".to_owned(), "meswitch".to_owned())].into();
+        Self { metadata, entries: BTreeMap::new(), position: 0, paddings: 0, length: METADATA_BYTES }
     }
 
-    /// Adds a tensor, and before it one that pads to its alignment. Returns the size of the padding.
+    /// The header of these sites, tied to the manifest that names them.
     ///
     /// # Errors
-    /// [`Error::Format`] where the header becomes longer than readers of safetensors take.
-    pub(super) fn add(&mut self, name: &str, dtype: &str, shape: &[usize], size: usize) -> Result<usize> {
-        let padding = self.position.next_multiple_of(ALIGNMENT) - self.position;
+    /// [`Error::Format`] where a number of a site is out of range.
+    pub(super) fn of(sites: &[SiteEntry], binding: Option<Checksum>) -> Result<Self> {
+        let mut header = Self::new();
+        binding.into_iter().for_each(|binding| header.bind(binding));
+        for site in sites {
+            for spec in site.tensor_specs()? {
+                header.add(&spec.of_site(&site.name))?;
+            }
+        }
+        Ok(header)
+    }
+
+    /// Ties the file to the manifest of that binding.
+    pub(super) fn bind(&mut self, binding: Checksum) {
+        self.metadata.insert(BINDING.to_owned(), binding.to_string());
+    }
+
+    /// Adds a tensor under its full name, and before it one that pads to its alignment. Returns the size of the padding.
+    ///
+    /// # Errors
+    /// [`Error::Format`] where the header becomes longer than readers of safetensors take, or the file larger than there
+    /// are addresses.
+    pub(super) fn add(&mut self, tensor: &TensorSpec) -> Result<usize> {
+        let start = self.position.checked_next_multiple_of(ALIGNMENT);
+        let end = start.and_then(|start| start.checked_add(tensor.size()));
+        let (Some(start), Some(end)) = (start, end) else {
+            return Err(broken("tensors of a size that can be", &tensor.name));
+        };
+        let padding = start - self.position;
         if padding > 0 {
-            self.entry(&format!("{PADDING}{}", self.paddings), "U8", &[padding], padding);
+            let name = format!("{PADDING}{}", self.paddings);
+            self.entry(name, Entry { dtype: Dtype::U8, shape: vec![padding], data_offsets: (self.position, start) });
             self.paddings += 1;
         }
-        self.entry(name, dtype, shape, size);
-        if self.length > MAX_HEADER_BYTES {
-            return Err(Error::Format(format!(
-                "expected a header of at most {MAX_HEADER_BYTES} bytes in {TENSORS}, found more from {name} on"
-            )));
+        let entry = Entry { dtype: tensor.dtype, shape: tensor.shape.clone(), data_offsets: (start, end) };
+        self.entry(tensor.name.clone(), entry);
+        if self.length > MAX_BYTES {
+            return Err(broken(
+                &format!("a header of at most {MAX_BYTES} bytes"),
+                &format!("more from {} on", tensor.name),
+            ));
         }
         Ok(padding)
     }
 
-    fn entry(&mut self, name: &str, dtype: &str, shape: &[usize], size: usize) {
-        let offsets = [self.position, self.position + size];
-        let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": offsets});
-        self.length += text(name).len() + 1 + text(&entry).len() + 1;
-        self.entries.insert(name.into(), entry);
-        self.position += size;
+    fn entry(&mut self, name: String, entry: Entry) {
+        self.length += json(&name).len() + 1 + json(&entry).len() + 1;
+        self.position = entry.data_offsets.1;
+        self.entries.insert(name, entry);
     }
 
-    pub(super) fn text(self) -> Vec<u8> {
-        text(&self.entries).into_bytes()
+    /// The JSON, without its length before it.
+    #[cfg(feature = "compress")]
+    pub(super) fn text(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("plain data is always JSON")
     }
-}
 
-/// An upper bound of the header's size, its length field included, for tensors by full name. No more than what readers
-/// take: [`Header::add`] refuses what would not fit there.
-pub(super) fn max_header_bytes(specs: &[TensorSpec]) -> usize {
-    // The longest entry: braces, keys, two offsets of 13 digits, and a padding tensor beside it. The name and the dtype
-    // without their quotes, which are counted there too, but with what JSON escapes in them.
-    let length = |name: &str| text(name).len() - 2;
-    let room: usize =
-        specs.iter().map(|spec| length(&spec.name) + length(&spec.dtype) + 16 * spec.shape.len() + 80 + 110).sum();
-    let most = (MAX_HEADER_BYTES + 8) / ALIGNMENT * ALIGNMENT;
-    (8 + 64 + room).next_multiple_of(ALIGNMENT).min(most)
-}
-
-/// Where the tensors, `size` bytes in all, start in the file: right after the header, or after the room reserved for it
-/// if the difference is below 1/256 of their size.
-pub(super) fn tensors_start(header: usize, reserved: usize, size: usize) -> usize {
-    let start = (header + 8).next_multiple_of(ALIGNMENT);
-    if (reserved - start) * 256 > size { start } else { reserved }
-}
-
-/// The size of manifest and tensors, from entries without errors and checksums. It is never too small, and too large
-/// only by digits of numbers. `possible` are the tensors that [`super::Writer::create`] is given.
-///
-/// # Errors
-/// [`crate::Error::Format`] where a number of an entry is out of range.
-pub(crate) fn estimated_bytes(mut manifest: Manifest, possible: &[TensorSpec]) -> Result<u64> {
-    let (mut header, mut unused) = (Header::new(), 0);
-    for site in &mut manifest.sites {
-        site.bytes = 0;
-        for spec in site.tensor_specs()? {
-            let size = spec.size();
-            header.add(&format!("{}/{}", site.name, spec.name), &spec.dtype, &spec.shape, size)?;
-            site.checksums.insert(spec.name, checksum(&[]));
-            site.bytes += size as u64;
+    /// Checks that a file's header is this one, whatever the order of its tensors.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for the first tensor that differs.
+    pub(super) fn check(&self, text: &[u8]) -> Result<()> {
+        let found: Found =
+            serde_json::from_slice(text).map_err(|error| broken("a safetensors header", &error.to_string()))?;
+        let end = text.iter().rposition(|byte| *byte == b'}').unwrap_or(0);
+        if text[end + 1..].iter().any(|byte| *byte != b' ') {
+            return Err(broken("a header padded with spaces", "other bytes"));
         }
-        site.bpw = bpw(site);
-        // Numbers with as many digits as any.
-        site.relative_error = 1.234_567;
-        match &mut site.kind {
-            SiteKind::Quantized { terms: TermsEntry { exponent, .. }, .. }
-            | SiteKind::LowRank { terms: TermsEntry { exponent, .. } }
-            | SiteKind::Sparse { exponent, .. } => *exponent = -100,
-            // Counted as if they had an exponent: callers plan sizes with this estimate, so it stays the same.
-            SiteKind::Shared | SiteKind::Replaced => unused += r#","exponent":-100"#.len() as u64,
+        if self.metadata.contains_key(BINDING) && found.metadata != self.metadata {
+            let text = |metadata: &Metadata| metadata.get(BINDING).map_or("none", String::as_str).to_owned();
+            return Err(broken(
+                &format!("the tensors of {MANIFEST}, bound by {}", text(&self.metadata)),
+                &text(&found.metadata),
+            ));
         }
+        // Paddings last: they are wrong wherever something before them is.
+        let paddings = self.entries.iter().filter(|(name, _)| name.starts_with(PADDING));
+        let others = self.entries.iter().filter(|(name, _)| !name.starts_with(PADDING));
+        for (name, entry) in others.chain(paddings) {
+            let Some(found) = found.entries.get(name) else {
+                return Err(broken(&format!("a tensor {name}"), "none"));
+            };
+            if (found.dtype, &found.shape) != (entry.dtype, &entry.shape) {
+                let text = |entry: &Entry| format!("{} {:?}", entry.dtype, entry.shape);
+                return Err(broken(&format!("{name} of {}", text(entry)), &text(found)));
+            }
+        }
+        if let Some(name) = found.entries.keys().find(|name| !self.entries.contains_key(*name)) {
+            return Err(broken(&format!("only tensors that {MANIFEST} names"), name));
+        }
+        for (name, entry) in &self.entries {
+            let (start, end) = found.entries[name].data_offsets;
+            if (start, end) != entry.data_offsets {
+                let (first, last) = entry.data_offsets;
+                return Err(broken(&format!("{name} in bytes {first} to {last}"), &format!("it in {start} to {end}")));
+            }
+        }
+        Ok(())
     }
-    let position = header.position;
-    let start = tensors_start(header.text().len(), max_header_bytes(possible), position);
-    let tensors = (start + position) as u64;
-    manifest.files.insert(TENSORS.into(), FileEntry { bytes: tensors, checksum: checksum(&[]) });
-    Ok(tensors + manifest.to_text().len() as u64 + unused)
 }
 
-/// Bits per weight, rounded to four decimals.
-pub(super) fn bpw(site: &SiteEntry) -> f64 {
-    let bpw = 8.0 * site.bytes as f64 / site.parameters().unwrap_or(1).max(1) as f64;
-    (bpw * 1e4).round() / 1e4
+fn broken(expected: &str, found: &str) -> Error {
+    Error::Format(format!("expected {expected} in {TENSORS}, found {found}"))
+}
+
+/// A header as it was read.
+struct Found {
+    metadata: Metadata,
+    entries: BTreeMap<String, Entry>,
+}
+
+impl<'de> Deserialize<'de> for Found {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Found;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("tensors by name")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Found, A::Error> {
+                let (mut metadata, mut entries) = (Metadata::new(), BTreeMap::new());
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        metadata = map.next_value()?;
+                    } else if let Some(before) = entries.insert(name, map.next_value()?) {
+                        return Err(de::Error::custom(format_args!("two tensors of one name, one of {before:?}")));
+                    }
+                }
+                Ok(Found { metadata, entries })
+            }
+        }
+        deserializer.deserialize_map(Visitor)
+    }
 }

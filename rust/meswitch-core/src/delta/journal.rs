@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::checksum;
-use super::manifest::json;
+use super::manifest::{VERSION, json};
 use super::site::{SiteEntry, SiteFields};
 use crate::crash::crash_point;
 use crate::error::{Error, Result};
@@ -39,7 +39,7 @@ impl TryFrom<FinishedFields> for Finished {
     type Error = Error;
 
     fn try_from(fields: FinishedFields) -> Result<Self> {
-        Ok(Self { entry: fields.entry.try_into()?, digest: fields.digest })
+        Ok(Self { entry: fields.entry.entry(VERSION)?, digest: fields.digest })
     }
 }
 
@@ -109,5 +109,5 @@ impl Journal {
 fn read<T: DeserializeOwned>(line: &[u8]) -> Option<T> {
     let line = std::str::from_utf8(line.strip_suffix(b"\n")?).ok()?;
     let (stated, text) = line.split_once(' ')?;
-    if stated == checksum(text.as_bytes()) { serde_json::from_str(text).ok() } else { None }
+    if stated == checksum(text.as_bytes()).to_string() { serde_json::from_str(text).ok() } else { None }
 }

@@ -1,11 +1,12 @@
 //! The manifest, `meswitch.json`: what every site is, and the checksum of every byte.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::checksum;
+use super::checksum::{Checksum, is_hex};
 use super::site::{SiteEntry, SiteFields};
 use crate::error::{Error, Result};
 
@@ -14,37 +15,59 @@ pub const MANIFEST: &str = "meswitch.json";
 /// The tensors' file name.
 pub const TENSORS: &str = "delta.safetensors";
 /// The format version that this crate writes.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// The oldest format version that it reads.
 const OLDEST_VERSION: u32 = 1;
+/// The largest manifest that is read, in bytes.
+pub(super) const MAX_BYTES: u64 = 64 << 20;
+/// The longest text of settings, in bytes, and how deeply its JSON may be nested.
+const MAX_SETTINGS: (usize, usize) = (1 << 20, 64);
+
+/// The kind of directories that this crate writes and reads.
+const KIND: &str = "delta";
+/// A kind that later versions may give to whole models.
+const RESERVED_KIND: &str = "base";
 
 /// What a delta directory says of itself.
 #[derive(Clone, Debug, Serialize)]
 pub struct Manifest {
-    /// The format's version.
+    /// The format's version, of a directory that was read; what is written has [`VERSION`].
     pub format_version: u32,
+    /// What ties the tensors to the sites, in a directory that was read; none before format version 4.
+    pub binding: Option<Checksum>,
     /// The program that wrote the directory.
     pub writer: String,
     /// The base that the delta belongs to.
     pub base: BaseEntry,
-    /// The settings of the program that wrote it; readers need not understand them.
-    pub settings: Value,
+    /// The settings of the program that wrote it, in JSON; readers need not understand them.
+    pub settings: Box<RawValue>,
     /// Every file of the directory but the manifest.
     pub files: BTreeMap<String, FileEntry>,
     /// Every parameter of the fine-tune, in execution order.
     pub sites: Vec<SiteEntry>,
 }
 
+/// The field that says which fields there are.
+#[derive(Deserialize)]
+struct Version {
+    format_version: Option<serde_json::Number>,
+}
+
 /// A manifest as its JSON has it.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ManifestFields {
+struct ManifestFields<'a> {
+    #[serde(rename = "checksum")]
+    _checksum: Checksum,
     format_version: u32,
+    kind: Option<String>,
+    binding: Option<Checksum>,
     writer: String,
     base: BaseEntry,
-    settings: Value,
+    settings: Box<RawValue>,
     files: BTreeMap<String, FileEntry>,
-    sites: Vec<SiteFields>,
+    #[serde(borrow)]
+    sites: &'a RawValue,
 }
 
 /// The base that a delta was made against.
@@ -66,25 +89,35 @@ pub struct FileEntry {
     /// Its size in bytes.
     pub bytes: u64,
     /// The checksum of its content. For `delta.safetensors`, that of its header; its tensors have their own.
-    pub checksum: String,
+    pub checksum: Checksum,
 }
 
 impl Manifest {
     /// The file's text: a line with the checksum of all that follows, then one line per site.
     #[must_use]
     pub fn to_text(&self) -> String {
-        let mut body = format!(
-            "\"format_version\": {},\n\"writer\": {},\n\"base\": {},\n\"settings\": {},\n\"files\": {},\n\"sites\": [\n",
-            self.format_version,
+        let sites = self.sites_text();
+        let body = format!(
+            "\"format_version\": {VERSION},\n\"kind\": \"{KIND}\",\n\"binding\": \"{}\",\n\"writer\": {},\n\"base\": {},\n\
+            \"settings\": {},\n\"files\": {},\n\"sites\": {sites}}}\n",
+            checksum(sites.as_bytes()),
             json(&self.writer),
             json(&self.base),
             json(&self.settings),
             json(&self.files)
         );
-        let sites: Vec<String> = self.sites.iter().map(json).collect();
-        body.push_str(&sites.join(",\n"));
-        body.push_str("\n]}\n");
         format!("{{\"checksum\": \"{}\",\n{body}", checksum(body.as_bytes()))
+    }
+
+    /// The checksum of the sites' text, which `delta.safetensors` repeats: it ties one file to the other.
+    #[cfg(feature = "compress")]
+    pub(super) fn binding(&self) -> Checksum {
+        checksum(self.sites_text().as_bytes())
+    }
+
+    fn sites_text(&self) -> String {
+        let sites: Vec<String> = self.sites.iter().map(json).collect();
+        format!("[\n{}\n]", sites.join(",\n"))
     }
 
     /// Reads a manifest's text.
@@ -93,31 +126,65 @@ impl Manifest {
     /// [`Error::Checksum`] where bytes have changed. [`Error::Format`] for anything but a manifest of a known version
     /// whose sites are free of contradictions.
     pub fn parse(text: &[u8]) -> Result<Self> {
-        let broken = |what: String| Error::Format(format!("expected {what} in {MANIFEST}"));
-        let body = checked_body(text)?;
-        let mut object = Vec::with_capacity(body.len() + 1);
-        object.push(b'{');
-        object.extend_from_slice(body);
-        let json: Value = serde_json::from_slice(&object).map_err(|error| broken(format!("JSON, found {error}")))?;
-        let found = json.get("format_version").and_then(Value::as_u64);
+        check_first_line(text)?;
+        let Version { format_version } =
+            serde_json::from_slice(text).map_err(|error| broken("JSON", &error.to_string()))?;
+        let found = format_version.as_ref().and_then(serde_json::Number::as_u64);
         let known = u64::from(OLDEST_VERSION)..=u64::from(VERSION);
         let Some(version) = found.filter(|found| known.contains(found)) else {
-            let found = found.map_or("none".into(), |version| version.to_string());
-            return Err(broken(format!("format version {OLDEST_VERSION} to {VERSION}, found {found}")));
+            let found = format_version.map_or("none".into(), |version| version.to_string());
+            return Err(broken(&format!("format version {OLDEST_VERSION} to {VERSION}"), &found));
         };
-        let fields: ManifestFields = serde_json::from_value(json)
-            .map_err(|error| broken(format!("the fields of version {version}, found {error}")))?;
-        let newer = fields.sites.iter().find_map(|site| match site {
-            _ if version < 2 && site.sparse.is_some() => Some("sparse"),
-            _ if version < 3 && site.parts.iter().any(|part| part.tiled) => Some("tiled"),
-            _ => None,
-        });
-        if let Some(field) = newer {
-            return Err(broken(format!("the fields of version {version}, found {field}")));
+        let fields: ManifestFields = serde_json::from_slice(text)
+            .map_err(|error| broken(&format!("the fields of version {version}"), &error.to_string()))?;
+        let ManifestFields { format_version, kind, binding: stated, writer, base, settings, files, sites, .. } = fields;
+        let binding = (version >= 4).then(|| checksum(sites.get().as_bytes()));
+        let expected = (version >= 4).then_some(KIND);
+        if kind.as_deref() == Some(RESERVED_KIND) && expected.is_some() {
+            return Err(broken("a delta", "a base, a kind that this version does not read"));
         }
-        let ManifestFields { format_version, writer, base, settings, files, sites } = fields;
-        let sites = sites.into_iter().map(SiteEntry::try_from).collect::<Result<_>>()?;
-        Ok(Self { format_version, writer, base, settings, files, sites })
+        if kind.as_deref() != expected {
+            return Err(broken(&format!("kind {}", expected.unwrap_or("none")), &kind.unwrap_or("none".into())));
+        }
+        if stated != binding {
+            let text = |binding: Option<Checksum>| binding.map_or("none".to_owned(), |binding| binding.to_string());
+            return Err(broken(&format!("binding {}", text(binding)), &text(stated)));
+        }
+        let sites: Vec<SiteFields> = serde_json::from_str(sites.get())
+            .map_err(|error| broken(&format!("the fields of version {version}"), &error.to_string()))?;
+        let sites = sites.into_iter().map(|fields| fields.entry(format_version)).collect::<Result<_>>()?;
+        let manifest = Self { format_version, binding, writer, base, settings, files, sites };
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// Checks everything that can be checked without the other files.
+    fn check(&self) -> Result<()> {
+        for (field, hash) in [("fingerprint", &self.base.fingerprint), ("sample", &self.base.sample)] {
+            if !is_hex(hash, 64) {
+                return Err(broken(&format!("a {field} of 64 lower-case hexadecimal digits"), hash));
+            }
+        }
+        let (longest, deepest) = MAX_SETTINGS;
+        let (length, depth) = (self.settings.get().len(), depth(self.settings.get()));
+        if length > longest || depth > deepest {
+            let found = format!("{length} bytes, {depth} levels deep");
+            return Err(broken(&format!("settings of at most {longest} bytes, {deepest} levels deep"), &found));
+        }
+        if !self.files.contains_key(TENSORS) {
+            return Err(broken(&format!("{TENSORS} among the files"), "none"));
+        }
+        if let Some(name) = self.files.keys().find(|name| !is_plain(name)) {
+            return Err(broken("plain names of other files", &format!("{name:?}")));
+        }
+        let mut names = HashSet::with_capacity(self.sites.len());
+        for site in &self.sites {
+            site.check()?;
+            if !names.insert(site.name.as_str()) {
+                return Err(broken("one site of each name", &format!("two of {}", site.name)));
+            }
+        }
+        Ok(())
     }
 
     /// The number of weights of the fine-tune.
@@ -127,32 +194,64 @@ impl Manifest {
     }
 }
 
-/// Checks a file's name: of no folder, not hidden, and printable.
-pub(super) fn check_file_name(name: &str) -> Result<()> {
-    if name.is_empty() || name.contains(['/', '\\']) || name.starts_with('.') || name.chars().any(char::is_control) {
-        return Err(Error::Format(format!("expected plain file names in {MANIFEST}, found {name:?}")));
-    }
-    Ok(())
+fn broken(expected: &str, found: &str) -> Error {
+    Error::Format(format!("expected {expected} in {MANIFEST}, found {found}"))
 }
 
-/// What follows the first line, which states its checksum.
-fn checked_body(text: &[u8]) -> Result<&[u8]> {
-    let broken = |what: &str| Error::Format(format!("expected {what} in {MANIFEST}"));
-    let end = text.iter().position(|byte| *byte == b'\n').ok_or_else(|| broken("a first line"))?;
+/// Whether a file other than the manifest may have this name.
+pub(super) fn is_plain(name: &str) -> bool {
+    let forbidden = |c: char| c == '/' || c == '\\' || c.is_control();
+    !name.is_empty() && name != MANIFEST && !name.starts_with('.') && !name.contains(forbidden)
+}
+
+/// Checks a file's name: of no folder, not hidden, printable, and not the manifest's.
+#[cfg(feature = "compress")]
+pub(super) fn check_file_name(name: &str) -> Result<()> {
+    if is_plain(name) { Ok(()) } else { Err(broken("plain names of other files", &format!("{name:?}"))) }
+}
+
+/// How deeply lists and objects of a JSON text are nested.
+fn depth(json: &str) -> usize {
+    let (mut depth, mut deepest, mut in_string, mut escaped) = (0usize, 0, false, false);
+    for byte in json.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_string,
+            b'"' => in_string = !in_string,
+            b'[' | b'{' if !in_string => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' if !in_string => depth -= 1,
+            _ => {}
+        }
+    }
+    deepest
+}
+
+/// Compares all that follows the first line with the checksum that the line states.
+fn check_first_line(text: &[u8]) -> Result<()> {
+    let end = text.iter().position(|byte| *byte == b'\n').ok_or_else(|| broken("a first line", "none"))?;
     let (first, body) = (&text[..end], &text[end + 1..]);
     let stated = first
         .strip_prefix(b"{\"checksum\": \"")
         .and_then(|rest| rest.strip_suffix(b"\","))
-        .ok_or_else(|| broken("a first line with its checksum, found another"))?;
+        .and_then(Checksum::from_hex)
+        .ok_or_else(|| broken("a first line with its checksum", "another"))?;
     let found = checksum(body);
-    if stated == found.as_bytes() {
-        return Ok(body);
+    if stated == found {
+        return Ok(());
     }
-    let stated = String::from_utf8_lossy(stated);
     Err(Error::Checksum(format!("expected checksum {stated} in {MANIFEST}, found {found}")))
 }
 
 /// The JSON of plain data, which cannot fail.
 pub(super) fn json<T: Serialize + ?Sized>(value: &T) -> String {
     serde_json::to_string(value).expect("plain data is always JSON")
+}
+
+/// Any JSON as a manifest has it.
+#[cfg(feature = "compress")]
+pub(super) fn raw(value: &serde_json::Value) -> Box<RawValue> {
+    serde_json::value::to_raw_value(value).expect("JSON is always JSON")
 }

@@ -1,30 +1,26 @@
 //! Sites as matrices that kernels multiply with.
 
-use std::borrow::Cow;
-
 use bytemuck::Pod;
 
+use super::manifest::MANIFEST;
 use super::site::{PartEntry, SiteEntry, SiteKind, TermsEntry};
 use super::tensor::Role;
-use super::{Delta, MANIFEST};
+use super::tensors::Tensors;
 use crate::error::{Error, Result};
 use crate::kernels::{Matrix, Part, SparseEntries, Terms};
-use crate::layout::legacy;
 
-impl Delta {
+impl Tensors {
     /// The delta of a site as a matrix.
     ///
-    /// It borrows the mapped tensors. Only codes of format versions 1 and 2 are copied, into today's layout. Indices
-    /// are read and checked, codes and scales are not read. Rows that only the fine-tune has are not part of the
-    /// matrix; see [`SiteEntry::added`].
+    /// It borrows the tensors. Indices are read and checked, codes and scales are not read. Rows that only the fine-tune
+    /// has are not part of the matrix; see [`SiteEntry::added`].
     ///
     /// # Errors
     /// [`Error::Argument`] where there is no such site, or where it has no matrix because it is shared or replaced;
     /// [`Error::Format`] where its tensors do not fit together.
     pub fn matrix(&self, site: &str) -> Result<Matrix<'_>> {
-        let entry = self
-            .site(site)
-            .ok_or_else(|| Error::Argument(format!("expected a site of {}, found {site}", self.path().display())))?;
+        let entry =
+            self.site(site).ok_or_else(|| Error::Argument(format!("expected a site of the delta, found {site}")))?;
         let (rows, columns) = entry.matrix_shape().unwrap_or_default();
         let without_matrix = |kind| {
             Err(Error::Argument(format!(
@@ -67,14 +63,13 @@ impl Delta {
 
     fn part(&self, site: &SiteEntry, index: usize, part: &PartEntry, columns: usize) -> Result<Part<'_>> {
         let codes = self.elements(site, Role::Codes(index))?;
-        let codes = if part.tiled { Cow::Borrowed(codes) } else { legacy::to_tiled(codes, part.bits, columns).into() };
         let rows = part.rows.map(|_| self.elements(site, Role::Rows(index))).transpose()?;
         let group = part.group_size.unwrap_or(columns).max(1);
         let scales = self.elements(site, Role::Scales(index))?;
         Ok(Part { bits: part.bits, zero: part.zero, group, rows, codes, scales })
     }
 
-    /// A tensor's elements. Tensors start at multiples of [`super::ALIGNMENT`], which [`Delta::open`] has checked.
+    /// A tensor's elements. Tensors start at multiples of [`super::ALIGNMENT`].
     fn elements<T: Pod>(&self, site: &SiteEntry, role: Role) -> Result<&[T]> {
         let bytes = self.tensor(&site.name, &role.to_string());
         bytes

@@ -1,60 +1,97 @@
-//! Opening a delta directory: everything is checked but the content of tensors and files.
+//! Opening a delta directory: everything is checked but the content of tensors and of other files.
 
-use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use memmap2::Mmap;
-use safetensors::SafeTensors;
-use safetensors::tensor::TensorInfo;
-
-use super::manifest::{MANIFEST, Manifest, TENSORS, check_file_name};
-use super::site::{SiteEntry, SiteKind};
-use super::{ALIGNMENT, PADDING};
+use super::checksum::Checksum;
+use super::header::{self, Header};
+use super::manifest::{self, MANIFEST, Manifest, TENSORS};
+use super::site::SiteEntry;
+use super::tensor::TensorSpec;
+use super::tensors::{Tensors, places};
+use super::{ALIGNMENT, checksum};
+use crate::directory::{Directory, Identity};
 use crate::error::{Error, Result};
-
-/// The largest manifest that is read, in bytes.
-const MAX_MANIFEST_BYTES: u64 = 1 << 30;
+use crate::memory::Region;
 
 /// An opened delta directory.
 ///
-/// Tensors stay mapped for as long as this lives. Their bytes are not compared with their checksums before
-/// [`Delta::verify`] is called.
+/// It holds the manifest and the open file of tensors, but none of them: [`Delta::tensors`] and
+/// [`Delta::site_tensors`] read them. A directory that is replaced or removed meanwhile does no harm, since the file
+/// stays open; one whose file is changed in place is found by its checksums.
 pub struct Delta {
     path: PathBuf,
-    manifest: Manifest,
+    folder: Identity,
+    pub(super) contents: Arc<Contents>,
     manifest_bytes: u64,
-    /// The index of each site in the manifest.
-    sites: HashMap<String, usize>,
-    pub(super) map: Mmap,
-    pub(super) header_bytes: usize,
-    pub(super) extents: Extents,
+    manifest_checksum: Checksum,
+    pub(super) file: File,
+    /// Bytes of the header, its length included.
+    pub(super) header_bytes: u64,
+}
+
+/// A manifest whose sites can be looked up.
+pub(super) struct Contents {
+    pub(super) manifest: Manifest,
+    /// The positions of sites in the manifest, by their names in order.
+    by_name: Vec<u32>,
+    /// Where the tensors of each site start in the file, not yet aligned, counted from the end of the header.
+    pub(super) starts: Vec<usize>,
+}
+
+impl Contents {
+    fn new(manifest: Manifest) -> Result<Self> {
+        let mut by_name: Vec<u32> = (0..manifest.sites.len() as u32).collect();
+        by_name.sort_unstable_by_key(|index| &manifest.sites[*index as usize].name);
+        let (mut starts, mut position) = (Vec::with_capacity(manifest.sites.len()), 0usize);
+        for site in &manifest.sites {
+            starts.push(position);
+            for spec in site.tensor_specs()? {
+                position = position.next_multiple_of(ALIGNMENT) + spec.size();
+            }
+        }
+        Ok(Self { manifest, by_name, starts })
+    }
+
+    /// The position of a site in the manifest.
+    pub(super) fn position(&self, name: &str) -> Option<usize> {
+        let name_of = |index: &u32| self.manifest.sites[*index as usize].name.as_str();
+        let found = self.by_name.binary_search_by_key(&name, name_of).ok()?;
+        Some(self.by_name[found] as usize)
+    }
 }
 
 impl Delta {
-    /// Opens a delta directory and checks its structure: manifest, sizes, names, dtypes, shapes, alignment.
+    /// Opens a delta directory and checks its structure: manifest, sizes, names, dtypes, shapes, order, and that
+    /// manifest and tensors belong together.
     ///
     /// # Errors
     /// [`Error::Format`] or [`Error::Checksum`] for what is not a sound delta directory; [`Error::Io`] where a file is
     /// missing or cannot be read.
     pub fn open(path: &Path) -> Result<Self> {
-        let manifest_path = path.join(MANIFEST);
-        let size = fs::metadata(&manifest_path).map_err(Error::io(&manifest_path))?.len();
-        if size > MAX_MANIFEST_BYTES {
-            return Err(Error::Format(format!(
-                "expected a manifest of at most {MAX_MANIFEST_BYTES} bytes, found {size}"
-            )));
+        let directory = Directory::open(path)?;
+        let text = directory.read(MANIFEST, manifest::MAX_BYTES)?;
+        let manifest = Manifest::parse(&text)?;
+        for (name, entry) in &manifest.files {
+            let found = directory.file(name)?.metadata().map_err(Error::io(&path.join(name)))?.size();
+            if found != entry.bytes {
+                return Err(Error::Format(format!("expected {name} of {} bytes, found {found}", entry.bytes)));
+            }
         }
-        let manifest = Manifest::parse(&fs::read(&manifest_path).map_err(Error::io(&manifest_path))?)?;
-        check_files(path, &manifest)?;
-        let tensors_path = path.join(TENSORS);
-        let file = File::open(&tensors_path).map_err(Error::io(&tensors_path))?;
-        // SAFETY: the mapping is read-only. Writers of delta directories replace them by renaming and never write in
-        // place.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&tensors_path))?;
-        let (header_bytes, extents) = check_header(&map, &manifest)?;
-        let sites = manifest.sites.iter().enumerate().map(|(index, site)| (site.name.clone(), index)).collect();
-        Ok(Self { path: path.to_owned(), manifest, manifest_bytes: size, sites, map, header_bytes, extents })
+        let file = directory.file(TENSORS)?;
+        let header_bytes = check_header(&file, &path.join(TENSORS), &manifest)?;
+        Ok(Self {
+            path: path.to_owned(),
+            folder: directory.identity()?,
+            contents: Arc::new(Contents::new(manifest)?),
+            manifest_bytes: text.len() as u64,
+            manifest_checksum: checksum(&text),
+            file,
+            header_bytes,
+        })
     }
 
     /// The folder.
@@ -66,100 +103,125 @@ impl Delta {
     /// The manifest.
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
-        &self.manifest
+        &self.contents.manifest
     }
 
     /// The entry of a site; `None` where there is none of that name.
     #[must_use]
     pub fn site(&self, name: &str) -> Option<&SiteEntry> {
-        self.sites.get(name).map(|index| &self.manifest.sites[*index])
+        self.contents.position(name).map(|index| &self.manifest().sites[index])
     }
 
     /// The size of manifest and tensors in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.manifest_bytes + self.map.len() as u64
+        self.manifest_bytes + self.manifest().files[TENSORS].bytes
     }
 
-    /// The range of a tensor's bytes in `delta.safetensors`: the first, and the one after the last. `None` where there
-    /// is no such tensor.
-    #[must_use]
-    pub fn extent(&self, site: &str, role: &str) -> Option<(usize, usize)> {
-        self.extents.get(&format!("{site}/{role}")).copied()
+    /// Reads all tensors and compares them with their checksums.
+    ///
+    /// # Errors
+    /// [`Error::Checksum`] naming the first tensor that has changed; [`Error::Io`] where the file cannot be read, or
+    /// there is no memory.
+    pub fn tensors(&self) -> Result<Tensors> {
+        Tensors::read(self, 0..self.manifest().sites.len())
     }
 
-    /// A tensor's bytes; `None` where there is no such tensor.
-    #[must_use]
-    pub fn tensor(&self, site: &str, role: &str) -> Option<&[u8]> {
-        self.extent(site, role).map(|(start, end)| &self.map[start..end])
+    /// Reads the tensors of one site and compares them with their checksums.
+    ///
+    /// # Errors
+    /// Those of [`Delta::tensors`], and [`Error::Argument`] where there is no such site.
+    pub fn site_tensors(&self, site: &str) -> Result<Tensors> {
+        let index = self
+            .contents
+            .position(site)
+            .ok_or_else(|| Error::Argument(format!("expected a site of {}, found {site}", self.path().display())))?;
+        Tensors::read(self, index..index + 1)
     }
-}
 
-fn check_files(folder: &Path, manifest: &Manifest) -> Result<()> {
-    if !manifest.files.contains_key(TENSORS) {
-        return Err(Error::Format(format!("expected {TENSORS} among the files of {MANIFEST}, found none")));
+    /// The memory that [`Delta::tensors`] takes.
+    ///
+    /// # Errors
+    /// [`Error::Format`] where that is more than there are addresses.
+    pub fn memory_bytes(&self) -> Result<usize> {
+        Ok(Region::size_of(places(&self.manifest().sites)?.1))
     }
-    for (name, entry) in &manifest.files {
-        check_file_name(name)?;
-        let path = folder.join(name);
-        let found = fs::metadata(&path).map_err(Error::io(&path))?.len();
-        if found != entry.bytes {
-            return Err(Error::Format(format!("expected {name} of {} bytes, found {found}", entry.bytes)));
+
+    /// Reads one of the directory's small files, as it was when the directory was opened.
+    ///
+    /// # Errors
+    /// [`Error::Checksum`] where it has changed; [`Error::Format`] where the directory was replaced
+    /// or the manifest names no such file; [`Error::Io`].
+    pub fn read_file(&self, name: &str) -> Result<Vec<u8>> {
+        let entry = self.manifest().files.get(name).filter(|_| name != TENSORS);
+        let entry = entry
+            .ok_or_else(|| Error::Argument(format!("expected a file of {}, found {name}", self.path.display())))?;
+        let bytes = self.directory()?.read(name, entry.bytes)?;
+        let found = checksum(&bytes);
+        if found == entry.checksum {
+            return Ok(bytes);
         }
+        Err(Error::Checksum(format!("expected checksum {} of {name}, found {found}", entry.checksum)))
     }
-    Ok(())
+
+    /// The range of a tensor's bytes in `delta.safetensors`; `None` where there is no such tensor.
+    #[must_use]
+    pub fn extent(&self, site: &str, role: &str) -> Option<Range<u64>> {
+        let index = self.contents.position(site)?;
+        let (start, spec) = self.file_tensors(index).ok()?.into_iter().find(|(_, spec)| spec.name == role)?;
+        Some(start..start + spec.size() as u64)
+    }
+
+    /// The tensors of a site, each with where it starts in the file.
+    pub(super) fn file_tensors(&self, index: usize) -> Result<Vec<(u64, TensorSpec)>> {
+        let mut end = self.contents.starts[index];
+        let place = |spec: TensorSpec| {
+            let start = end.next_multiple_of(ALIGNMENT);
+            end = start + spec.size();
+            (self.header_bytes + start as u64, spec)
+        };
+        Ok(self.manifest().sites[index].tensor_specs()?.into_iter().map(place).collect())
+    }
+
+    /// Opens the folder again, for its other files.
+    ///
+    /// # Errors
+    /// [`Error::Format`] where another one has taken its place; [`Error::Io`].
+    pub(crate) fn directory(&self) -> Result<Directory> {
+        let directory = Directory::open(&self.path)?;
+        let text = directory.read(MANIFEST, manifest::MAX_BYTES)?;
+        if directory.identity()? == self.folder && checksum(&text) == self.manifest_checksum {
+            return Ok(directory);
+        }
+        let path = self.path.display();
+        Err(Error::Format(format!("expected {path} as it was opened, found another delta in its place")))
+    }
 }
 
-/// The range of each tensor's bytes in the file.
-type Extents = HashMap<String, (usize, usize)>;
-
-/// Checks the tensors' header against the manifest. Returns the header's size and the tensors' ranges.
-fn check_header(map: &[u8], manifest: &Manifest) -> Result<(usize, Extents)> {
-    let broken = |what: String| Error::Format(format!("expected {what} in {TENSORS}"));
-    let (length, metadata) =
-        SafeTensors::read_metadata(map).map_err(|error| broken(format!("a safetensors header, found {error}")))?;
+/// Checks the header of the tensors' file against the manifest. Returns its size, its length included.
+fn check_header(file: &File, path: &Path, manifest: &Manifest) -> Result<u64> {
+    let header = Header::of(&manifest.sites, manifest.binding)?;
+    let broken =
+        |expected: &str, found: &str| Error::Format(format!("expected {expected} in {TENSORS}, found {found}"));
+    let size = manifest.files[TENSORS].bytes;
+    let mut length = [0; 8];
+    if size < 8 {
+        return Err(broken("a safetensors header", &format!("{size} bytes")));
+    }
+    file.read_exact_at(&mut length, 0).map_err(Error::io(path))?;
+    let length = u64::from_le_bytes(length);
+    if length > header::MAX_BYTES as u64 || length > size - 8 {
+        return Err(broken("a safetensors header", &format!("one of {length} bytes in a file of {size}")));
+    }
     let start = length + 8;
-    if start % ALIGNMENT != 0 {
-        return Err(broken(format!("tensors from a multiple of {ALIGNMENT} on, found them from {start}")));
+    let mut text = vec![0; length as usize];
+    file.read_exact_at(&mut text, 8).map_err(Error::io(path))?;
+    header.check(&text)?;
+    if !start.is_multiple_of(ALIGNMENT as u64) {
+        return Err(broken(&format!("tensors from a multiple of {ALIGNMENT} on"), &format!("them from {start}")));
     }
-    let tensors = metadata.tensors();
-    let mut expected = 0;
-    for site in &manifest.sites {
-        expected += check_site(site, &tensors)?;
+    if start + header.position as u64 != size {
+        return Err(broken(&format!("{} bytes", start + header.position as u64), &format!("{size}")));
     }
-    let extent = |info: &TensorInfo| (start + info.data_offsets.0, start + info.data_offsets.1);
-    let extents: Extents = tensors.iter().map(|(name, info)| (name.clone(), extent(info))).collect();
-    let found = extents.keys().filter(|name| !name.starts_with(PADDING)).count();
-    if expected != found {
-        return Err(broken(format!("{expected} tensors that {MANIFEST} names, found {found}")));
-    }
-    Ok((start, extents))
-}
-
-/// Checks that a site's tensors are as the manifest says. Returns how many it has.
-fn check_site(site: &SiteEntry, tensors: &HashMap<String, &TensorInfo>) -> Result<usize> {
-    let broken = |what: String| Error::Format(format!("expected {what} in {TENSORS}"));
-    let specs = site.tensor_specs()?;
-    if specs.len() != site.checksums.len() || specs.iter().any(|spec| !site.checksums.contains_key(&spec.name)) {
-        return Err(Error::Format(format!(
-            "expected a checksum for each tensor of {} in {MANIFEST}, found otherwise",
-            site.name
-        )));
-    }
-    for spec in &specs {
-        let name = format!("{}/{}", site.name, spec.name);
-        let info = tensors.get(&name).ok_or_else(|| broken(format!("a tensor {name}, found none")))?;
-        let (dtype, shape) = (info.dtype.to_string(), &info.shape);
-        if dtype != spec.dtype || *shape != spec.shape {
-            return Err(broken(format!("{name} of {} {:?}, found {dtype} {shape:?}", spec.dtype, spec.shape)));
-        }
-        let offset = info.data_offsets.0;
-        if offset % ALIGNMENT != 0 {
-            return Err(broken(format!("{name} at a multiple of {ALIGNMENT}, found it at {offset}")));
-        }
-    }
-    if site.kind == SiteKind::Replaced && site.parameters().is_none() {
-        return Err(broken(format!("a size that can be at {}", site.name)));
-    }
-    Ok(specs.len())
+    Ok(start)
 }

@@ -4,9 +4,10 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::assemble::{commit, target};
-use super::manifest::{Manifest, TENSORS};
+use super::manifest::{TENSORS, VERSION, raw};
 use super::site::SiteEntry;
 use super::writer::{check_tensors, full_specs};
 use super::{Delta, Writer};
@@ -15,9 +16,10 @@ use crate::folder::Folder;
 
 /// Writes a copy of a delta directory to `out` with some tensors replaced by others of the same size.
 ///
-/// `tensors` are named `SITE/ROLE`, `errors` are new relative errors by site, and `settings` replaces the manifest's. A
-/// directory at `out`, `source` itself included, is replaced when the copy is complete; a failure leaves it as it was.
-/// What is copied keeps its checksum, and must have it.
+/// `tensors` are named `SITE/ROLE` and lie as today's format has them, `errors` are new relative errors by site, and
+/// `settings` replaces the manifest's. The copy has today's version whatever that of `source`. A directory at `out`,
+/// `source` itself included, is replaced when the copy is complete; a failure leaves it as it was. What is copied must
+/// have its checksum.
 ///
 /// # Errors
 /// Before anything is written: [`Error::Argument`] for a tensor that `source` does not have in that size, or an error
@@ -31,16 +33,35 @@ pub fn rewrite(
     errors: &HashMap<String, f64>,
     settings: Value,
 ) -> Result<()> {
-    let manifest = source.manifest();
-    for (name, bytes) in tensors {
-        let old = name.rsplit_once('/').and_then(|(site, role)| source.tensor(site, role));
-        if old.map(<[u8]>::len) != Some(bytes.len()) {
-            let found = bytes.len();
-            return Err(Error::Argument(format!(
-                "expected a tensor of the delta in its size, found {name} of {found} bytes"
-            )));
-        }
+    copy(source, out, tensors, errors, Some(raw(&settings)))
+}
+
+/// Writes a delta directory anew in today's version of the format, in its own place. Returns whether it had an older
+/// one; otherwise nothing is done.
+///
+/// # Errors
+/// [`Error::Checksum`] for a tensor or file that has changed since it was written: the directory is then left as it is.
+/// [`Error::Argument`] where another process writes it; [`Error::Io`].
+pub fn upgrade(source: &Delta) -> Result<bool> {
+    let is_old = source.manifest().format_version < VERSION;
+    if is_old {
+        copy(source, source.path(), &HashMap::new(), &HashMap::new(), None)?;
     }
+    Ok(is_old)
+}
+
+fn copy(
+    source: &Delta,
+    out: &Path,
+    tensors: &HashMap<String, Vec<u8>>,
+    errors: &HashMap<String, f64>,
+    settings: Option<Box<RawValue>>,
+) -> Result<()> {
+    let mut manifest = source.manifest().clone();
+    manifest.settings = settings.unwrap_or(manifest.settings);
+    let sites = std::mem::take(&mut manifest.sites);
+    manifest.sites = sites.into_iter().map(SiteEntry::into_current).collect::<Result<_>>()?;
+    check_sizes(&manifest.sites, tensors)?;
     let cannot_be =
         |(name, error): &(&String, &f64)| source.site(name).is_none() || !error.is_finite() || **error < 0.0;
     if let Some((name, error)) = errors.iter().find(cannot_be) {
@@ -50,51 +71,36 @@ pub fn rewrite(
     }
     let folder = Folder::create(target(out)?)?;
     let mut writer = Writer::create(folder.files(), &full_specs(&manifest.sites)?)?;
-    let mut sites = manifest.sites.clone();
-    for site in &mut sites {
-        let before = site.clone();
+    for site in &mut manifest.sites {
         if let Some(error) = errors.get(&site.name) {
             site.relative_error = *error;
         }
-        let slices = slices(site, source, tensors)?;
+        let old = source.site_tensors(&site.name)?;
+        let specs = site.tensor_specs()?;
+        let slice = |role: &str| {
+            let new = tensors.get(&format!("{}/{role}", site.name)).map(Vec::as_slice);
+            new.or_else(|| old.tensor(&site.name, role))
+        };
+        let slices: Vec<&[u8]> = specs.iter().filter_map(|spec| slice(&spec.name)).collect();
         check_tensors(site, &slices)?;
         writer.write_site(site, &slices)?;
-        check_copied(&before, site, tensors)?;
     }
-    for (name, entry) in manifest.files.iter().filter(|(name, _)| *name != TENSORS) {
-        let copied = writer.copy_file(&source.path().join(name))?;
-        if copied != *entry {
-            return Err(changed(&entry.checksum, name, &copied.checksum));
-        }
+    for name in manifest.files.keys().filter(|name| *name != TENSORS) {
+        writer.write_file(name, &source.read_file(name)?)?;
     }
-    writer.finish(Manifest { settings, sites, ..manifest.clone() })?;
+    writer.finish(manifest)?;
     commit(folder).map(drop)
 }
 
-/// Checks that the tensors of a site that are not new have the checksums that they had.
-fn check_copied(before: &SiteEntry, now: &SiteEntry, tensors: &HashMap<String, Vec<u8>>) -> Result<()> {
-    for (role, stated) in &before.checksums {
-        let name = format!("{}/{role}", before.name);
-        match now.checksums.get(role) {
-            Some(found) if found != stated && !tensors.contains_key(&name) => {
-                return Err(changed(stated, &name, found));
-            }
-            _ => {}
-        }
+/// Checks that new tensors have the size of those that they replace.
+fn check_sizes(sites: &[SiteEntry], tensors: &HashMap<String, Vec<u8>>) -> Result<()> {
+    let specs = full_specs(sites)?;
+    let sizes: HashMap<&str, usize> = specs.iter().map(|spec| (spec.name.as_str(), spec.size())).collect();
+    match tensors.iter().find(|(name, bytes)| sizes.get(name.as_str()) != Some(&bytes.len())) {
+        None => Ok(()),
+        Some((name, bytes)) => Err(Error::Argument(format!(
+            "expected a tensor of the delta in its size, found {name} of {} bytes",
+            bytes.len()
+        ))),
     }
-    Ok(())
-}
-
-fn changed(stated: &str, name: &str, found: &str) -> Error {
-    Error::Checksum(format!("expected checksum {stated} of {name}, which is copied, found {found}"))
-}
-
-/// The tensors of a site in file order, new ones in place of old ones.
-fn slices<'a>(site: &SiteEntry, source: &'a Delta, tensors: &'a HashMap<String, Vec<u8>>) -> Result<Vec<&'a [u8]>> {
-    let specs = site.tensor_specs()?;
-    let slice = |role: &str| {
-        let new = tensors.get(&format!("{}/{role}", site.name)).map(Vec::as_slice);
-        new.or_else(|| source.tensor(&site.name, role))
-    };
-    Ok(specs.iter().filter_map(|spec| slice(&spec.name)).collect())
 }

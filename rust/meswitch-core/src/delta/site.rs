@@ -1,13 +1,21 @@
 //! Sites: what the manifest says of each parameter of the fine-tune.
 
-use std::collections::BTreeMap;
+mod fields;
 
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
-use super::manifest::MANIFEST;
+use super::checksum::Checksum;
+use super::manifest::{MANIFEST, VERSION};
 use super::tensor::{Role, TensorSpec};
 use crate::error::{Error, Result};
-use crate::layout::{BITS, legacy, part_bytes};
+use crate::layout::legacy::{self, Order};
+use crate::layout::{BITS, part_bytes, row_bytes};
+
+pub(super) use fields::SiteFields;
+
+/// Rows and columns of a matrix, and sparse entries, are numbered with 31 bits.
+const MAX_INDEX: usize = i32::MAX as usize;
 
 /// One parameter of the fine-tune.
 #[derive(Clone, Debug, Serialize)]
@@ -17,20 +25,22 @@ pub struct SiteEntry {
     pub name: String,
     /// The fine-tune's shape.
     pub shape: Vec<usize>,
-    /// The fine-tune's dtype, as safetensors names it.
-    pub dtype: String,
+    /// The fine-tune's dtype.
+    pub dtype: Dtype,
     /// How the parameter is stored.
     pub kind: SiteKind,
     /// Whether the delta's matrix is the transposed parameter.
     pub transposed: bool,
+    /// The part of the model that it belongs to, where the writer knows one. Since format version 4.
+    pub owner: Option<Owner>,
     /// The size of its tensors in bytes.
     pub bytes: u64,
     /// Bits per weight.
     pub bpw: f64,
     /// `‖Δ − Δ̂‖ / ‖Δ‖`.
     pub relative_error: f64,
-    /// The checksum of each tensor, by role.
-    pub checksums: BTreeMap<String, String>,
+    /// The checksum of each tensor, in the order of [`SiteEntry::tensor_specs`].
+    pub checksums: Vec<Checksum>,
 }
 
 /// How a parameter is stored.
@@ -79,22 +89,29 @@ pub struct TermsEntry {
 }
 
 /// The rows of a site that share a bit width.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PartEntry {
     /// Bits per code.
     pub bits: u32,
     /// The code value that means 0.
     pub zero: f32,
     /// Input channels that share a scale; `None` for the whole row.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group_size: Option<usize>,
     /// The number of rows; `None` for all rows.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows: Option<usize>,
-    /// Whether codes are in today's layout. Since format version 3.
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub tiled: bool,
+    /// How codes and scales lie; the current order in what is written.
+    pub order: Order,
+}
+
+/// The part of a model that a site belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Owner {
+    /// The number of the layer.
+    pub layer: u32,
+    /// The number of the expert within a mixture-of-experts layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moe_expert: Option<u32>,
 }
 
 /// The size of a sparse delta.
@@ -107,121 +124,12 @@ pub struct SparseCounts {
     pub changed: u64,
 }
 
-/// The kinds as the manifest names them.
-#[derive(Clone, Copy, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum KindName {
-    Shared,
-    Replaced,
-    Quantized,
-    LowRank,
-}
-
-/// A site as the manifest's JSON has it: the fields of all kinds side by side, in the order of the file.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct SiteFields {
-    name: String,
-    kind: KindName,
-    shape: Vec<usize>,
-    dtype: String,
-    bytes: u64,
-    bpw: f64,
-    relative_error: f64,
-    #[serde(default, skip_serializing_if = "is_default")]
-    transposed: bool,
-    #[serde(default, skip_serializing_if = "is_default")]
-    exponent: i32,
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub(super) parts: Vec<PartEntry>,
-    #[serde(default, skip_serializing_if = "is_default")]
-    column_scales: bool,
-    #[serde(default, skip_serializing_if = "is_default")]
-    salient: usize,
-    #[serde(default, skip_serializing_if = "is_default")]
-    rank: usize,
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub(super) sparse: Option<SparseCounts>,
-    #[serde(default, skip_serializing_if = "is_default")]
-    added: usize,
-    #[serde(default, skip_serializing_if = "is_default")]
-    tensors: BTreeMap<String, String>,
-}
-
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
 fn contradiction(expected: &str, site: &str) -> Error {
     Error::Format(format!("expected {expected} in {MANIFEST}, found otherwise at site {site}"))
-}
-
-impl SiteFields {
-    fn kind(&mut self) -> Result<SiteKind> {
-        let Self { exponent, column_scales, salient, rank, sparse, added, .. } = *self;
-        let parts = std::mem::take(&mut self.parts);
-        let terms = TermsEntry { exponent, column_scales, salient, rank, added };
-        let has_terms = !parts.is_empty() || column_scales || salient > 0 || rank > 0;
-        match (self.kind, sparse) {
-            (KindName::Shared | KindName::Replaced, _) if has_terms || sparse.is_some() || added > 0 => {
-                Err(contradiction("no codec fields", &self.name))
-            }
-            (KindName::Shared, _) => Ok(SiteKind::Shared),
-            (KindName::Replaced, _) => Ok(SiteKind::Replaced),
-            (KindName::LowRank, _) if !parts.is_empty() || rank == 0 => {
-                Err(contradiction("a rank and no codes", &self.name))
-            }
-            (_, Some(_)) if has_terms => Err(contradiction("sparse entries alone", &self.name)),
-            (KindName::LowRank, _) => Ok(SiteKind::LowRank { terms }),
-            (KindName::Quantized, Some(counts)) => Ok(SiteKind::Sparse { exponent, counts, added }),
-            (KindName::Quantized, None) => Ok(SiteKind::Quantized { parts, terms }),
-        }
-    }
-}
-
-impl TryFrom<SiteFields> for SiteEntry {
-    type Error = Error;
-
-    fn try_from(mut fields: SiteFields) -> Result<Self> {
-        let kind = fields.kind()?;
-        let SiteFields { name, shape, dtype, bytes, bpw, relative_error, transposed, tensors, .. } = fields;
-        Ok(Self { name, shape, dtype, kind, transposed, bytes, bpw, relative_error, checksums: tensors })
-    }
-}
-
-impl From<SiteEntry> for SiteFields {
-    fn from(entry: SiteEntry) -> Self {
-        let (kind, parts, terms, sparse) = match entry.kind {
-            SiteKind::Shared => (KindName::Shared, Vec::new(), TermsEntry::default(), None),
-            SiteKind::Replaced => (KindName::Replaced, Vec::new(), TermsEntry::default(), None),
-            SiteKind::Quantized { parts, terms } => (KindName::Quantized, parts, terms, None),
-            SiteKind::LowRank { terms } => (KindName::LowRank, Vec::new(), terms, None),
-            SiteKind::Sparse { exponent, counts, added } => {
-                let terms = TermsEntry { exponent, added, ..TermsEntry::default() };
-                (KindName::Quantized, Vec::new(), terms, Some(counts))
-            }
-        };
-        let TermsEntry { exponent, column_scales, salient, rank, added } = terms;
-        let SiteEntry { name, shape, dtype, bytes, bpw, relative_error, transposed, checksums: tensors, .. } = entry;
-        Self {
-            name,
-            kind,
-            shape,
-            dtype,
-            bytes,
-            bpw,
-            relative_error,
-            transposed,
-            exponent,
-            parts,
-            column_scales,
-            salient,
-            rank,
-            sparse,
-            added,
-            tensors,
-        }
-    }
 }
 
 impl SiteEntry {
@@ -231,11 +139,11 @@ impl SiteEntry {
     /// [`Error::Argument`] for other JSON, [`Error::Format`] where fields contradict each other.
     pub fn from_json(text: &str) -> Result<Self> {
         let fields: SiteFields = serde_json::from_str(text).map_err(|error| Error::Argument(error.to_string()))?;
-        fields.try_into()
+        fields.entry(VERSION)
     }
 
-    /// Output and input channels of the delta's matrix, without added rows; `None` where the numbers overflow or do not
-    /// fit together.
+    /// Output and input channels of the delta's matrix, without added rows; `None` where either is not below 2^31, or
+    /// more rows are added than there are.
     #[must_use]
     pub fn matrix_shape(&self) -> Option<(usize, usize)> {
         let (rows, columns) = match self.shape.as_slice() {
@@ -244,7 +152,9 @@ impl SiteEntry {
             [outer @ .., last] => (outer.iter().try_fold(1usize, |product, size| product.checked_mul(*size))?, *last),
         };
         let (rows, columns) = if self.transposed { (columns, rows) } else { (rows, columns) };
-        rows.checked_mul(columns)?;
+        if rows > MAX_INDEX || columns > MAX_INDEX {
+            return None;
+        }
         Some((rows.checked_sub(self.added())?, columns))
     }
 
@@ -258,6 +168,16 @@ impl SiteEntry {
     #[must_use]
     pub fn parts(&self) -> &[PartEntry] {
         if let SiteKind::Quantized { parts, .. } = &self.kind { parts } else { &[] }
+    }
+
+    /// The same site with codes and scales in the order of today's format.
+    pub(super) fn into_current(mut self) -> Result<Self> {
+        if let SiteKind::Quantized { parts, .. } = &mut self.kind {
+            parts.iter_mut().for_each(|part| part.order = Order::Current);
+        }
+        self.bytes = self.tensor_specs()?.iter().map(|spec| spec.size() as u64).sum();
+        self.bpw = self.exact_bpw();
+        Ok(self)
     }
 
     /// The number of rows at the end that the base does not have.
@@ -276,9 +196,10 @@ impl SiteEntry {
     /// [`Error::Format`] where a number is out of range.
     pub fn tensor_specs(&self) -> Result<Vec<TensorSpec>> {
         let broken = |expected: &str| contradiction(expected, &self.name);
-        let (rows, columns) = self.matrix_shape().ok_or_else(|| broken("a shape that can be"))?;
+        let shape = self.matrix_shape().filter(|_| self.parameters().is_some());
+        let (rows, columns) = shape.ok_or_else(|| broken("a shape that can be"))?;
         let mut specs = Vec::new();
-        let mut add = |role: Role, shape: &[usize]| specs.push(role.spec(&self.dtype, shape));
+        let mut add = |role: Role, shape: &[usize]| specs.push(role.spec(self.dtype, shape));
         let add_terms = |terms: &TermsEntry, add: &mut dyn FnMut(Role, &[usize])| {
             if terms.column_scales {
                 add(Role::ColumnScales, &[columns]);
@@ -305,8 +226,10 @@ impl SiteEntry {
             }
             SiteKind::LowRank { terms } => add_terms(terms, &mut add),
             SiteKind::Sparse { counts: SparseCounts { entries, .. }, .. } => {
-                let starts = rows.checked_add(1).filter(|_| i32::try_from(*entries).is_ok());
-                add(Role::SparseStarts, &[starts.ok_or_else(|| broken("sparse entries below 2^31"))?]);
+                if *entries > MAX_INDEX {
+                    return Err(broken("sparse entries below 2^31"));
+                }
+                add(Role::SparseStarts, &[rows + 1]);
                 add(Role::SparseGaps, &[*entries]);
                 add(Role::SparseValues, &[*entries]);
             }
@@ -314,7 +237,36 @@ impl SiteEntry {
         if self.added() > 0 {
             add(Role::Added, &[self.added(), columns]);
         }
-        Ok(specs)
+        specs.into_iter().collect::<Option<_>>().ok_or_else(|| broken("tensors of a size that can be"))
+    }
+
+    /// What `bpw` must be: bits per weight, rounded to four decimals.
+    pub(super) fn exact_bpw(&self) -> f64 {
+        let bpw = 8.0 * self.bytes as f64 / self.parameters().unwrap_or(1).max(1) as f64;
+        (bpw * 1e4).round() / 1e4
+    }
+
+    /// Checks what the entry says of its tensors against their shapes.
+    ///
+    /// # Errors
+    /// [`Error::Format`].
+    pub(super) fn check(&self) -> Result<()> {
+        let broken = |expected: &str| Err(contradiction(expected, &self.name));
+        let specs = self.tensor_specs()?;
+        if specs.len() != self.checksums.len() {
+            return broken("a checksum for each tensor");
+        }
+        let sizes = specs.iter().try_fold(0u64, |sum, spec| sum.checked_add(spec.size() as u64));
+        if sizes != Some(self.bytes) {
+            return broken(&format!("bytes of {}", sizes.unwrap_or(u64::MAX)));
+        }
+        if (self.bpw - self.exact_bpw()).abs() > 1e-4 {
+            return broken(&format!("bpw of {}", self.exact_bpw()));
+        }
+        if !(self.relative_error.is_finite() && self.relative_error >= 0.0) {
+            return broken("a relative_error that is not negative");
+        }
+        Ok(())
     }
 }
 
@@ -333,12 +285,18 @@ impl PartEntry {
             return None;
         }
         let groups = self.group_size.map_or(1, |size| columns.div_ceil(size));
-        if self.tiled {
-            add(Role::Codes(index), &[part_bytes(self.bits, part_rows, columns) / 4]);
-        } else {
-            add(Role::Codes(index), &[part_rows, legacy::row_bytes(self.bits, columns) / 4]);
+        let bytes = part_bytes(self.bits, part_rows, columns)?;
+        match self.order {
+            Order::Rows => add(Role::Codes(index), &[part_rows, legacy::row_bytes(self.bits, columns) / 4]),
+            Order::PaddedTo8 => {
+                add(Role::Codes(index), &[row_bytes(self.bits, columns) * part_rows.next_multiple_of(8) / 4])
+            }
+            Order::Current => add(Role::Codes(index), &[bytes / 4]),
         }
-        add(Role::Scales(index), &[part_rows, groups]);
+        match self.order {
+            Order::Rows | Order::PaddedTo8 => add(Role::Scales(index), &[part_rows, groups]),
+            Order::Current => add(Role::Scales(index), &[groups, part_rows]),
+        }
         if self.rows.is_some() {
             add(Role::Rows(index), &[part_rows]);
         }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use safetensors::Dtype;
+
 /// What a tensor of a site holds. Its name in the file is `SITE/ROLE`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
@@ -54,16 +56,19 @@ impl fmt::Display for Role {
 }
 
 impl Role {
-    /// The tensor of this role, at a shape. `parameter` is the dtype of the fine-tune's parameter.
-    pub(crate) fn spec(self, parameter: &str, shape: &[usize]) -> TensorSpec {
+    /// The tensor of this role, at a shape. `parameter` is the dtype of the fine-tune's parameter. `None` where its size
+    /// overflows or is no whole number of bytes.
+    pub(crate) fn spec(self, parameter: Dtype, shape: &[usize]) -> Option<TensorSpec> {
         let dtype = match self {
             Self::Whole | Self::Added => parameter,
-            Self::Codes(_) | Self::Rows(_) | Self::SalientIndex | Self::SparseStarts => "I32",
-            Self::Scales(_) | Self::ColumnScales | Self::Salient | Self::U | Self::V => "F16",
-            Self::SparseGaps => "U8",
-            Self::SparseValues => "F8_E5M2",
+            Self::Codes(_) | Self::Rows(_) | Self::SalientIndex | Self::SparseStarts => Dtype::I32,
+            Self::Scales(_) | Self::ColumnScales | Self::Salient | Self::U | Self::V => Dtype::F16,
+            Self::SparseGaps => Dtype::U8,
+            Self::SparseValues => Dtype::F8_E5M2,
         };
-        TensorSpec { name: self.to_string(), dtype: dtype.to_owned(), shape: shape.to_vec() }
+        let elements = shape.iter().try_fold(1usize, |product, length| product.checked_mul(*length))?;
+        let bits = elements.checked_mul(dtype.bitsize()).filter(|bits| bits.is_multiple_of(8))?;
+        Some(TensorSpec { role: self, name: self.to_string(), dtype, shape: shape.to_vec(), size: bits / 8 })
     }
 }
 
@@ -72,27 +77,23 @@ impl Role {
 pub struct TensorSpec {
     /// Its role, or `SITE/ROLE` where the site is not known from the context.
     pub name: String,
-    /// Its dtype, as safetensors names it.
-    pub dtype: String,
+    /// Its dtype.
+    pub dtype: Dtype,
     /// Its shape.
     pub shape: Vec<usize>,
+    pub(super) role: Role,
+    /// Its size in bytes.
+    size: usize,
 }
 
 impl TensorSpec {
     /// Its size in bytes.
     #[must_use]
     pub fn size(&self) -> usize {
-        let element = match self.dtype.as_str() {
-            "F64" | "I64" | "U64" => 8,
-            "F32" | "I32" | "U32" => 4,
-            "F16" | "BF16" | "I16" | "U16" => 2,
-            _ => 1,
-        };
-        self.shape.iter().product::<usize>() * element
+        self.size
     }
 
     /// The same tensor under its full name.
-    #[cfg(feature = "compress")]
     pub(crate) fn of_site(self, site: &str) -> Self {
         Self { name: format!("{site}/{}", self.name), ..self }
     }

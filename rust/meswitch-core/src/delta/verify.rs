@@ -1,100 +1,73 @@
 //! Verifying a delta directory: every byte against its checksum, every index against its range.
 
-use std::fs::File;
-use std::io::Read;
+use std::os::unix::fs::FileExt;
 
-use super::manifest::{FileEntry, TENSORS};
+use super::checksum::checksum_of;
+use super::manifest::{MANIFEST, TENSORS};
 use super::site::SiteEntry;
 use super::tensor::Role;
-use super::{Delta, PADDING, checksum};
+use super::tensors::Tensors;
+use super::{ALIGNMENT, Delta, checksum};
 #[cfg(feature = "compress")]
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 #[cfg(feature = "compress")]
 use crate::fingerprint::{Fingerprint, sample};
-use crate::layout::row_in_two_parts;
-
-fn check_bytes(name: &str, entry: &FileEntry, bytes: &[u8]) -> Result<()> {
-    let found = checksum(bytes);
-    if found == entry.checksum {
-        return Ok(());
-    }
-    Err(Error::Checksum(format!("expected checksum {} of {name}, found {found}", entry.checksum)))
-}
+use crate::layout::{first_stray_bit, row_in_two_parts};
 
 impl Delta {
-    /// Reads every byte, compares it with its checksum, and checks that indices are in range.
+    /// Reads every byte, compares it with its checksum, and checks that indices are in range. So everything holds that
+    /// docs/format.md says of a directory.
     ///
     /// # Errors
-    /// [`Error::Checksum`] naming the first file or tensor that has changed, [`Error::Format`] for indices out of
-    /// range, [`Error::Io`] where a file cannot be read.
+    /// [`Error::Checksum`] naming the first file or tensor that has changed, [`Error::Format`] for indices out of range
+    /// and for what does not belong there, [`Error::Io`] where a file cannot be read.
     pub fn verify(&self) -> Result<()> {
+        self.verify_files()?;
+        let mut end = self.header_bytes;
+        for (index, site) in self.manifest().sites.iter().enumerate() {
+            for (start, spec) in self.file_tensors(index)? {
+                self.verify_padding(end, start)?;
+                end = start + spec.size() as u64;
+            }
+            verify_site(site, &self.site_tensors(&site.name)?)?;
+        }
+        Ok(())
+    }
+
+    fn verify_files(&self) -> Result<()> {
+        let directory = self.directory()?;
         for (name, entry) in &self.manifest().files {
-            if name == TENSORS {
-                check_bytes(name, entry, &self.map[..self.header_bytes])?;
+            let path = self.path().join(name);
+            let (found, bytes) = if name == TENSORS {
+                let mut header = vec![0; self.header_bytes as usize];
+                self.file.read_exact_at(&mut header, 0).map_err(Error::io(&path))?;
+                (checksum(&header), entry.bytes)
             } else {
-                self.read_file(name)?;
+                checksum_of(directory.file(name)?).map_err(Error::io(&path))?
+            };
+            if found != entry.checksum || bytes != entry.bytes {
+                return Err(Error::Checksum(format!("expected checksum {} of {name}, found {found}", entry.checksum)));
             }
         }
-        for site in &self.manifest().sites {
-            self.verify_site(site)?;
+        let is_known = |name: &String| {
+            name.starts_with('.') || name == MANIFEST || self.manifest().files.contains_key(name.as_str())
+        };
+        match directory.names()?.iter().find(|name| !is_known(name)) {
+            None => Ok(()),
+            Some(name) => Err(Error::Format(format!("expected only files that {MANIFEST} names, found {name}"))),
         }
-        for (name, (start, end)) in &self.extents {
-            if name.starts_with(PADDING) && self.map[*start..*end].iter().any(|byte| *byte != 0) {
-                return Err(Error::Checksum(format!("expected zeros in {name} of {TENSORS}, found others")));
-            }
-        }
-        Ok(())
     }
 
-    /// The bytes of one of the small files that the manifest names: those that were written, or an error.
-    ///
-    /// # Errors
-    /// [`Error::Checksum`] where the file has changed, [`Error::Format`] where the manifest names no such file,
-    /// [`Error::Io`] where it cannot be read.
-    pub fn read_file(&self, name: &str) -> Result<Vec<u8>> {
-        let entry = self.manifest().files.get(name).filter(|_| name != TENSORS);
-        let entry = entry.ok_or_else(|| Error::Format(format!("expected {name} among the small files, found none")))?;
-        let path = self.path().join(name);
-        let mut bytes = Vec::new();
-        // A byte more than it should have, so that a file that has grown is not read to its end.
-        let read = File::open(&path).and_then(|file| file.take(entry.bytes + 1).read_to_end(&mut bytes));
-        read.map_err(Error::io(&path))?;
-        check_bytes(name, entry, &bytes)?;
-        Ok(bytes)
-    }
-
-    fn verify_site(&self, site: &SiteEntry) -> Result<()> {
-        for (role, stated) in &site.checksums {
-            let found = self.tensor(&site.name, role).map(checksum).unwrap_or_default();
-            if found != *stated {
-                return Err(Error::Checksum(format!(
-                    "expected checksum {stated} of {}/{role} in {TENSORS}, found {found}",
-                    site.name
-                )));
-            }
+    /// Checks that the bytes between two tensors are zero.
+    fn verify_padding(&self, start: u64, end: u64) -> Result<()> {
+        let mut padding = [0; ALIGNMENT];
+        let padding = &mut padding[..(end - start) as usize];
+        self.file.read_exact_at(padding, start).map_err(Error::io(&self.path().join(TENSORS)))?;
+        if padding.iter().all(|byte| *byte == 0) {
+            return Ok(());
         }
-        let (rows, columns) = site.matrix_shape().unwrap_or_default();
-        let tensor = |role: Role| self.tensor(&site.name, &role.to_string());
-        let parts = 0..site.parts().len();
-        let lists = [(Role::SalientIndex, columns)].into_iter();
-        for (role, limit) in lists.chain(parts.clone().map(|part| (Role::Rows(part), rows))) {
-            let Some(bytes) = tensor(role) else { continue };
-            check_rising(bytes, limit)
-                .map_err(|what| Error::Format(format!("expected {what} in {}/{role}", site.name)))?;
-        }
-        let rows_of = |part| tensor(Role::Rows(part)).map(|bytes| indices(bytes).map(i32::cast_unsigned));
-        if let Some(row) = row_in_two_parts(rows, parts.map(rows_of)) {
-            return Err(Error::Format(format!(
-                "expected every row of {} in one part, found row {row} in two",
-                site.name
-            )));
-        }
-        if let (Some(starts), Some(gaps)) = (tensor(Role::SparseStarts), tensor(Role::SparseGaps)) {
-            check_entries(starts, gaps, columns)
-                .map_err(|what| Error::Format(format!("expected {what} in the sparse entries of {}", site.name)))?;
-        }
-        Ok(())
+        Err(Error::Checksum(format!("expected zeros in bytes {start} to {end} of {TENSORS}, found others")))
     }
 
     /// Compares a base with the one that the delta was made against: a sample of three kilobytes per tensor, or with
@@ -117,6 +90,38 @@ impl Delta {
             base.path().display()
         )))
     }
+}
+
+/// Checks what the tensors of a site hold; their checksums were compared when they were read.
+fn verify_site(site: &SiteEntry, tensors: &Tensors) -> Result<()> {
+    let (rows, columns) = site.matrix_shape().unwrap_or_default();
+    let tensor = |role: Role| tensors.tensor(&site.name, &role.to_string());
+    let parts = 0..site.parts().len();
+    let lists = [(Role::SalientIndex, columns)].into_iter();
+    for (role, limit) in lists.chain(parts.clone().map(|part| (Role::Rows(part), rows))) {
+        let Some(bytes) = tensor(role) else { continue };
+        check_rising(bytes, limit).map_err(|what| Error::Format(format!("expected {what} in {}/{role}", site.name)))?;
+    }
+    for (index, part) in site.parts().iter().enumerate() {
+        let role = Role::Codes(index);
+        let stray = first_stray_bit(tensor(role).unwrap_or_default(), part.bits, part.rows.unwrap_or(rows), columns);
+        if let Some(row) = stray {
+            let expected = "zeros after the last column and the last row";
+            return Err(Error::Format(format!(
+                "expected {expected} in {}/{role}, found others in row {row}",
+                site.name
+            )));
+        }
+    }
+    let rows_of = |part| tensor(Role::Rows(part)).map(|bytes| indices(bytes).map(i32::cast_unsigned));
+    if let Some(row) = row_in_two_parts(rows, parts.map(rows_of)) {
+        return Err(Error::Format(format!("expected every row of {} in one part, found row {row} in two", site.name)));
+    }
+    if let (Some(starts), Some(gaps)) = (tensor(Role::SparseStarts), tensor(Role::SparseGaps)) {
+        check_entries(starts, gaps, columns)
+            .map_err(|what| Error::Format(format!("expected {what} in the sparse entries of {}", site.name)))?;
+    }
+    Ok(())
 }
 
 /// Little-endian 32-bit numbers.

@@ -6,9 +6,8 @@ use std::io::{self, BufWriter, ErrorKind, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use safetensors::Dtype;
-
-use super::header::{Header, bpw, max_header_bytes, tensors_start};
+use super::estimate::{max_header_bytes, tensors_start};
+use super::header::Header;
 use super::manifest::{FileEntry, MANIFEST, Manifest, TENSORS, check_file_name};
 use super::site::SiteEntry;
 use super::tensor::TensorSpec;
@@ -58,7 +57,7 @@ impl Writer {
         let file = self.file.get_ref();
         let written = file.metadata().map_err(Error::io(&self.path))?.len();
         let mut end = self.header.position;
-        for spec in &specs {
+        for (index, spec) in specs.iter().enumerate() {
             let start = end.next_multiple_of(ALIGNMENT);
             end = start + spec.size();
             if (self.first + end) as u64 > written {
@@ -66,12 +65,12 @@ impl Writer {
             }
             let mut bytes = vec![0; spec.size()];
             file.read_exact_at(&mut bytes, (self.first + start) as u64).map_err(Error::io(&self.path))?;
-            if entry.checksums.get(&spec.name) != Some(&checksum(&bytes)) {
+            if entry.checksums.get(index) != Some(&checksum(&bytes)) {
                 return Ok(false);
             }
         }
         for spec in specs {
-            self.header.add(&format!("{}/{}", entry.name, spec.name), &spec.dtype, &spec.shape, spec.size())?;
+            self.header.add(&spec.of_site(&entry.name))?;
         }
         Ok(true)
     }
@@ -109,35 +108,45 @@ impl Writer {
                 tensors.len()
             )));
         }
-        for (spec, bytes) in specs.iter().zip(tensors) {
-            self.write_tensor(&format!("{}/{}", entry.name, spec.name), &spec.dtype, &spec.shape, bytes)?;
-            entry.checksums.insert(spec.name.clone(), checksum(bytes));
+        entry.checksums = tensors.iter().map(|bytes| checksum(bytes)).collect();
+        for (spec, bytes) in specs.into_iter().zip(tensors) {
+            self.write_tensor(&spec.of_site(&entry.name), bytes)?;
         }
         entry.bytes = tensors.iter().map(|bytes| bytes.len() as u64).sum();
-        entry.bpw = bpw(entry);
+        entry.bpw = entry.exact_bpw();
         entry.relative_error = (entry.relative_error * 1e6).round() / 1e6;
         Ok(())
     }
 
-    fn write_tensor(&mut self, name: &str, dtype: &str, shape: &[usize], bytes: &[u8]) -> Result<()> {
-        let padding = &[0; ALIGNMENT][..self.header.add(name, dtype, shape, bytes.len())?];
+    fn write_tensor(&mut self, spec: &TensorSpec, bytes: &[u8]) -> Result<()> {
+        if spec.size() != bytes.len() {
+            let (name, expected) = (&spec.name, spec.size());
+            return Err(Error::Argument(format!("expected {expected} bytes of {name}, found {}", bytes.len())));
+        }
+        let padding = &[0; ALIGNMENT][..self.header.add(spec)?];
         self.file.write_all(padding).and_then(|()| self.file.write_all(bytes)).map_err(Error::io(&self.path))?;
         crash_point!("tensor");
         Ok(())
     }
 
-    /// Copies a file, whose name [`check_copied_files`] has checked, into the folder. Returns its entry.
+    /// Copies a file, whose name [`check_copied_files`] has checked, into the folder.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub(super) fn copy_file(&mut self, source: &Path) -> Result<FileEntry> {
+    pub(super) fn copy_file(&mut self, source: &Path) -> Result<()> {
         let bytes = fs::read(source).map_err(Error::io(source))?;
-        let name = copied_name(source);
-        self.folder.write_file(&name, &bytes)?;
+        self.write_file(&copied_name(source), &bytes)
+    }
+
+    /// Writes a file that is neither manifest nor tensors.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(super) fn write_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.folder.write_file(name, bytes)?;
         crash_point!("copied file");
-        let entry = FileEntry { bytes: bytes.len() as u64, checksum: checksum(&bytes) };
-        self.files.insert(name, entry.clone());
-        Ok(entry)
+        self.files.insert(name.to_owned(), FileEntry { bytes: bytes.len() as u64, checksum: checksum(bytes) });
+        Ok(())
     }
 
     /// Writes header and manifest and flushes all files to disk. Returns the manifest, and the size of manifest and
@@ -150,6 +159,7 @@ impl Writer {
     /// Where tensors were written that [`Writer::create`] was not given.
     pub(super) fn finish(mut self, mut manifest: Manifest) -> Result<(Manifest, u64)> {
         let position = self.header.position;
+        self.header.bind(manifest.binding());
         let mut header = self.header.text();
         assert!(header.len() + 8 <= self.reserved, "the header fits in the bytes reserved for it");
         let io = |error| Error::io(&self.path)(error);
@@ -242,13 +252,10 @@ pub(crate) fn check_site_name(name: &str) -> Result<()> {
 pub(super) fn check_tensors(entry: &SiteEntry, tensors: &[&[u8]]) -> Result<()> {
     for (spec, data) in entry.tensor_specs()?.into_iter().zip(tensors) {
         let name = format!("{}/{}", entry.name, spec.name);
-        let dtype: Dtype = serde_json::from_value(spec.dtype.into())
-            .map_err(|_| Error::Argument(format!("expected a dtype of safetensors for {name}, found another")))?;
-        let expected = spec.shape.iter().product::<usize>() * dtype.bitsize() / 8;
-        if data.len() != expected {
-            return Err(Error::Argument(format!("expected {expected} bytes of {name}, found {}", data.len())));
+        if data.len() != spec.size() {
+            return Err(Error::Argument(format!("expected {} bytes of {name}, found {}", spec.size(), data.len())));
         }
-        View { dtype, shape: spec.shape, data }.check_finite(&name)?;
+        View { dtype: spec.dtype, shape: spec.shape, data }.check_finite(&name)?;
     }
     Ok(())
 }

@@ -281,13 +281,13 @@ mod tests {
     fn shares_hold_every_row_once_and_equal_bytes() {
         let frequent: Vec<u32> = (0..800).collect();
         let rest: Vec<u32> = (800..8008).collect();
-        let scales = vec![f16::ONE; 7208];
+        let (scales, codes) = (vec![f16::ONE; 7208], vec![0; part_bytes(1, 8008, 512 * 8).unwrap()]);
         let part = |bits, rows, count: usize| Part {
             bits,
             zero: 0.0,
             group: 512,
             rows: Some(rows),
-            codes: vec![0u8; part_bytes(bits, count, 512)].into(),
+            codes: &codes[..part_bytes(bits, count, 512).unwrap()],
             scales: &scales[..count],
         };
         let parts = vec![part(8, &frequent[..], 800), part(1, &rest[..], 7208)];

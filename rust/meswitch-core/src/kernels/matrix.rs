@@ -1,6 +1,5 @@
 //! The delta of one weight as kernels read it: borrowed memory whose lengths and indices were checked once.
 
-use std::borrow::Cow;
 use std::ops::Range;
 
 use half::f16;
@@ -21,9 +20,9 @@ pub struct Part<'a> {
     pub group: usize,
     /// The rows, rising; `None` for all rows of the matrix.
     pub rows: Option<&'a [u32]>,
-    /// The packed codes, in the layout of format version 3. Owned where an older layout was converted.
-    pub codes: Cow<'a, [u8]>,
-    /// `[rows, groups]`, in units of `2^exponent`.
+    /// The packed codes, in the layout of format version 4.
+    pub codes: &'a [u8],
+    /// `[groups, rows]`, in units of `2^exponent`.
     pub scales: &'a [f16],
 }
 
@@ -70,6 +69,12 @@ impl Part<'_> {
     /// The number of its rows, in a matrix of `rows`.
     pub(super) fn row_count(&self, rows: usize) -> usize {
         self.rows.map_or(rows, <[u32]>::len)
+    }
+
+    /// The scales of a group, in a matrix of `rows` rows: one for each row of the part.
+    pub(super) fn scales_of(&self, group: usize, rows: usize) -> &[f16] {
+        let count = self.row_count(rows);
+        &self.scales[group * count..(group + 1) * count]
     }
 
     /// The codes from the block that holds a position of the part on.
@@ -205,12 +210,12 @@ impl<'a> Matrix<'a> {
             }
             let rows = part.row_count(self.rows);
             let codes = part_bytes(part.bits, rows, self.columns);
-            let scales = rows * self.columns.div_ceil(part.group).max(1);
-            if part.codes.len() != codes {
-                return Err(self.mismatch("bytes of codes", codes, part.codes.len()));
+            let scales = rows.checked_mul(self.columns.div_ceil(part.group).max(1));
+            if codes != Some(part.codes.len()) {
+                return Err(self.mismatch("bytes of codes", codes.unwrap_or(usize::MAX), part.codes.len()));
             }
-            if part.scales.len() != scales {
-                return Err(self.mismatch("scales", scales, part.scales.len()));
+            if scales != Some(part.scales.len()) {
+                return Err(self.mismatch("scales", scales.unwrap_or(usize::MAX), part.scales.len()));
             }
             check_rising(part.rows.unwrap_or_default(), self.rows)?;
         }
@@ -227,14 +232,16 @@ impl<'a> Matrix<'a> {
         }
         if let Some((index, values)) = self.salient {
             check_rising(index, self.columns)?;
-            if values.len() != index.len() * self.rows {
-                return Err(self.mismatch("salient values", index.len() * self.rows, values.len()));
+            let expected = index.len().saturating_mul(self.rows);
+            if values.len() != expected {
+                return Err(self.mismatch("salient values", expected, values.len()));
             }
         }
         if let Some((u, v)) = self.low_rank {
             let rank = self.rank();
-            if rank == 0 || v.len() != rank * self.columns || u.len() != rank * self.rows {
-                return Err(self.mismatch("values of u", rank * self.rows, u.len()));
+            let expected = rank.saturating_mul(self.rows);
+            if rank == 0 || v.len() != rank * self.columns || u.len() != expected {
+                return Err(self.mismatch("values of u", expected, u.len()));
             }
         }
         Ok(())
@@ -255,12 +262,13 @@ mod tests {
 
     #[test]
     fn lengths_that_do_not_fit_are_refused() {
+        const CODES: [u8; 80] = [0; 80];
         let part = |bits, codes: usize, scales: &'static [f16]| Part {
             bits,
             zero: 1.5,
             group: 8,
             rows: None,
-            codes: vec![0; codes].into(),
+            codes: &CODES[..codes],
             scales,
         };
         const ONES: [f16; 8] = [f16::ONE; 8];
@@ -268,11 +276,11 @@ mod tests {
             let terms = Terms { parts, ..Terms::default() };
             Matrix::new(8, 8, 0, terms).err().map_or_else(|| "none".to_owned(), |error| error.to_string())
         };
-        assert_eq!(message(vec![part(2, 16, &ONES)]), "none");
-        assert_eq!(message(vec![part(2, 8, &ONES)]), "expected 16 bytes of codes in a site of 8 x 8, found 8");
-        assert_eq!(message(vec![part(2, 16, &ONES[1..])]), "expected 8 scales in a site of 8 x 8, found 7");
-        assert!(message(vec![part(5, 40, &ONES)]).starts_with("expected 1 known bits"));
-        let twice = vec![part(2, 16, &ONES), part(2, 16, &ONES)];
+        assert_eq!(message(vec![part(2, 32, &ONES)]), "none");
+        assert_eq!(message(vec![part(2, 16, &ONES)]), "expected 32 bytes of codes in a site of 8 x 8, found 16");
+        assert_eq!(message(vec![part(2, 32, &ONES[1..])]), "expected 8 scales in a site of 8 x 8, found 7");
+        assert!(message(vec![part(5, 80, &ONES)]).starts_with("expected 1 known bits"));
+        let twice = vec![part(2, 32, &ONES), part(2, 32, &ONES)];
         assert_eq!(message(twice), "expected every row in one part, found row 0 in two");
         let low_rank = Terms { low_rank: Some((&ONES, &ONES[1..])), ..Terms::default() };
         assert!(Matrix::new(8, 8, 0, low_rank).is_err());

@@ -50,15 +50,11 @@ fn add_by_tables(
     sums: &mut [f32],
 ) {
     let span = part.positions(rows.start, rows.end);
-    let groups = matrix.columns.div_ceil(part.group).max(1);
-    let mut scales = vec![0f32; groups * BLOCK_ROWS];
-    let (mut products, mut partial) = (vec![0f32; tables.tokens * BLOCK_ROWS], PartialLine::default());
+    let mut scales = [0f32; BLOCK_ROWS];
+    let (mut products, mut short) = (vec![0f32; tables.tokens * BLOCK_ROWS], ShortLine::default());
     for (positions, start, width) in matrix.lines(part, &span) {
-        let count = positions.len();
         let wanted = positions.start.max(span.start)..positions.end.min(span.end);
-        scales_of(part, &wanted, groups, matrix.unit, &mut scales);
-        // Rows in whole lines, and rows with a last partial line counted whole: a token's sums.
-        let (whole, stride) = (count / LINE_ROWS * LINE_ROWS, count.next_multiple_of(LINE_ROWS));
+        let stride = positions.len().next_multiple_of(LINE_ROWS);
         let products = &mut products[..tables.tokens * stride];
         for group in 0..tables.groups.len() {
             let (group, segments) = tables.groups[group].clone();
@@ -67,51 +63,35 @@ fn add_by_tables(
             for index in segments {
                 let segment = tables.segments[index];
                 let codes = &part.codes[start + segment.start * width..];
-                let lines = CodeLines { codes, width, count: whole / LINE_ROWS };
-                let tokens = tables.segment(index, x, backend());
-                lookup::add(&lines, tokens, stride, products);
-                lookup::add(&partial.after(&lines, count - whole, segment), tokens, stride, &mut products[whole..]);
+                let lines = match width {
+                    ..LINE_ROWS => short.widened(codes, width, segment),
+                    _ => CodeLines { codes, width, count: stride / LINE_ROWS },
+                };
+                lookup::add(&lines, tables.segment(index, x, backend()), stride, products);
             }
-            let scales = &scales[group * wanted.len()..][..wanted.len()];
+            let scales = &mut scales[..wanted.len()];
+            widen_f16(&part.scales_of(group, matrix.rows)[wanted.clone()], scales);
+            scales.iter_mut().for_each(|scale| *scale *= matrix.unit);
             for (products, sums) in products.chunks_exact(stride).zip(sums.chunks_exact_mut(rows.len())) {
-                let values = products[wanted.start - positions.start..].iter().zip(scales);
+                let values = products[wanted.start - positions.start..].iter().zip(scales.iter());
                 part.scatter_add(wanted.start, values.map(|(product, scale)| product * scale), sums, rows.start);
             }
         }
     }
 }
 
-/// A block's last rows, where they are fewer than a line: copied into a line that is padded with other bytes.
+/// The rows of a part that has fewer than a line, copied into a line that is padded with other bytes.
 #[derive(Default)]
-struct PartialLine(Vec<u8>);
+struct ShortLine(Vec<u8>);
 
-impl PartialLine {
-    /// The `rows` rows after whole lines; no lines where there are none.
-    fn after(&mut self, lines: &CodeLines<'_>, rows: usize, segment: Segment) -> CodeLines<'_> {
-        if rows > 0 {
-            let (first, bytes) = (lines.count * LINE_ROWS, segment.end - segment.start);
-            self.0.resize(bytes * LINE_ROWS, 0);
-            for (byte, line) in self.0.chunks_exact_mut(LINE_ROWS).enumerate() {
-                line[..rows].copy_from_slice(&lines.codes[byte * lines.width + first..][..rows]);
-            }
+impl ShortLine {
+    fn widened(&mut self, codes: &[u8], width: usize, segment: Segment) -> CodeLines<'_> {
+        self.0.resize((segment.end - segment.start) * LINE_ROWS, 0);
+        for (line, bytes) in self.0.chunks_exact_mut(LINE_ROWS).zip(codes.chunks_exact(width)) {
+            line[..width].copy_from_slice(bytes);
         }
-        CodeLines { codes: &self.0, width: LINE_ROWS, count: rows.div_ceil(LINE_ROWS) }
+        CodeLines { codes: &self.0, width: LINE_ROWS, count: 1 }
     }
-}
-
-/// Writes the scales of some positions times `unit` to `scales [groups, positions]`.
-fn scales_of(part: &Part<'_>, positions: &Range<usize>, groups: usize, unit: f32, scales: &mut [f32]) {
-    let halves = &part.scales[positions.start * groups..positions.end * groups];
-    if groups == 1 {
-        widen_f16(halves, &mut scales[..halves.len()]);
-    } else {
-        let mut wide = vec![0f32; halves.len()];
-        widen_f16(halves, &mut wide);
-        for (row, wide) in wide.chunks_exact(groups).enumerate() {
-            wide.iter().zip(scales[row..].iter_mut().step_by(positions.len())).for_each(|(from, to)| *to = *from);
-        }
-    }
-    scales[..halves.len()].iter_mut().for_each(|scale| *scale *= unit);
 }
 
 /// Adds a part's products in 32-bit floats, row by row.

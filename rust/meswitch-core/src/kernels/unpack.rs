@@ -75,7 +75,7 @@ impl PackedRows {
         }
         if self.line != line {
             self.line = line;
-            layout::untile_line(&part.codes, rows, row_size, position, &mut self.packed);
+            layout::untile_line(part.codes, rows, row_size, position, &mut self.packed);
         }
         &self.packed[position % LINE_ROWS * row_size..][..row_size]
     }
@@ -143,7 +143,8 @@ pub(super) fn scaled_row(
     let columns = matrix.columns;
     unpack(packed, part.bits, codes);
     let groups = columns.div_ceil(part.group).max(1);
-    for (group, scale) in part.scales[position * groups..(position + 1) * groups].iter().enumerate() {
+    for group in 0..groups {
+        let scale = part.scales_of(group, matrix.rows)[position];
         let range = group * part.group..((group + 1) * part.group).min(columns);
         let factors = column_scales.get(range.clone()).unwrap_or_default();
         scaled_levels(&codes[range.clone()], part.zero, scale.to_f32() * matrix.unit, factors, &mut out[range]);

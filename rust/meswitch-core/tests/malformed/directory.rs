@@ -29,10 +29,10 @@ pub struct Directory {
     pub padding: u8,
     /// The manifest's text, where it is not made from the rest.
     pub manifest: Option<String>,
-    header_change: Option<Value>,
+    header_changes: Vec<Change<Value>>,
     file_changes: Vec<Change<Vec<u8>>>,
     written_changes: Vec<Change<Vec<u8>>>,
-    manifest_change: Option<Value>,
+    manifest_changes: Vec<Change<Value>>,
 }
 
 impl Directory {
@@ -41,10 +41,10 @@ impl Directory {
         let halves = |count: usize| half.repeat(count);
         let numbers = |numbers: &[u32]| numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>();
         let tensors = vec![
-            tensor("coded.weight/codes.0", "I32", &[4], &[0x1b; 16]),
-            tensor("coded.weight/scales.0", "F16", &[2, 1], &halves(2)),
+            tensor("coded.weight/codes.0", "I32", &[8], &padded(&[[0x1b; 2]; 2])),
+            tensor("coded.weight/scales.0", "F16", &[1, 2], &halves(2)),
             tensor("coded.weight/rows.0", "I32", &[2], &numbers(&[0, 2])),
-            tensor("coded.weight/codes.1", "I32", &[2], &[0xa5; 8]),
+            tensor("coded.weight/codes.1", "I32", &[4], &padded(&[[0xa5]])),
             tensor("coded.weight/scales.1", "F16", &[1, 1], &halves(1)),
             tensor("coded.weight/rows.1", "I32", &[1], &numbers(&[1])),
             tensor("coded.weight/column_scales", "F16", &[8], &halves(8)),
@@ -62,10 +62,10 @@ impl Directory {
             alignment: 64,
             padding: 0,
             manifest: None,
-            header_change: None,
+            header_changes: Vec::new(),
             file_changes: Vec::new(),
             written_changes: Vec::new(),
-            manifest_change: None,
+            manifest_changes: Vec::new(),
         }
     }
 
@@ -73,26 +73,26 @@ impl Directory {
         self.tensors.iter_mut().find(|tensor| tensor.name == name).unwrap()
     }
 
-    /// Changes the manifest, whose checksum is then corrected.
-    pub fn change_manifest(&mut self, change: impl Fn(&mut Value)) {
-        let mut manifest = self.manifest_json();
-        change(&mut manifest);
-        self.manifest_change = Some(manifest);
+    /// Changes the manifest; its checksum and its binding to the tensors are then corrected.
+    pub fn change_manifest(&mut self, change: impl Fn(&mut Value) + 'static) {
+        self.manifest_changes.push(Box::new(change));
     }
 
-    /// Corrects size and checksum of `delta.safetensors` in a manifest that was changed before the tensors.
-    pub fn change_file_entry(&mut self) {
-        let changed = self.manifest_change.take().unwrap();
-        let files = self.manifest_json()["files"].clone();
-        self.manifest_change = Some(changed);
-        self.change_manifest(|manifest| manifest["files"] = files.clone());
+    /// Changes one field of the manifest, or adds it.
+    pub fn set(&mut self, pointer: &str, value: Value) {
+        let pointer = pointer.to_owned();
+        self.change_manifest(move |manifest| match manifest.pointer_mut(&pointer) {
+            Some(field) => *field = value.clone(),
+            None => {
+                let (parent, key) = pointer.rsplit_once('/').unwrap();
+                manifest.pointer_mut(parent).unwrap()[key] = value.clone();
+            }
+        });
     }
 
     /// Changes the header's JSON; checksum and size in the manifest are then corrected.
-    pub fn change_header(&mut self, change: impl Fn(&mut Value)) {
-        let mut header = self.header();
-        change(&mut header);
-        self.header_change = Some(header);
+    pub fn change_header(&mut self, change: impl Fn(&mut Value) + 'static) {
+        self.header_changes.push(Box::new(change));
     }
 
     /// Changes the bytes of `delta.safetensors`; checksum and size in the manifest are then corrected.
@@ -118,11 +118,18 @@ impl Directory {
         self.tensors.iter().map(gap).collect()
     }
 
+    /// What ties the tensors to the manifest.
+    fn binding(&self) -> String {
+        let nothing = json!({"bytes": 0, "checksum": checksum(b"")});
+        let files = json!({"delta.safetensors": nothing, "config.json": nothing});
+        let mut manifest = self.sound_manifest(files, "");
+        self.manifest_changes.iter().for_each(|change| change(&mut manifest));
+        checksum(manifest["sites"].to_string().as_bytes()).to_string()
+    }
+
     fn header(&self) -> Value {
-        if let Some(header) = &self.header_change {
-            return header.clone();
-        }
         let (mut header, mut end, mut paddings) = (Map::new(), 0, 0);
+        header.insert("__metadata__".to_owned(), json!({"format": "meswitch", "binding": self.binding()}));
         for (gap, tensor) in self.gaps() {
             if gap > 0 {
                 let entry = json!({"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]});
@@ -134,7 +141,9 @@ impl Directory {
             let entry = json!({"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets});
             header.insert(tensor.name.clone(), entry);
         }
-        Value::Object(header)
+        let mut header = Value::Object(header);
+        self.header_changes.iter().for_each(|change| change(&mut header));
+        header
     }
 
     /// The bytes of `delta.safetensors`.
@@ -160,33 +169,41 @@ impl Directory {
     }
 
     fn manifest_json(&self) -> Value {
-        if let Some(manifest) = &self.manifest_change {
-            return manifest.clone();
-        }
         let file = self.file();
         let length = file.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
         let header = usize::try_from(length).map_or(file.len(), |length| length.saturating_add(8).min(file.len()));
+        let files = json!({
+            "delta.safetensors": {"bytes": file.len(), "checksum": checksum(&file[..header])},
+            "config.json": {"bytes": 2, "checksum": checksum(b"{}")},
+        });
+        let mut manifest = self.sound_manifest(files, &self.binding());
+        self.manifest_changes.iter().for_each(|change| change(&mut manifest));
+        manifest
+    }
+
+    /// The manifest before it is changed.
+    fn sound_manifest(&self, files: Value, binding: &str) -> Value {
         let site = |name: &str, kind: &str, shape: &[usize], dtype: &str| {
-            json!({"name": name, "kind": kind, "shape": shape, "dtype": dtype, "bytes": 0, "bpw": 0.0,
+            let own =
+                self.tensors.iter().filter(|tensor| tensor.name.rsplit_once('/').is_some_and(|(site, _)| site == name));
+            let bytes: usize = own.map(|tensor| tensor.bytes.len()).sum();
+            let bpw = (8e4 * bytes as f64 / shape.iter().product::<usize>() as f64).round() / 1e4;
+            json!({"name": name, "kind": kind, "shape": shape, "dtype": dtype, "bytes": bytes, "bpw": bpw,
                 "relative_error": 0.0, "tensors": self.checksums(name)})
         };
         let mut coded = site("coded.weight", "quantized", &[3, 8], "BF16");
-        coded["parts"] = json!([
-            {"bits": 2, "zero": 1.5, "rows": 2, "tiled": true},
-            {"bits": 1, "zero": 0.5, "rows": 1, "tiled": true},
-        ]);
+        coded["parts"] = json!([{"bits": 2, "zero": 1.5, "rows": 2}, {"bits": 1, "zero": 0.5, "rows": 1}]);
         (coded["column_scales"], coded["salient"], coded["rank"]) = (json!(true), json!(1), json!(1));
         let mut sparse = site("sparse.weight", "quantized", &[2, 3], "BF16");
         sparse["sparse"] = json!({"entries": 3, "changed": 3});
         json!({
-            "format_version": 3,
+            "format_version": 4,
+            "kind": "delta",
+            "binding": binding,
             "writer": "test",
-            "base": {"fingerprint": "", "sample": "", "name": "test"},
+            "base": {"fingerprint": "0".repeat(64), "sample": "0".repeat(64), "name": "test"},
             "settings": {},
-            "files": {
-                "delta.safetensors": {"bytes": file.len(), "checksum": checksum(&file[..header])},
-                "config.json": {"bytes": 2, "checksum": checksum(b"{}")},
-            },
+            "files": files,
             "sites": [
                 coded,
                 sparse,
@@ -207,6 +224,12 @@ impl Directory {
         fs::write(folder.join("config.json"), "{}").unwrap();
         fs::write(folder.join("meswitch.json"), self.manifest.clone().unwrap_or_else(|| self.manifest_text())).unwrap();
     }
+}
+
+/// The codes of some rows: byte after byte, each of 16 rows, of which all others are zero.
+fn padded<const BYTES: usize>(rows: &[[u8; BYTES]]) -> Vec<u8> {
+    let line = |byte| (0..16).map(move |row| rows.get(row).map_or(0, |row| row[byte]));
+    (0..BYTES).flat_map(line).collect()
 }
 
 /// A manifest's text: its first line before the rest.

@@ -1,0 +1,120 @@
+//! Checksums, which are content hashes: equal bytes have equal checksums wherever they are stored.
+
+use std::fmt;
+use std::io::{self, Read};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// Bytes that are read at a time.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// A BLAKE3 hash cut to 128 bits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Checksum([u8; 16]);
+
+/// The checksum of some bytes. Uses rayon's pool for more than a megabyte (feature `rayon`).
+#[must_use]
+pub fn checksum(bytes: &[u8]) -> Checksum {
+    let mut hasher = blake3::Hasher::new();
+    update(&mut hasher, bytes);
+    finish(&hasher)
+}
+
+/// The checksum of all that can be read, and how many bytes that are. Memory holds a piece at a time.
+pub(super) fn checksum_of(mut reader: impl Read) -> io::Result<(Checksum, u64)> {
+    let (mut hasher, mut piece, mut bytes) = (blake3::Hasher::new(), vec![0; CHUNK_BYTES], 0);
+    loop {
+        match reader.read(&mut piece) {
+            Ok(0) => return Ok((finish(&hasher), bytes)),
+            Ok(count) => {
+                update(&mut hasher, &piece[..count]);
+                bytes += count as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn update(hasher: &mut blake3::Hasher, bytes: &[u8]) {
+    #[cfg(feature = "rayon")]
+    if bytes.len() > 1 << 20 {
+        hasher.update_rayon(bytes);
+        return;
+    }
+    hasher.update(bytes);
+}
+
+fn finish(hasher: &blake3::Hasher) -> Checksum {
+    let hash = hasher.finalize();
+    Checksum(*hash.as_bytes().first_chunk().expect("a hash is longer"))
+}
+
+impl Checksum {
+    /// Reads 32 lower-case hexadecimal digits; `None` for anything else.
+    pub(super) fn from_hex(text: &[u8]) -> Option<Self> {
+        let mut bytes = [0; 16];
+        if text.len() != 32 {
+            return None;
+        }
+        for (byte, digits) in bytes.iter_mut().zip(text.as_chunks::<2>().0) {
+            *byte = digit(digits[0])? << 4 | digit(digits[1])?;
+        }
+        Some(Self(bytes))
+    }
+}
+
+/// Whether a text is `count` lower-case hexadecimal digits.
+pub(super) fn is_hex(text: &str, count: usize) -> bool {
+    text.len() == count && text.bytes().all(|byte| digit(byte).is_some())
+}
+
+fn digit(byte: u8) -> Option<u8> {
+    match byte {
+        b'0'..=b'9' => Some(byte - b'0'),
+        b'a'..=b'f' => Some(byte - b'a' + 10),
+        _ => None,
+    }
+}
+
+/// Bytes as lower-case hexadecimal digits.
+#[cfg(feature = "compress")]
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl fmt::Display for Checksum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Checksum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Serialize for Checksum {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Checksum {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = Checksum;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a checksum of 32 lower-case hexadecimal digits")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Checksum, E> {
+                Checksum::from_hex(text.as_bytes()).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_str(Visitor)
+    }
+}

@@ -1,0 +1,168 @@
+//! The tensors of a delta in memory.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::checksum::Checksum;
+use super::manifest::TENSORS;
+use super::reader::Contents;
+use super::site::{PartEntry, SiteEntry};
+use super::tensor::{Role, TensorSpec};
+use super::{ALIGNMENT, Delta, checksum};
+use crate::error::{Error, Result};
+use crate::layout::legacy::{Order, current_codes, current_scales};
+use crate::memory::Region;
+
+/// From so many bytes on, reading is shared by threads.
+#[cfg(feature = "rayon")]
+const PARALLEL_BYTES: usize = 1 << 20;
+
+/// The tensors of one site or of all, in memory of their own.
+///
+/// They are in the order of today's format, whatever the version that was read. Each starts at a multiple of 64 bytes,
+/// and was compared with its checksum.
+pub struct Tensors {
+    contents: Arc<Contents>,
+    /// The sites that are there, by position in the manifest.
+    sites: Range<usize>,
+    /// Where the tensors of each of them start, not yet aligned.
+    starts: Vec<usize>,
+    region: Arc<Region>,
+}
+
+impl Tensors {
+    pub(super) fn read(delta: &Delta, sites: Range<usize>) -> Result<Self> {
+        let entries = &delta.manifest().sites[sites.clone()];
+        let (starts, size) = places(entries)?;
+        let mut region = Region::new(size).map_err(Error::io(&delta.path().join(TENSORS)))?;
+        let mut jobs = Vec::new();
+        let (mut rest, mut position) = (&mut region[..], 0usize);
+        for (index, entry) in sites.clone().zip(entries) {
+            let current = entry.clone().into_current()?.tensor_specs()?;
+            for (((start, spec), current), checksum) in
+                delta.file_tensors(index)?.into_iter().zip(current).zip(&entry.checksums)
+            {
+                let skipped = position.next_multiple_of(ALIGNMENT) - position;
+                let (out, after) = std::mem::take(&mut rest)[skipped..].split_at_mut(current.size());
+                (rest, position) = (after, position + skipped + current.size());
+                jobs.push(Job { entry, spec, start, checksum: *checksum, out });
+            }
+        }
+        run(&delta.file, &delta.path().join(TENSORS), &mut jobs)?;
+        Ok(Self { contents: delta.contents.clone(), sites, starts, region: Arc::new(region) })
+    }
+
+    /// A tensor's bytes; `None` where there is no such tensor.
+    #[must_use]
+    pub fn tensor(&self, site: &str, role: &str) -> Option<&[u8]> {
+        self.extent(site, role).map(|range| &self.region[range])
+    }
+
+    /// Where a tensor lies in the region; `None` where there is no such tensor.
+    #[must_use]
+    pub fn extent(&self, site: &str, role: &str) -> Option<Range<usize>> {
+        let index = self.contents.position(site).filter(|index| self.sites.contains(index))?;
+        let entry = self.contents.manifest.sites[index].clone().into_current().ok()?;
+        let mut end = self.starts[index - self.sites.start];
+        for spec in entry.tensor_specs().ok()? {
+            let start = end.next_multiple_of(ALIGNMENT);
+            end = start + spec.size();
+            if spec.name == role {
+                return Some(start..end);
+            }
+        }
+        None
+    }
+
+    /// The memory that all of them lie in.
+    #[must_use]
+    pub fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+
+    /// The entry of a site that is there.
+    pub(super) fn site(&self, name: &str) -> Option<&SiteEntry> {
+        let index = self.contents.position(name).filter(|index| self.sites.contains(index))?;
+        Some(&self.contents.manifest.sites[index])
+    }
+}
+
+/// Where the tensors of each site start in memory, not yet aligned, and the size of all.
+pub(super) fn places(entries: &[SiteEntry]) -> Result<(Vec<usize>, usize)> {
+    let (mut starts, mut position) = (Vec::with_capacity(entries.len()), 0usize);
+    for entry in entries {
+        starts.push(position);
+        for spec in entry.clone().into_current()?.tensor_specs()? {
+            position = position.next_multiple_of(ALIGNMENT) + spec.size();
+        }
+    }
+    Ok((starts, position))
+}
+
+/// One tensor to be read.
+struct Job<'a> {
+    entry: &'a SiteEntry,
+    spec: TensorSpec,
+    /// Its first byte in the file.
+    start: u64,
+    checksum: Checksum,
+    out: &'a mut [u8],
+}
+
+/// Reads tensors, many bytes on rayon's pool, where there is one.
+fn run(file: &File, path: &Path, jobs: &mut [Job<'_>]) -> Result<()> {
+    #[cfg(feature = "rayon")]
+    if jobs.iter().map(|job| job.out.len()).sum::<usize>() > PARALLEL_BYTES {
+        use rayon::prelude::*;
+        return jobs.par_iter_mut().map(|job| job.run(file, path)).collect();
+    }
+    jobs.iter_mut().try_for_each(|job| job.run(file, path))
+}
+
+impl Job<'_> {
+    fn run(&mut self, file: &File, path: &Path) -> Result<()> {
+        let Some((part, rows)) = self.old_part() else {
+            read(file, path, self.start, self.out)?;
+            return self.check(checksum(self.out));
+        };
+        let mut bytes = vec![0; self.spec.size()];
+        read(file, path, self.start, &mut bytes)?;
+        self.check(checksum(&bytes))?;
+        let (_, columns) = self.entry.matrix_shape().unwrap_or_default();
+        self.out.copy_from_slice(&match self.spec.role {
+            Role::Codes(_) => current_codes(bytes, part.order, part.bits, rows, columns),
+            _ => current_scales(&bytes, rows),
+        });
+        Ok(())
+    }
+
+    /// The part and its number of rows, for codes and scales that lie in the order of an older version.
+    fn old_part(&self) -> Option<(&PartEntry, usize)> {
+        let (Role::Codes(index) | Role::Scales(index)) = self.spec.role else { return None };
+        let part = self.entry.parts().get(index).filter(|part| part.order != Order::Current)?;
+        Some((part, part.rows.unwrap_or(self.entry.matrix_shape()?.0)))
+    }
+
+    fn check(&self, found: Checksum) -> Result<()> {
+        let (expected, name) = (self.checksum, format!("{}/{}", self.entry.name, self.spec.name));
+        if expected == found {
+            return Ok(());
+        }
+        Err(Error::Checksum(format!("expected checksum {expected} of {name} in {TENSORS}, found {found}")))
+    }
+}
+
+/// Reads bytes of the file, which may have become shorter since it was opened.
+fn read(file: &File, path: &Path, start: u64, out: &mut [u8]) -> Result<()> {
+    file.read_exact_at(out, start).map_err(|error| match error.kind() {
+        ErrorKind::UnexpectedEof => {
+            let end = start + out.len() as u64;
+            Error::Checksum(format!("expected at least {end} bytes of {}, found fewer", path.display()))
+        }
+        _ => Error::io(path)(error),
+    })
+}

@@ -1,0 +1,104 @@
+//! Memory lent to torch by DLPack: who receives a capsule keeps the memory until it calls the capsule's deleter.
+
+use std::ffi::{CStr, c_void};
+use std::sync::Arc;
+
+use meswitch_core::Region;
+use pyo3::ffi;
+use pyo3::prelude::*;
+
+/// The name of a capsule that nobody has received yet; a receiver renames it.
+const NAME: &CStr = c"dltensor";
+/// Memory of the host.
+const CPU: i32 = 1;
+/// Unsigned integers.
+const UNSIGNED: u8 = 1;
+
+#[repr(C)]
+struct Device {
+    kind: i32,
+    number: i32,
+}
+
+#[repr(C)]
+struct DataType {
+    code: u8,
+    bits: u8,
+    lanes: u16,
+}
+
+/// DLPack's `DLTensor`.
+#[repr(C)]
+struct Tensor {
+    data: *mut c_void,
+    device: Device,
+    dimensions: i32,
+    dtype: DataType,
+    shape: *mut i64,
+    strides: *mut i64,
+    byte_offset: u64,
+}
+
+/// DLPack's `DLManagedTensor`.
+#[repr(C)]
+struct Managed {
+    tensor: Tensor,
+    context: *mut c_void,
+    deleter: unsafe extern "C" fn(*mut Managed),
+}
+
+/// What a capsule points to, and what it keeps alive.
+struct Lent {
+    managed: Managed,
+    length: i64,
+    _region: Arc<Region>,
+}
+
+/// A capsule of a region as a tensor of bytes.
+pub fn capsule(py: Python<'_>, region: Arc<Region>) -> PyResult<Bound<'_, PyAny>> {
+    let tensor = Tensor {
+        data: region.as_ptr().cast_mut().cast(),
+        device: Device { kind: CPU, number: 0 },
+        dimensions: 1,
+        dtype: DataType { code: UNSIGNED, bits: 8, lanes: 1 },
+        shape: std::ptr::null_mut(),
+        strides: std::ptr::null_mut(),
+        byte_offset: 0,
+    };
+    let managed = Managed { tensor, context: std::ptr::null_mut(), deleter: delete };
+    let lent = Box::into_raw(Box::new(Lent { managed, length: region.len() as i64, _region: region }));
+    // SAFETY: `lent` was just allocated and nobody else has it; the capsule gets a pointer that stays valid until
+    // `delete`, which whoever receives the capsule, or else `abandon`, calls once.
+    unsafe {
+        (*lent).managed.tensor.shape = &raw mut (*lent).length;
+        (*lent).managed.context = lent.cast();
+        let capsule = ffi::PyCapsule_New((&raw mut (*lent).managed).cast(), NAME.as_ptr(), Some(abandon));
+        let capsule = Bound::from_owned_ptr_or_err(py, capsule);
+        if capsule.is_err() {
+            drop(Box::from_raw(lent));
+        }
+        capsule
+    }
+}
+
+/// Gives the memory back.
+///
+/// # Safety
+/// `managed` must come from [`capsule`], and must not be used afterwards.
+unsafe extern "C" fn delete(managed: *mut Managed) {
+    // SAFETY: the caller guarantees it; the context is the `Lent` that it lies in.
+    drop(unsafe { Box::from_raw((*managed).context.cast::<Lent>()) });
+}
+
+/// Gives back the memory of a capsule that nobody has received.
+///
+/// # Safety
+/// `object` must be a capsule that is being freed.
+unsafe extern "C" fn abandon(object: *mut ffi::PyObject) {
+    // SAFETY: a capsule of this name holds a pointer that [`capsule`] put there, and nobody has deleted it.
+    unsafe {
+        if ffi::PyCapsule_IsValid(object, NAME.as_ptr()) == 1 {
+            delete(ffi::PyCapsule_GetPointer(object, NAME.as_ptr()).cast());
+        }
+    }
+}
