@@ -39,7 +39,7 @@ from meswitch.experts.pool import ExpertPool
 from meswitch.experts.settings import SettingsReader
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.config import context_limit
-from meswitch.huggingface.models import load_model
+from meswitch.huggingface.models import load_model, own_weights
 from meswitch.kernels.invariance import BatchInvariance
 from meswitch.kernels.rows import BASE_SLOT
 from meswitch.kernels.select import select_kernels
@@ -164,6 +164,7 @@ class Worker(threading.Thread):
         check_transformers(settings.device)
         base = Checkpoint(settings.base)
         model = load_model(base, settings.dtype or "auto", check=check_supported).to(settings.device)
+        own_weights(model)
         self.model: Any = model.eval().requires_grad_(False)
         if settings.exact and model._can_set_experts_implementation():
             model.set_experts_implementation("eager")  # products of rows with one matrix, which can be kept apart

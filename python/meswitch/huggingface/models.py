@@ -82,6 +82,15 @@ def load_weights(empty: Any, state: Mapping[str, Any], dtype: str | torch.dtype)
     return model, sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
 
 
+def own_weights(model: nn.Module) -> None:
+    """Copies the weights of a loaded model, which are views of its files where dtypes agree, one at a time.
+
+    A file that is cut or overwritten later can then neither change them nor end the process.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
 def skeleton(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The model of a checkpoint on the meta device: its modules and parameter names, without weights.
 
