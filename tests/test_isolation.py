@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -219,3 +221,36 @@ def test_whatever_ends_the_thread_every_request_ends(folder: Path, monkeypatch: 
         engine.generate(PROMPT)
     assert engine.stats()["requests"]["failed"] == 4
     engine.close()
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("how", ["shorter", "overwritten", "removed", "replaced"])
+def test_a_file_that_changes_while_it_is_served(folder: Path, tmp_path: Path, how: str, resident: bool) -> None:
+    """The expert that was opened answers, or an error of that expert does; the others and the process go on."""
+    for name in ("base", "experts"):
+        shutil.copytree(folder / name, tmp_path / name)
+    settings: dict[str, Any] = {"kv_budget": "8MiB", "max_batch_tokens": 64, "exact": True}
+    with Engine(tmp_path / "base", experts=tmp_path / "experts", **settings) as engine:
+        expected = {name: engine.generate([PROMPT], expert=name, max_new_tokens=6)[0].token_ids for name in ("a", "b")}
+        if not resident:
+            engine.remove_expert("a")
+            engine.add_expert("a", tmp_path / "experts/a")
+        file = tmp_path / "experts/a/delta.safetensors"
+        other = (tmp_path / "experts/b/delta.safetensors").read_bytes()
+        if how == "shorter":
+            os.truncate(file, 0)
+        elif how == "overwritten":
+            with file.open("r+b") as open_file:
+                open_file.write(other)
+        else:
+            file.unlink()
+            if how == "replaced":
+                file.write_bytes(other)
+        for base_file in (tmp_path / "base").glob("*.safetensors"):
+            os.truncate(base_file, 0)
+        if resident or how in ("removed", "replaced"):
+            assert engine.generate([PROMPT], expert="a", max_new_tokens=6)[0].token_ids == expected["a"]
+        else:
+            with pytest.raises(MeswitchError, match=r"of .*delta.safetensors"):
+                engine.generate([PROMPT], expert="a", max_new_tokens=6)
+        assert engine.generate([PROMPT], expert="b", max_new_tokens=6)[0].token_ids == expected["b"]
