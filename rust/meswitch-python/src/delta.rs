@@ -14,7 +14,9 @@ use crate::errors::to_python;
 use crate::{dlpack, enter, enter_pool};
 
 /// Where parameters lie, as Python says it.
-type Sources = BTreeMap<String, (String, Option<(usize, Vec<usize>)>)>;
+type Sources = BTreeMap<String, (String, Part)>;
+/// The first element of a part and its shape; `None` for a whole tensor.
+type Part = Option<(usize, Vec<usize>)>;
 
 fn sources(given: Sources) -> BTreeMap<String, checkpoint::Source> {
     given.into_iter().map(|(name, (tensor, part))| (name, checkpoint::Source { tensor, part })).collect()
@@ -60,7 +62,7 @@ impl Checkpoint {
     }
 
     /// Where a parameter lies: the file, the tensor's name in it, and the first element and the shape of a part.
-    fn source(&self, name: &str) -> Option<(PathBuf, String, Option<(usize, Vec<usize>)>)> {
+    fn source(&self, name: &str) -> Option<(PathBuf, String, Part)> {
         let (file, source) = self.0.source(name)?;
         Some((file.to_owned(), source.tensor, source.part))
     }
