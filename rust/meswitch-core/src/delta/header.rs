@@ -137,29 +137,10 @@ impl Header {
                 &text(&found.metadata),
             ));
         }
-        // Paddings last: they are wrong wherever something before them is.
-        let paddings = self.entries.iter().filter(|(name, _)| name.starts_with(PADDING));
-        let others = self.entries.iter().filter(|(name, _)| !name.starts_with(PADDING));
-        for (name, entry) in others.chain(paddings) {
-            let Some(found) = found.entries.get(name) else {
-                return Err(broken(&format!("a tensor {name}"), "none"));
-            };
-            if (found.dtype, &found.shape) != (entry.dtype, &entry.shape) {
-                let text = |entry: &Entry| format!("{} {:?}", entry.dtype, entry.shape);
-                return Err(broken(&format!("{name} of {}", text(entry)), &text(found)));
-            }
-        }
-        if let Some(name) = found.entries.keys().find(|name| !self.entries.contains_key(*name)) {
-            return Err(broken(&format!("only tensors that {MANIFEST} names"), name));
-        }
-        for (name, entry) in &self.entries {
-            let (start, end) = found.entries[name].data_offsets;
-            if (start, end) != entry.data_offsets {
-                let (first, last) = entry.data_offsets;
-                return Err(broken(&format!("{name} in bytes {first} to {last}"), &format!("it in {start} to {end}")));
-            }
-        }
-        Ok(())
+        // Paddings last: they are wrong wherever something else is.
+        let (paddings, others) = self.entries.iter().partition(|(name, _)| name.starts_with(PADDING));
+        found.check(&others, false)?;
+        found.check(&paddings, true)
     }
 }
 
@@ -171,6 +152,32 @@ fn broken(expected: &str, found: &str) -> Error {
 struct Found {
     metadata: Metadata,
     entries: BTreeMap<String, Entry>,
+}
+
+impl Found {
+    /// Checks that exactly these tensors are there, of those that are paddings or of the others.
+    fn check(&self, expected: &BTreeMap<&String, &Entry>, paddings: bool) -> Result<()> {
+        for (name, entry) in expected {
+            let Some(found) = self.entries.get(*name) else {
+                return Err(broken(&format!("a tensor {name}"), "none"));
+            };
+            if (found.dtype, &found.shape) != (entry.dtype, &entry.shape) {
+                let text = |entry: &Entry| format!("{} {:?}", entry.dtype, entry.shape);
+                return Err(broken(&format!("{name} of {}", text(entry)), &text(found)));
+            }
+        }
+        let is_foreign = |name: &&String| name.starts_with(PADDING) == paddings && !expected.contains_key(*name);
+        if let Some(name) = self.entries.keys().find(is_foreign) {
+            return Err(broken(&format!("only tensors that {MANIFEST} names"), name));
+        }
+        for (name, entry) in expected {
+            let ((first, last), (start, end)) = (entry.data_offsets, self.entries[*name].data_offsets);
+            if (start, end) != (first, last) {
+                return Err(broken(&format!("{name} in bytes {first} to {last}"), &format!("it in {start} to {end}")));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl<'de> Deserialize<'de> for Found {

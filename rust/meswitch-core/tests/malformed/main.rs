@@ -313,7 +313,7 @@ fn headers_that_do_not_fit_the_file_are_refused() {
 fn misaligned_tensors_are_refused() {
     let mut directory = Directory::sound();
     directory.alignment = 1;
-    assert_format("tensors without padding", refusal(&directory), "a tensor _pad.0 in delta.safetensors, found none");
+    assert_format("tensors without padding", refusal(&directory), "coded.weight/codes.1 in bytes");
     let mut directory = Directory::sound();
     directory.change_file(|file| {
         let length = u64::from_le_bytes(file[..8].try_into().unwrap()) + 1;

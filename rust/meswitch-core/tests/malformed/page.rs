@@ -60,7 +60,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         ("In place of parts, column scales, salient channels and rank", Field("/sites/1/rank", json!(1)), "sparse entries alone"),
         ("checksum of each tensor, by role", Field("/sites/0/tensors/u", json!("0".repeat(32))), "of coded.weight/u in delta.safetensors"),
         ("Both are below 2^31, and so is the number of entries.", Field("/sites/3/shape", json!([1u64 << 31, 0])), "a shape that can be"),
-        ("bit-equal to the base. No tensors.", Field("/sites/3/tensors/whole", json!("0".repeat(32))), "a checksum for each tensor"),
+        ("or only saved in another float type. No tensors.", Field("/sites/3/tensors/whole", json!("0".repeat(32))), "a checksum for each tensor"),
         ("the same with no `parts`", Field("/sites/0/kind", json!("low_rank")), "a rank and no codes"),
         ("Rows of different parts never overlap.",
             In(|directory| directory.tensor_mut("coded.weight/rows.1").bytes = 2u32.to_le_bytes().to_vec()), "found row 2 in two"),
@@ -91,7 +91,7 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
         ("A tensor is named `SITE/ROLE`.",
             In(|directory| directory.tensor_mut("coded.weight/u").name = "coded.weight/w".to_owned()), "a checksum for each tensor"),
         ("Tensors lie in the order of `sites`", In(|directory| directory.tensors.swap(13, 14)), "in bytes"),
-        ("Every tensor starts at a multiple of 64 bytes in the file", In(|directory| directory.alignment = 8), "a tensor _pad.0"),
+        ("Every tensor starts at a multiple of 64 bytes in the file", In(|directory| directory.alignment = 8), "in bytes"),
         ("the header is padded with spaces",
             In(|directory| directory.change_file(|file| {
                 let end = 7 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
