@@ -78,12 +78,20 @@ impl Folder {
         self.files.path()
     }
 
+    /// Checks that what is at the place now may be replaced.
+    ///
+    /// # Errors
+    /// [`Error::Output`] where something else has come to the place, [`Error::Io`].
+    pub(crate) fn check(&self) -> Result<()> {
+        self.target.check()
+    }
+
     /// Flushes the folder's files to disk and gives it its name, in place of what is there. Returns its path.
     ///
     /// # Errors
     /// [`Error::Output`] where something else has come to the place meanwhile, [`Error::Io`].
     pub fn commit(mut self) -> Result<PathBuf> {
-        self.target.check()?;
+        self.check()?;
         self.files.sync_all()?;
         crash_point!("flushed");
         let (incomplete, name) = (self.target.hidden(INCOMPLETE), &self.target.name);

@@ -661,6 +661,21 @@ fn names_full_of_what_json_escapes_have_room_in_the_header() {
 }
 
 #[test]
+fn what_came_to_the_place_meanwhile_costs_no_work() {
+    let (family, settings) = (Family::new(), json!({"preset": "test"}));
+    family.compress().unwrap();
+    fs::remove_dir_all(family.path("delta")).unwrap();
+    let outcome = run(&family, settings.clone(), &mut |_| {
+        fs::write(family.path("delta"), "a user's file").unwrap();
+        true
+    });
+    assert!(matches!(outcome, Err(Error::Output(_))));
+    assert_eq!(fs::read_to_string(family.path("delta")).unwrap(), "a user's file");
+    fs::remove_file(family.path("delta")).unwrap();
+    assert_eq!(stopped_at(&family, WHOLE, settings).0, EMBEDDING + 2 * LAYER + IN as u64);
+}
+
+#[test]
 fn a_journal_that_cannot_be_read_loses_no_work() {
     let (family, settings) = (Family::new(), json!({"preset": "test"}));
     family.compress().unwrap();

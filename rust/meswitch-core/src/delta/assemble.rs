@@ -197,7 +197,8 @@ pub(super) fn target(out: &Path) -> Result<Target> {
 pub(super) fn commit(folder: Folder) -> Result<Delta> {
     Delta::open(folder.path())?;
     crash_point!("opened");
-    // Flushed before it loses its journal, without which the next writer starts over.
+    // All that may fail comes before it loses its journal, without which the next writer starts over.
+    folder.check()?;
     folder.files().sync_all()?;
     folder.files().remove(JOURNAL.as_ref())?;
     crash_point!("no journal");
