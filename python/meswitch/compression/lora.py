@@ -192,8 +192,8 @@ def _low_rank_site(
 
 def _site_of_new_rows(entry: dict[str, Any], added: Tensor) -> _ImportedSite:
     """New rows and no other change, which the file format writes as codes of no rows."""
-    no_codes = [torch.zeros(0, dtype=torch.int32), torch.zeros(0, 1).half(), torch.zeros(0, dtype=torch.int32)]
-    part = {"bits": 1, "zero": 0.5, "rows": 0, "tiled": True}
+    no_codes = [torch.zeros(0, dtype=torch.int32), torch.zeros(1, 0).half(), torch.zeros(0, dtype=torch.int32)]
+    part = {"bits": 1, "zero": 0.5, "rows": 0}
     return _ImportedSite(entry | {"kind": "quantized", "parts": [part]}, [*no_codes, added])
 
 

@@ -1,8 +1,7 @@
 //! Where a part's codes lie in its bytes (format version 4).
 //!
 //! A packed row of `b`-bit codes (b = 1, 2, 4, 8) holds eight columns in `b` bytes, lowest bits first. A 3-bit row is
-//! two
-//! *planes*: the 2-bit row of the low two bits, then the 1-bit row of the high bits.
+//! two *planes*: the 2-bit row of the low two bits, then the 1-bit row of the high bits.
 //!
 //! Rows are stored in *blocks* of 256, whose bytes are transposed: byte 0 of all rows of the block, then byte 1 of all
 //! rows, and so on. So one cache line holds the same columns of 64 rows; such 64 rows are a *line*. The last block is
