@@ -137,7 +137,7 @@ fn measure<'a>(
     let size = part_bytes(bits, rows, columns).expect("a size");
     let scales = &scales[..rows * columns / group];
     let matrix = |codes: &'a [u8]| {
-        let parts = vec![Part { bits, zero: 1.5, group, rows: None, codes: codes.into(), scales }];
+        let parts = vec![Part { bits, zero: 1.5, group, rows: None, codes, scales }];
         Matrix::new(rows, columns, 0, Terms { parts, ..Terms::default() }).expect("lengths that fit")
     };
     let matrices: Vec<Matrix<'_>> = buffer.chunks_exact(size).map(matrix).collect();
@@ -189,7 +189,7 @@ fn measure<'a>(
 fn table() {
     let buffer: Vec<u8> = (0..BUFFER_BYTES).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     let scales = vec![f16::ONE; 14336 * 4096 / 128];
-    println!("\nbackend {}, threads {}, libgomp {}", backend(), threads::thread_count(), threads::uses_libgomp());
+    println!("\nbackend {}, threads {}, OpenMP {}", backend(), threads::thread_count(), threads::uses_openmp());
     println!(
         "{:>12} {:>5} {:>6} {:>7} {:>12} {:>11} {:>6} {:>10} {:>9} {:>6}",
         "shape", "bits", "group", "tokens", "stream GB/s", "codes GB/s", "ratio", "one by one", "x 1 token", "passes"

@@ -90,7 +90,7 @@ mod tests {
         match name {
             "rewrite" => {
                 let out = root.join("out/delta");
-                rewrite(&Delta::open(&out)?, &out, &HashMap::new(), &HashMap::new(), json!({"distilled": true}))
+                rewrite(&Delta::open(&out)?, &out, &HashMap::new(), &HashMap::new(), &json!({"distilled": true}))
             }
             finetune => compress(root, finetune),
         }

@@ -274,7 +274,7 @@ fn sparse_entries_that_cannot_be_are_found() {
         changed("sparse_starts", 4 * OUT, 5),
     ];
     for tensors in broken {
-        rewrite(&delta, &family.path("forged"), &tensors, &HashMap::new(), json!({})).unwrap();
+        rewrite(&delta, &family.path("forged"), &tensors, &HashMap::new(), &json!({})).unwrap();
         let found = Delta::open(&family.path("forged")).unwrap().verify();
         assert!(matches!(found, Err(Error::Format(_))), "{tensors:?} was accepted");
     }
@@ -424,7 +424,7 @@ fn another_job_starts_anew() {
         &family.path("delta"),
         &HashMap::new(),
         &HashMap::new(),
-        json!({}),
+        &json!({}),
     )
     .unwrap();
     assert_eq!(Delta::open(&family.path("delta")).unwrap().manifest().settings.get(), "{}");
@@ -551,7 +551,7 @@ fn a_rewrite_changes_what_it_is_told_and_nothing_else() {
     let name = "layer.weight/scales.0".to_owned();
     let changed = HashMap::from([(name.clone(), vec![0x3c; scales.len()])]);
     let errors = HashMap::from([("layer.weight".to_owned(), 0.5)]);
-    rewrite(&delta, &family.path("again"), &changed, &errors, json!({"preset": "other"})).unwrap();
+    rewrite(&delta, &family.path("again"), &changed, &errors, &json!({"preset": "other"})).unwrap();
     let again = Delta::open(&family.path("again")).unwrap();
     again.verify().unwrap();
     let rewritten = again.tensors().unwrap();
@@ -567,7 +567,7 @@ fn a_rewrite_changes_what_it_is_told_and_nothing_else() {
     let infinite = HashMap::from([(name, [0x00, 0x7c].repeat(scales.len() / 2))]);
     let error = |site: &str, error: f64| HashMap::from([(site.to_owned(), error)]);
     let refused = |tensors: &HashMap<String, Vec<u8>>, errors: &HashMap<String, f64>| {
-        let refused = rewrite(&delta, &family.path("no"), tensors, errors, json!({})).unwrap_err();
+        let refused = rewrite(&delta, &family.path("no"), tensors, errors, &json!({})).unwrap_err();
         assert!(!family.path("no").exists());
         refused
     };
@@ -591,7 +591,7 @@ fn a_rewrite_gives_no_damaged_byte_a_new_checksum() {
         let before = content(&folder);
         let delta = Delta::open(&folder).unwrap();
         for out in [&folder, &family.path("again")] {
-            let found = rewrite(&delta, out, &HashMap::new(), &HashMap::new(), json!({}));
+            let found = rewrite(&delta, out, &HashMap::new(), &HashMap::new(), &json!({}));
             assert!(matches!(found, Err(Error::Checksum(_))), "{file}: {found:?}");
         }
         assert_eq!(content(&folder), before);

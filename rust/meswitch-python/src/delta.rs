@@ -160,7 +160,7 @@ impl Delta {
         settings: &str,
     ) -> PyResult<()> {
         let settings = serde_json::from_str(settings).map_err(|error| PyValueError::new_err(error.to_string()))?;
-        enter_pool(py, || delta::rewrite(&self.0, &out, &tensors, &errors, settings))
+        enter_pool(py, || delta::rewrite(&self.0, &out, &tensors, &errors, &settings))
     }
 
     /// Writes the directory anew in today's format, in its own place; false where it has it already.

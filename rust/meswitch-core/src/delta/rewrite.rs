@@ -31,9 +31,9 @@ pub fn rewrite(
     out: &Path,
     tensors: &HashMap<String, Vec<u8>>,
     errors: &HashMap<String, f64>,
-    settings: Value,
+    settings: &Value,
 ) -> Result<()> {
-    copy(source, out, tensors, errors, Some(raw(&settings)))
+    copy(source, out, tensors, errors, Some(raw(settings)))
 }
 
 /// Writes a delta directory anew in today's version of the format, in its own place. Returns whether it had an older

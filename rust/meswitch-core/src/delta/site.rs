@@ -289,7 +289,7 @@ impl PartEntry {
         match self.order {
             Order::Rows => add(Role::Codes(index), &[part_rows, legacy::row_bytes(self.bits, columns) / 4]),
             Order::PaddedTo8 => {
-                add(Role::Codes(index), &[row_bytes(self.bits, columns) * part_rows.next_multiple_of(8) / 4])
+                add(Role::Codes(index), &[row_bytes(self.bits, columns) * part_rows.next_multiple_of(8) / 4]);
             }
             Order::Current => add(Role::Codes(index), &[bytes / 4]),
         }

@@ -122,7 +122,7 @@ impl Directory {
     fn binding(&self) -> String {
         let nothing = json!({"bytes": 0, "checksum": checksum(b"")});
         let files = json!({"delta.safetensors": nothing, "config.json": nothing});
-        let mut manifest = self.sound_manifest(files, "");
+        let mut manifest = self.sound_manifest(&files, "");
         self.manifest_changes.iter().for_each(|change| change(&mut manifest));
         checksum(manifest["sites"].to_string().as_bytes()).to_string()
     }
@@ -176,13 +176,13 @@ impl Directory {
             "delta.safetensors": {"bytes": file.len(), "checksum": checksum(&file[..header])},
             "config.json": {"bytes": 2, "checksum": checksum(b"{}")},
         });
-        let mut manifest = self.sound_manifest(files, &self.binding());
+        let mut manifest = self.sound_manifest(&files, &self.binding());
         self.manifest_changes.iter().for_each(|change| change(&mut manifest));
         manifest
     }
 
     /// The manifest before it is changed.
-    fn sound_manifest(&self, files: Value, binding: &str) -> Value {
+    fn sound_manifest(&self, files: &Value, binding: &str) -> Value {
         let site = |name: &str, kind: &str, shape: &[usize], dtype: &str| {
             let own =
                 self.tensors.iter().filter(|tensor| tensor.name.rsplit_once('/').is_some_and(|(site, _)| site == name));
