@@ -41,7 +41,7 @@ pub fn rewrite(
 ///
 /// # Errors
 /// [`Error::Checksum`] for a tensor or file that has changed since it was written: the directory is then left as it is.
-/// [`Error::Argument`] where another process writes it; [`Error::Io`].
+/// [`Error::Output`] where another process writes it; [`Error::Io`].
 pub fn upgrade(source: &Delta) -> Result<bool> {
     let is_old = source.manifest().format_version < VERSION;
     if is_old {
