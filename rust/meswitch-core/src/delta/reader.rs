@@ -124,7 +124,7 @@ impl Delta {
     /// [`Error::Checksum`] naming the first tensor that has changed; [`Error::Io`] where the file cannot be read, or
     /// there is no memory.
     pub fn tensors(&self) -> Result<Tensors> {
-        Tensors::read(self, 0..self.manifest().sites.len())
+        Tensors::read(self, 0..self.manifest().sites.len(), None)
     }
 
     /// Reads the tensors of one site and compares them with their checksums.
@@ -136,7 +136,7 @@ impl Delta {
             .contents
             .position(site)
             .ok_or_else(|| Error::Argument(format!("expected a site of {}, found {site}", self.path().display())))?;
-        Tensors::read(self, index..index + 1)
+        Tensors::read(self, index..index + 1, None)
     }
 
     /// The memory that [`Delta::tensors`] takes.

@@ -35,10 +35,15 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    pub(super) fn read(delta: &Delta, sites: Range<usize>) -> Result<Self> {
+    /// Reads the tensors of some sites, into `spare` memory if that is large enough: new memory costs more than what is
+    /// written to it.
+    pub(super) fn read(delta: &Delta, sites: Range<usize>, spare: Option<Region>) -> Result<Self> {
         let entries = &delta.manifest().sites[sites.clone()];
         let (starts, size) = places(entries)?;
-        let mut region = Region::new(size).map_err(Error::io(&delta.path().join(TENSORS)))?;
+        let mut region = match spare.filter(|spare| spare.len() >= size) {
+            Some(spare) => spare,
+            None => Region::new(size).map_err(Error::io(&delta.path().join(TENSORS)))?,
+        };
         let mut jobs = Vec::new();
         let (mut rest, mut position) = (&mut region[..], 0usize);
         for (index, entry) in sites.clone().zip(entries) {
@@ -82,6 +87,11 @@ impl Tensors {
     #[must_use]
     pub fn region(&self) -> &Arc<Region> {
         &self.region
+    }
+
+    /// The memory, for others; `None` where somebody else uses it too.
+    pub(super) fn into_region(self) -> Option<Region> {
+        Arc::into_inner(self.region)
     }
 
     /// The entry of a site that is there.

@@ -24,13 +24,15 @@ impl Delta {
     /// and for what does not belong there, [`Error::Io`] where a file cannot be read.
     pub fn verify(&self) -> Result<()> {
         self.verify_files()?;
-        let mut end = self.header_bytes;
+        let (mut end, mut spare) = (self.header_bytes, None);
         for (index, site) in self.manifest().sites.iter().enumerate() {
             for (start, spec) in self.file_tensors(index)? {
                 self.verify_padding(end, start)?;
                 end = start + spec.size() as u64;
             }
-            verify_site(site, &self.site_tensors(&site.name)?)?;
+            let tensors = Tensors::read(self, index..index + 1, spare.take())?;
+            verify_site(site, &tensors)?;
+            spare = tensors.into_region();
         }
         Ok(())
     }
