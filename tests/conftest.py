@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,8 @@ from meswitch.demo.family import family as tiny_family
 from meswitch.demo.paths import Family
 
 torch.set_num_threads(min(4, os.cpu_count() or 1))
+hypothesis.settings.register_profile("without deadlines", deadline=None)  # no test depends on the machine's speed
+hypothesis.settings.load_profile("without deadlines")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from families import CHAT_TEMPLATE, VOCABULARY, config_of, save_random, tokenizer_of
-from meswitch import _native
+from meswitch import _native, reference
 from meswitch.compression.lora import import_adapter
 from meswitch.delta.directory import Delta
 from meswitch.delta.restoration import restore
@@ -29,6 +29,7 @@ from meswitch.errors import (
     UnsupportedModelError,
 )
 from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.site import LowRankSite
 from test_engine_families import assert_alike, prompts_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -179,7 +180,58 @@ def test_rows_that_are_the_bases_cost_nothing(tmp_path: Path) -> None:
 def test_sixteen_bit_factors_are_kept_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
     base = save_random(tmp_path / "base", config_of("llama"))
     adapter = save_adapter(base, tmp_path / "adapter", r=4, lora_alpha=8, target_modules=QV)
-    another = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.other.weight"
+    change(adapter, lambda tensors: tensors.update({key: tensor.to(dtype) for key, tensor in tensors.items()}))
+    import_adapter(base, adapter, tmp_path / "expert")
+    site, tensors = Delta.open(tmp_path / "expert").sites[f"{Q}.weight"], load_file(adapter / WEIGHTS)
+    a, b = (tensors[f"base_model.model.{Q}.lora_{letter}.weight"].double() for letter in "AB")
+    assert isinstance(site, LowRankSite)
+    assert torch.equal(2.0**site.exponent * site.low_rank.u.double() @ site.low_rank.v.double(), 2 * b @ a)
+    assert site.relative_error == 0 and site.nbytes == 2 * 4 * (32 + 32)
+
+
+def test_the_manifest_tells_what_rounding_costs(tmp_path: Path) -> None:
+    base = save_random(tmp_path / "base", config_of("llama"))
+    adapter = save_adapter(base, tmp_path / "adapter", r=4, lora_alpha=5, target_modules=QV)
+    import_adapter(base, adapter, tmp_path / "expert")
+    site, tensors = Delta.open(tmp_path / "expert").sites[f"{Q}.weight"], load_file(adapter / WEIGHTS)
+    a, b = (tensors[f"base_model.model.{Q}.lora_{letter}.weight"].double() for letter in "AB")
+    wanted = 5 / 4 * b @ a
+    missed = float((reference.dense(site).double() - wanted).norm() / wanted.norm())
+    assert 0 < missed < 1e-3 and site.relative_error == pytest.approx(missed, abs=2e-6)
+
+
+def test_factors_far_apart_in_size_survive(tmp_path: Path) -> None:
+    base = save_random(tmp_path / "base", config_of("llama"))
+    adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=QV)
+
+    def stretch(tensors: dict[str, Tensor]) -> None:
+        for key in tensors:
+            tensors[key] *= 3e-9 if "lora_A" in key else 1e7
+        for letter, size in (("A", 1e-12), ("B", 1e10)):  # one component alone, on top
+            factor = tensors[f"base_model.model.{Q}.lora_{letter}.weight"]
+            (factor[0] if letter == "A" else factor[:, 0]).mul_(size)
+
+    change(adapter, stretch)
+    import_adapter(base, adapter, tmp_path / "expert")
+    error = Delta.open(tmp_path / "expert").sites[f"{Q}.weight"].relative_error
+    assert error is not None and error < 1e-3
+
+
+def test_keys_may_hold_the_adapters_name(tmp_path: Path) -> None:
+    base = save_random(tmp_path / "base", config_of("llama"))
+    adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=QV)
+    import_adapter(base, adapter, tmp_path / "expert")
+
+    def name_it(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace(".weight", ".default.weight")] = tensors.pop(key)
+
+    change(adapter, name_it)
+    import_adapter(base, adapter, tmp_path / "named")
+    expected, found = (load_file(tmp_path / name / "delta.safetensors") for name in ("expert", "named"))
+    assert expected and all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+    another = f"base_model.model.{Q}.lora_A.other.weight"
     change(adapter, lambda tensors: tensors.update({another: torch.ones(4, 32)}))
     with pytest.raises(UnsupportedModelError, match="one adapter, found default, other"):
         import_adapter(base, adapter, tmp_path / "none")

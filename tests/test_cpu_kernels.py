@@ -29,7 +29,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-6))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(site=sites() | sparse_sites())
 def test_unpacked_rows_are_the_reference(site: QuantizedSite) -> None:
     tile = torch.full((site.out_features, site.in_features), 7.0)
@@ -37,7 +37,7 @@ def test_unpacked_rows_are_the_reference(site: QuantizedSite) -> None:
     assert close(tile, reference.dense(site))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 2), max_size=40), seed=st.integers(0, 99))
 def test_linear_is_the_reference(site: QuantizedSite, slots: list[int], seed: int) -> None:
     table = cpu.DeltaTable(site.out_features, site.in_features)
@@ -54,10 +54,12 @@ def test_linear_is_the_reference(site: QuantizedSite, slots: list[int], seed: in
     scaled = x if site.column_scales is None else x * site.column_scales.float()
     levels = reference.dense(replace(site, column_scales=None, salient=None, low_rank=None))
     largest = scaled.abs().amax(dim=1, keepdim=True) / 254
-    assert bool(((rounded - y).abs() <= 1.01 * largest * levels.abs().sum(dim=1) + 1e-5 * (1 + y.abs())).all())
+    # The rest is the order of float32 sums, which may cancel.
+    order = 1e-5 * (1 + (y.abs().max() if y.numel() else 0))
+    assert bool(((rounded - y).abs() <= 1.01 * largest * levels.abs().sum(dim=1) + order).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     site=sites() | sparse_sites(),
     tokens=st.integers(0, 9),
@@ -101,7 +103,7 @@ def test_rounding_costs_less_than_a_hundredth(bits: int, group_size: int | None,
     assert bool(((y - expected).norm(dim=1) < 0.01 * expected.norm(dim=1)).all())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 1), min_size=1, max_size=9), data=st.data())
 def test_embedding_is_the_reference(site: QuantizedSite, slots: list[int], data: st.DataObject) -> None:
     id_ = st.integers(0, 80) | st.integers(0, 620)
@@ -146,7 +148,6 @@ def linear(x: Tensor, weight: Tensor, table: cpu.DeltaTable, rows: Rows | None =
 
 
 @pytest.mark.skipif(cpu.FUSED_TOKENS == 0, reason="no kernel for this processor")
-@settings(deadline=None)
 @given(
     site=sites() | sparse_sites(),
     slots=st.lists(st.integers(-1, 2), min_size=1, max_size=cpu.FUSED_TOKENS),
@@ -175,7 +176,6 @@ def test_a_base_of_16_bits_and_the_deltas_on_it(site: QuantizedSite, slots: list
 
 
 @pytest.mark.skipif(cpu.FUSED_TOKENS == 0, reason="no kernel for this processor")
-@settings(deadline=None)
 @given(
     site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 2), min_size=1, max_size=6), seed=st.integers(0, 99)
 )

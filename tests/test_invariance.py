@@ -29,7 +29,7 @@ DTYPES = ("bfloat16", "float32")
 # products and functions
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(1, 70), st.sampled_from(DTYPES), st.integers(0, 99))
 def test_rows_do_not_depend_on_each_other(rows: int, width: int, dtype: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -112,7 +112,7 @@ def attend_in_one_step(chunks: list[tuple[Sequence, int, int]], cap: float | Non
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     tokens=st.integers(1, 50),
     cuts=st.lists(st.integers(1, 49), max_size=4),

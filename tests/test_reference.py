@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,7 +23,6 @@ def padded(rows: int) -> int:
     return -(-rows // 16) * 16 if rows <= 48 else -(-rows // 64) * 64
 
 
-@settings(deadline=None)
 @given(bits=BITS, rows=ROWS, columns=st.integers(1, 300), seed=st.integers(0, 2**31), data=st.data())
 def test_what_was_packed_is_unpacked(bits: int, rows: int, columns: int, seed: int, data: st.DataObject) -> None:
     codes = drawn(bits, rows, columns, seed)
@@ -35,7 +34,6 @@ def test_what_was_packed_is_unpacked(bits: int, rows: int, columns: int, seed: i
     assert torch.equal(reference.unpack(words, bits, rows, columns, wanted), codes[wanted])
 
 
-@settings(deadline=None)
 @given(bits=BITS, rows=ROWS.filter(bool), columns=st.integers(1, 300), data=st.data())
 def test_one_code_lies_where_the_format_says(bits: int, rows: int, columns: int, data: st.DataObject) -> None:
     row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))

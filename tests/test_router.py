@@ -213,7 +213,7 @@ def test_fitting_twice_gives_the_same_router() -> None:
     assert first.route_embeddings(x) == second.route_embeddings(x)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(labels=st.integers(2, 5), count=st.integers(4, 9), width=st.integers(2, 40), same=st.booleans())
 def test_any_shape_fits(labels: int, count: int, width: int, same: bool) -> None:
     x, names = blobs(*"abcde"[:labels], count=count, width=width)

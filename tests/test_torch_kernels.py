@@ -27,7 +27,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(site=sites() | sparse_sites(), seed=st.integers(0, 99))
 def test_rows_are_the_reference(site: QuantizedSite, seed: int) -> None:
     """In any order, and any number of times."""
@@ -38,7 +38,7 @@ def test_rows_are_the_reference(site: QuantizedSite, seed: int) -> None:
     assert close(torch.cat([rows.rows(tile) for tile in rows.tiles()]), expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 2), min_size=1, max_size=20), bias=st.booleans())
 def test_a_linear_is_the_reference(site: QuantizedSite, slots: list[int], bias: bool) -> None:
     module = nn.Linear(site.in_features, site.out_features, bias=bias).requires_grad_(False)
@@ -53,7 +53,7 @@ def test_a_linear_is_the_reference(site: QuantizedSite, slots: list[int], bias: 
     assert not linear.occupied and torch.equal(linear(x, Rows(slots)), module(x))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 2), min_size=1, max_size=20), seed=st.integers(0, 99)
 )
