@@ -253,4 +253,6 @@ def test_a_file_that_changes_while_it_is_served(folder: Path, tmp_path: Path, ho
         else:
             with pytest.raises(MeswitchError, match=r"of .*delta.safetensors"):
                 engine.generate([PROMPT], expert="a", max_new_tokens=6)
-        assert engine.generate([PROMPT], expert="b", max_new_tokens=6)[0].token_ids == expected["b"]
+        engine.add_expert("c", tmp_path / "experts/b")
+        for name in ("b", "c"):
+            assert engine.generate([PROMPT], expert=name, max_new_tokens=6)[0].token_ids == expected["b"]

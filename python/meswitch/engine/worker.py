@@ -165,6 +165,7 @@ class Worker(threading.Thread):
         base = Checkpoint(settings.base)
         model = load_model(base, settings.dtype or "auto", check=check_supported).to(settings.device)
         own_weights(model)
+        base.sample()  # what experts are compared with, taken now: the file may be cut while it is served
         self.model: Any = model.eval().requires_grad_(False)
         if settings.exact and model._can_set_experts_implementation():
             model.set_experts_implementation("eager")  # products of rows with one matrix, which can be kept apart

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::safetensors::MmapedSafetensors;
 use safetensors::Dtype;
@@ -23,6 +23,8 @@ pub struct Checkpoint {
     names: Vec<String>,
     /// Where parameters and aliases lie that are no whole tensor of their own name.
     sources: BTreeMap<String, Source>,
+    /// [`Checkpoint::sample`], once it was asked for.
+    sample: Arc<OnceLock<String>>,
 }
 
 /// Where a parameter lies: in a tensor on disk, or in a part of one.
@@ -150,7 +152,8 @@ impl Checkpoint {
         }
         let names = stored.keys().cloned().collect();
         let (maps, stored) = (maps.into(), Arc::new(stored));
-        Ok(Self { path: folder.to_owned(), files, maps, stored, names, sources: BTreeMap::new() })
+        let (path, sources, sample) = (folder.to_owned(), BTreeMap::new(), Arc::default());
+        Ok(Self { path, files, maps, stored, names, sources, sample })
     }
 
     /// The same files with these parameters instead. `aliases` are answered for, and are no parameters.
@@ -170,7 +173,8 @@ impl Checkpoint {
         }
         sources.retain(|name, source| source.part.is_some() || source.tensor != *name);
         let (path, files) = (self.path.clone(), self.files.clone());
-        Ok(Self { path, files, maps: Arc::clone(&self.maps), stored: Arc::clone(&self.stored), names, sources })
+        let (maps, stored, sample) = (Arc::clone(&self.maps), Arc::clone(&self.stored), Arc::clone(&self.sample));
+        Ok(Self { path, files, maps, stored, names, sources, sample })
     }
 
     /// The folder.
@@ -233,12 +237,17 @@ impl Checkpoint {
         Some((&self.files[file], source))
     }
 
-    /// A quick hash of the names, dtypes, shapes and up to three kilobytes of each tensor on disk.
+    /// A quick hash of the names, dtypes, shapes and up to three kilobytes of each tensor on disk, as they were when it
+    /// was first asked for. From then on the files are not read for it.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] where a tensor cannot be read.
     pub fn sample(&self) -> Result<String> {
-        fingerprint::sample(self)
+        if let Some(sample) = self.sample.get() {
+            return Ok(sample.clone());
+        }
+        let sample = fingerprint::sample(self)?;
+        Ok(self.sample.get_or_init(|| sample).clone())
     }
 
     /// Whether there is a parameter or an alias of that name.

@@ -14,7 +14,7 @@ use super::{Delta, Writer};
 use crate::checkpoint::Checkpoint;
 use crate::crash::crash_point;
 use crate::error::{Error, Result};
-use crate::fingerprint::{Fingerprint, sample};
+use crate::fingerprint::Fingerprint;
 use crate::folder::{Folder, Target};
 
 /// A delta directory to be written, without its sites.
@@ -95,7 +95,7 @@ impl Assembly<'_> {
         }
         let base = BaseEntry {
             fingerprint: fingerprint.finish(),
-            sample: sample(self.base)?,
+            sample: self.base.sample()?,
             name: self.base_name.to_owned(),
         };
         writer.finish(self.manifest(base, BTreeMap::new(), sites)).map(drop)

@@ -12,7 +12,7 @@ use super::{ALIGNMENT, Delta, checksum};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 #[cfg(feature = "compress")]
-use crate::fingerprint::{Fingerprint, sample};
+use crate::fingerprint::Fingerprint;
 use crate::layout::{first_stray_bit, row_in_two_parts};
 
 impl Delta {
@@ -81,7 +81,7 @@ impl Delta {
     pub fn check_base(&self, base: &Checkpoint, whole: bool) -> Result<()> {
         let entry = &self.manifest().base;
         let (expected, found) =
-            if whole { (&entry.fingerprint, Fingerprint::of(base)?.finish()) } else { (&entry.sample, sample(base)?) };
+            if whole { (&entry.fingerprint, Fingerprint::of(base)?.finish()) } else { (&entry.sample, base.sample()?) };
         if *expected == found {
             return Ok(());
         }
