@@ -17,6 +17,7 @@ __all__ = [
     "backends",
     "base_linear",
     "base_linear_tokens",
+    "checksum",
     "compress",
     "cpu_features",
     "estimate_bytes",

@@ -254,9 +254,8 @@ class PagedBatch:
 
     def close(self) -> None:
         """Frees the cache; the batch is of no use any more."""
-        self.model = self.scheduler = self._processor = self._inputs = self._cache = self._model_kwargs = self._step = (
-            None
-        )
+        self.model = self.scheduler = self._step = None
+        self._processor = self._inputs = self._cache = self._model_kwargs = None
 
     # a step
 
