@@ -541,3 +541,17 @@ def test_messages_data_goes_through_the_template(paths: dict[str, Path], tmp_pat
     assert tokenizer_of().chat_template is None
     found = run("evaluate", paths["base"], paths["delta"], "--against", paths["finetune"], "--data", path)
     assert found.exit_code == 1 and found.stderr.startswith("DataError: ") and f"{path}:1" in found.stderr
+
+
+def test_upgrade_takes_each_directory_by_itself(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden"
+    for version in ("v1", "v3", "v4"):
+        shutil.copytree(golden / version / "default", tmp_path / version)
+    broken = tmp_path / "v1" / "delta.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    before = broken.read_bytes()
+    result = run("upgrade", *(tmp_path / version for version in ("v1", "v3", "v4")))
+    assert result.exit_code == 1 and "FormatError" in result.stderr
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == ["version 3 to 4", "version 4 already"]
+    assert broken.read_bytes() == before
+    assert run("verify", tmp_path / "v3").exit_code == 0

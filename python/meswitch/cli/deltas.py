@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from meswitch.cli.arguments import Base, DeltaDirectory, Json
+from meswitch.cli.message import say_error
+from meswitch.errors import MeswitchError
 from meswitch.terminal.progress import show_progress, show_status
 from meswitch.terminal.tables import format_number, format_size, make_table, print_json, stdout_console
 
@@ -88,20 +90,29 @@ def upgrade(
 ) -> None:
     """Rewrite delta directories of older format versions in today's, in their places.
 
-    Every byte is checked on the way. One that has today's version already is left alone.
+    Every byte is checked on the way. One that has today's version already is left alone. One that cannot be upgraded
+    stays as it is, and the others go on.
 
     \b
       meswitch upgrade experts/*
     """
     from meswitch.delta.directory import Delta
 
+    failed = False
     for directory in deltas:
-        delta = Delta.open(directory)
-        old = delta.format_version
-        with show_status(f"upgrading {directory}"):
-            changed = delta.upgrade()
-        now = Delta.open(directory).format_version
+        try:
+            delta = Delta.open(directory)
+            old = delta.format_version
+            with show_status(f"upgrading {directory}"):
+                changed = delta.upgrade()
+            now = Delta.open(directory).format_version
+        except (MeswitchError, OSError) as error:
+            say_error(error)
+            failed = True
+            continue
         typer.echo(f"version {old} to {now}: {directory}" if changed else f"version {now} already: {directory}")
+    if failed:
+        raise typer.Exit(1)
 
 
 def restore(
