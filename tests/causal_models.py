@@ -193,9 +193,10 @@ def try_case(case: Case) -> Verdict:
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of an error, without the model's name."""
-    text = " ".join(str(error).split()).partition("cannot run under continuous batching: ")
-    return re.split(r"(?<=\w)\. |\.$", text[2] or text[0])[0].replace("|", "/")
+    """The first sentence of an error, without the model's name and folder."""
+    text = re.sub(rf"(: )?{re.escape(tempfile.gettempdir())}\S*", "", " ".join(str(error).split()))
+    before, _, after = text.partition("cannot run under continuous batching: ")
+    return re.split(r"(?<=\w)\. |\.$", after or before)[0].replace("|", "/")
 
 
 def difference(folder: Path) -> float:
