@@ -85,7 +85,7 @@ class Delta:
         """Reads and checks all tensors: one piece of memory of `memory_bytes`, kept while any tensor of it is alive."""
         native, tensors = self.native, self.native.tensors()
         memory = from_dlpack(tensors.dlpack())
-        return {name: _site(native, name, tensors, memory) for name in native.names()}
+        return {name: _site(_entry(native, name), tensors, memory) for name in native.names()}
 
     @property
     def fingerprint(self) -> str:
@@ -204,10 +204,9 @@ class _Sites(Mapping[str, Site]):
         self._native = native
 
     def __getitem__(self, name: str) -> Site:
-        if name not in self:
-            raise KeyError(name)
+        entry = _entry(self._native, name)
         tensors = self._native.tensors(name)
-        return _site(self._native, name, tensors, from_dlpack(tensors.dlpack()))
+        return _site(entry, tensors, from_dlpack(tensors.dlpack()))
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._native.site(name) is not None
@@ -219,15 +218,16 @@ class _Sites(Mapping[str, Site]):
         return len(self._native.names())
 
 
-def _site(native: _native.Delta, name: str, tensors: _native.Tensors, memory: Tensor) -> Site:
+def _site(entry: dict[str, Any], tensors: _native.Tensors, memory: Tensor) -> Site:
     """A site whose tensors are views of `memory`, which holds those of `tensors`."""
+    name = entry["name"]
 
     def read(role: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         extent = tensors.extent(name, role)
         assert extent is not None, f"{name}/{role}"  # the native half checked when it opened the directory
         return memory[extent[0] : extent[1]].view(dtype).view(*shape)
 
-    return site_of(_entry(native, name), read)
+    return site_of(entry, read)
 
 
 def _entry(native: _native.Delta, name: str) -> dict[str, Any]:
