@@ -112,6 +112,7 @@ pub mod folder;
 pub mod kernels;
 pub mod layout;
 mod memory;
+pub mod residency;
 
 pub use delta::Delta;
 pub use error::{Error, Result};
