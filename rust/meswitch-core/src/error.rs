@@ -36,6 +36,17 @@ pub enum Error {
     /// A place where nothing can be written: something else is there, or another writer is at it.
     #[error("{0}")]
     Output(String),
+    /// A unit that is larger than the budget of memory.
+    #[error("expected at most {budget} bytes, which is the budget, found a unit of {bytes}")]
+    Budget {
+        /// The memory that the unit takes.
+        bytes: u64,
+        /// The most that may be taken.
+        budget: u64,
+    },
+    /// A bug: work on another thread panicked.
+    #[error("a panic: {0}")]
+    Panic(String),
     /// The caller's callback asked to stop.
     #[error("interrupted")]
     Interrupted,

@@ -1,7 +1,7 @@
 //! The core's errors as Python's.
 
 use meswitch_core::Error;
-use pyo3::exceptions::{PyKeyboardInterrupt, PyOSError, PyValueError};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -24,6 +24,8 @@ pub fn to_python(error: Error) -> PyErr {
         Error::Output(_) => {
             ("OutputError", "choose another folder; only an empty one or what meswitch wrote is replaced")
         }
+        Error::Budget { .. } => ("BudgetError", "raise the budget, or compress with fewer bits"),
+        Error::Panic(message) => return PyRuntimeError::new_err(format!("a bug in meswitch: {message}")),
         Error::Argument(message) => return PyValueError::new_err(message.clone()),
         Error::Interrupted => return PyKeyboardInterrupt::new_err(()),
         Error::Io { path, source } => {

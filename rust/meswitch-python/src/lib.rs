@@ -11,8 +11,7 @@ mod tensor;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use meswitch_core::{Result, kernels};
-use pyo3::exceptions::PyRuntimeError;
+use meswitch_core::{Error, Result, kernels};
 use pyo3::marker::Ungil;
 use pyo3::prelude::*;
 
@@ -24,7 +23,7 @@ fn enter<T: Send + Ungil>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Sen
         Err(panic) => {
             let text = panic.downcast_ref::<&str>().map(ToString::to_string);
             let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-            Err(PyRuntimeError::new_err(format!("a bug in meswitch: {text}")))
+            Err(errors::to_python(Error::Panic(text)))
         }
     }
 }
