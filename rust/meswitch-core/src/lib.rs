@@ -116,4 +116,4 @@ pub mod residency;
 
 pub use delta::Delta;
 pub use error::{Error, Result};
-pub use memory::Region;
+pub use memory::{KeepAlive, Region};

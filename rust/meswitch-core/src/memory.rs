@@ -1,5 +1,6 @@
 //! Memory of tensors: page-aligned, owned by Rust, given back to the operating system as a whole.
 
+use std::any::Any;
 use std::io;
 use std::ops::{Deref, DerefMut};
 
@@ -8,9 +9,16 @@ use memmap2::MmapMut;
 /// Memory is taken in multiples of this many bytes.
 const PAGE_BYTES: usize = 4096;
 
+/// A value that lives as long as some memory: it is dropped after the memory was given back.
+pub type KeepAlive = Box<dyn Any + Send + Sync>;
+
 /// Anonymous memory that starts at a page. It belongs to no file, so nobody else can change or cut it; dropping it
 /// gives it back.
-pub struct Region(MmapMut);
+pub struct Region {
+    // In this order: fields are dropped from the first to the last.
+    map: MmapMut,
+    _keep_alive: Option<KeepAlive>,
+}
 
 impl Region {
     /// Zeroed memory. Pages take space from when they are first written to.
@@ -18,10 +26,19 @@ impl Region {
     /// # Errors
     /// The operating system's, where there is no memory.
     pub fn new(bytes: usize) -> io::Result<Self> {
+        Self::with_keep_alive(bytes, None)
+    }
+
+    /// Zeroed memory, and a value that is dropped once the operating system has the memory back; without memory, at
+    /// once.
+    ///
+    /// # Errors
+    /// The operating system's, where there is no memory.
+    pub fn with_keep_alive(bytes: usize, keep_alive: Option<KeepAlive>) -> io::Result<Self> {
         let map = MmapMut::map_anon(bytes.max(1))?;
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage); // a kernel without huge pages refuses
-        Ok(Self(map))
+        Ok(Self { map, _keep_alive: keep_alive })
     }
 
     /// The bytes of memory that a region of `bytes` takes when it is full.
@@ -35,12 +52,58 @@ impl Deref for Region {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.0
+        &self.map
     }
 }
 
 impl DerefMut for Region {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.0
+        &mut self.map
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether memory is mapped at an address.
+    #[cfg(target_os = "linux")]
+    fn is_mapped(address: usize) -> bool {
+        let mut resident = 0u8;
+        // SAFETY: the call only asks about the address; it writes one byte, for one page.
+        unsafe { libc::mincore(address as *mut libc::c_void, 1, &raw mut resident) == 0 }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[cfg(not(miri))] // asks the operating system
+    #[test]
+    fn a_keep_alive_is_dropped_after_the_memory() {
+        use std::sync::Arc;
+        use std::sync::atomic::{AtomicUsize, Ordering};
+
+        /// Looks, when it is dropped, at whether an address is still mapped.
+        struct Witness(usize, Arc<AtomicUsize>);
+        impl Drop for Witness {
+            fn drop(&mut self) {
+                self.1.store(1 + usize::from(is_mapped(self.0)), Ordering::Relaxed);
+            }
+        }
+
+        let (seen, size) = (Arc::new(AtomicUsize::new(0)), 64 << 20);
+        let mut region = Region::new(size).unwrap();
+        let address = region.as_ptr() as usize;
+        region[0] = 1;
+        region._keep_alive = Some(Box::new(Witness(address, seen.clone())));
+        assert!(is_mapped(address));
+        assert_eq!(seen.load(Ordering::Relaxed), 0);
+        drop(region);
+        assert_eq!(seen.load(Ordering::Relaxed), 1, "dropped while the memory was mapped");
+    }
+
+    #[test]
+    fn without_memory_the_keep_alive_is_dropped_at_once() {
+        let token = std::sync::Arc::new(());
+        assert!(Region::with_keep_alive(isize::MAX as usize - 4096, Some(Box::new(token.clone()))).is_err());
+        assert_eq!(std::sync::Arc::strong_count(&token), 1);
     }
 }

@@ -4,6 +4,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::bf16;
 use meswitch_core::Error;
@@ -693,4 +695,29 @@ fn a_journal_that_cannot_be_read_loses_no_work() {
     assert_eq!(content(&partial), before);
     fs::rename(&aside, partial.join(".journal")).unwrap();
     assert_eq!(stopped_at(&family, WHOLE, settings).0, EMBEDDING + LAYER);
+}
+
+#[test]
+fn a_load_that_is_stopped_gives_everything_back() {
+    let delta = Family::new().compress().unwrap();
+    let (stop, token) = (AtomicBool::new(true), Arc::new(()));
+    let stopped = delta.load(Some(Box::new(token.clone())), &stop);
+    assert!(matches!(stopped, Err(Error::Interrupted)));
+    assert_eq!(Arc::strong_count(&token), 1);
+
+    stop.store(false, Ordering::Relaxed);
+    let tensors = delta.load(Some(Box::new(token.clone())), &stop).unwrap();
+    let region = tensors.region().clone();
+    assert_eq!(region[..], delta.tensors().unwrap().region()[..]);
+    drop(tensors);
+    assert_eq!(Arc::strong_count(&token), 2, "dropped while the memory had a user");
+    drop(region);
+    assert_eq!(Arc::strong_count(&token), 1);
+}
+
+#[test]
+fn threads_share_a_delta_and_its_tensors() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Delta>();
+    shared::<meswitch_core::delta::Tensors>();
 }

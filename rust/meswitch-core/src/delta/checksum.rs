@@ -12,42 +12,55 @@ const CHUNK_BYTES: usize = 1 << 20;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Checksum([u8; 16]);
 
+/// The checksum of bytes that come in pieces.
+#[derive(Default)]
+pub(super) struct Hasher(blake3::Hasher);
+
+impl Hasher {
+    /// Adds a piece, on the calling thread.
+    pub(super) fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// Adds a piece, with rayon's pool for more than a megabyte (feature `rayon`).
+    fn update_shared(&mut self, bytes: &[u8]) {
+        #[cfg(feature = "rayon")]
+        if bytes.len() > 1 << 20 {
+            self.0.update_rayon(bytes);
+            return;
+        }
+        self.update(bytes);
+    }
+
+    /// The checksum of all pieces so far.
+    pub(super) fn finish(&self) -> Checksum {
+        let hash = self.0.finalize();
+        Checksum(*hash.as_bytes().first_chunk().expect("a hash is longer"))
+    }
+}
+
 /// The checksum of some bytes. Uses rayon's pool for more than a megabyte (feature `rayon`).
 #[must_use]
 pub fn checksum(bytes: &[u8]) -> Checksum {
-    let mut hasher = blake3::Hasher::new();
-    update(&mut hasher, bytes);
-    finish(&hasher)
+    let mut hasher = Hasher::default();
+    hasher.update_shared(bytes);
+    hasher.finish()
 }
 
 /// The checksum of all that can be read, and how many bytes that are. Memory holds a piece at a time.
 pub(super) fn checksum_of(mut reader: impl Read) -> io::Result<(Checksum, u64)> {
-    let (mut hasher, mut piece, mut bytes) = (blake3::Hasher::new(), vec![0; CHUNK_BYTES], 0);
+    let (mut hasher, mut piece, mut bytes) = (Hasher::default(), vec![0; CHUNK_BYTES], 0);
     loop {
         match reader.read(&mut piece) {
-            Ok(0) => return Ok((finish(&hasher), bytes)),
+            Ok(0) => return Ok((hasher.finish(), bytes)),
             Ok(count) => {
-                update(&mut hasher, &piece[..count]);
+                hasher.update_shared(&piece[..count]);
                 bytes += count as u64;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
-}
-
-fn update(hasher: &mut blake3::Hasher, bytes: &[u8]) {
-    #[cfg(feature = "rayon")]
-    if bytes.len() > 1 << 20 {
-        hasher.update_rayon(bytes);
-        return;
-    }
-    hasher.update(bytes);
-}
-
-fn finish(hasher: &blake3::Hasher) -> Checksum {
-    let hash = hasher.finalize();
-    Checksum(*hash.as_bytes().first_chunk().expect("a hash is longer"))
 }
 
 impl Checksum {

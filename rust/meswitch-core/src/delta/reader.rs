@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use super::checksum::Checksum;
 use super::header::{self, Header};
@@ -15,7 +16,7 @@ use super::tensors::{Tensors, places};
 use super::{ALIGNMENT, checksum};
 use crate::directory::{Directory, Identity};
 use crate::error::{Error, Result};
-use crate::memory::Region;
+use crate::memory::{KeepAlive, Region};
 
 /// An opened delta directory.
 ///
@@ -124,7 +125,18 @@ impl Delta {
     /// [`Error::Checksum`] naming the first tensor that has changed; [`Error::Io`] where the file cannot be read, or
     /// there is no memory.
     pub fn tensors(&self) -> Result<Tensors> {
-        Tensors::read(self, 0..self.manifest().sites.len(), None)
+        self.load(None, &AtomicBool::new(false))
+    }
+
+    /// [`Delta::tensors`] that another thread can end by setting `stop`, and with a value that is dropped once the
+    /// operating system has the tensors' memory back: when the last user of [`Tensors::region`] is gone, and before
+    /// this returns an error.
+    ///
+    /// # Errors
+    /// Those of [`Delta::tensors`], and [`Error::Interrupted`] soon after `stop` was set.
+    pub fn load(&self, keep_alive: Option<KeepAlive>, stop: &AtomicBool) -> Result<Tensors> {
+        let memory = |bytes| Region::with_keep_alive(bytes, keep_alive);
+        Tensors::read(self, 0..self.manifest().sites.len(), memory, stop)
     }
 
     /// Reads the tensors of one site and compares them with their checksums.
@@ -136,7 +148,7 @@ impl Delta {
             .contents
             .position(site)
             .ok_or_else(|| Error::Argument(format!("expected a site of {}, found {site}", self.path().display())))?;
-        Tensors::read(self, index..index + 1, None)
+        Tensors::read(self, index..index + 1, Region::new, &AtomicBool::new(false))
     }
 
     /// The memory that [`Delta::tensors`] takes.

@@ -1,21 +1,25 @@
 //! The tensors of a delta in memory.
 
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::checksum::Checksum;
+use super::checksum::{Checksum, Hasher};
 use super::manifest::TENSORS;
 use super::reader::Contents;
 use super::site::{PartEntry, SiteEntry};
 use super::tensor::{Role, TensorSpec};
-use super::{ALIGNMENT, Delta, checksum};
+use super::{ALIGNMENT, Delta};
 use crate::error::{Error, Result};
 use crate::layout::legacy::{Order, current_codes, current_scales};
 use crate::memory::Region;
+
+/// Bytes that are read and hashed at a time.
+const PIECE_BYTES: usize = 1 << 20;
 
 /// From so many bytes on, reading is shared by threads.
 #[cfg(feature = "rayon")]
@@ -35,15 +39,16 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    /// Reads the tensors of some sites, into `spare` memory if that is large enough: new memory costs more than what is
-    /// written to it.
-    pub(super) fn read(delta: &Delta, sites: Range<usize>, spare: Option<Region>) -> Result<Self> {
+    /// Reads the tensors of some sites into the `memory` that is made for their size, until `stop` is set.
+    pub(super) fn read(
+        delta: &Delta,
+        sites: Range<usize>,
+        memory: impl FnOnce(usize) -> io::Result<Region>,
+        stop: &AtomicBool,
+    ) -> Result<Self> {
         let entries = &delta.manifest().sites[sites.clone()];
         let (starts, size) = places(entries)?;
-        let mut region = match spare.filter(|spare| spare.len() >= size) {
-            Some(spare) => spare,
-            None => Region::new(size).map_err(Error::io(&delta.path().join(TENSORS)))?,
-        };
+        let mut region = memory(size).map_err(Error::io(&delta.path().join(TENSORS)))?;
         let mut jobs = Vec::new();
         let (mut rest, mut position) = (&mut region[..], 0usize);
         for (index, entry) in sites.clone().zip(entries) {
@@ -57,7 +62,7 @@ impl Tensors {
                 jobs.push(Job { entry, spec, start, checksum: *checksum, out });
             }
         }
-        run(&delta.file, &delta.path().join(TENSORS), &mut jobs)?;
+        run(&delta.file, &delta.path().join(TENSORS), &mut jobs, stop)?;
         Ok(Self { contents: delta.contents.clone(), sites, starts, region: Arc::new(region) })
     }
 
@@ -124,24 +129,23 @@ struct Job<'a> {
 }
 
 /// Reads tensors, many bytes on rayon's pool, where there is one.
-fn run(file: &File, path: &Path, jobs: &mut [Job<'_>]) -> Result<()> {
+fn run(file: &File, path: &Path, jobs: &mut [Job<'_>], stop: &AtomicBool) -> Result<()> {
     #[cfg(feature = "rayon")]
     if jobs.iter().map(|job| job.out.len()).sum::<usize>() > PARALLEL_BYTES {
         use rayon::prelude::*;
-        return jobs.par_iter_mut().map(|job| job.run(file, path)).collect();
+        return jobs.par_iter_mut().map(|job| job.run(file, path, stop)).collect();
     }
-    jobs.iter_mut().try_for_each(|job| job.run(file, path))
+    jobs.iter_mut().try_for_each(|job| job.run(file, path, stop))
 }
 
 impl Job<'_> {
-    fn run(&mut self, file: &File, path: &Path) -> Result<()> {
+    fn run(&mut self, file: &File, path: &Path, stop: &AtomicBool) -> Result<()> {
         let Some((part, rows)) = self.old_part() else {
-            read(file, path, self.start, self.out)?;
-            return self.check(checksum(self.out));
+            let found = read(file, path, self.start, self.out, stop)?;
+            return self.check(found);
         };
         let mut bytes = vec![0; self.spec.size()];
-        read(file, path, self.start, &mut bytes)?;
-        self.check(checksum(&bytes))?;
+        self.check(read(file, path, self.start, &mut bytes, stop)?)?;
         let (_, columns) = self.entry.matrix_shape().unwrap_or_default();
         self.out.copy_from_slice(&match self.spec.role {
             Role::Codes(_) => current_codes(bytes, part.order, part.bits, rows, columns),
@@ -166,13 +170,22 @@ impl Job<'_> {
     }
 }
 
-/// Reads bytes of the file, which may have become shorter since it was opened.
-fn read(file: &File, path: &Path, start: u64, out: &mut [u8]) -> Result<()> {
-    file.read_exact_at(out, start).map_err(|error| match error.kind() {
-        ErrorKind::UnexpectedEof => {
-            let end = start + out.len() as u64;
-            Error::Checksum(format!("expected at least {end} bytes of {}, found fewer", path.display()))
+/// Reads bytes of the file, which may have become shorter since it was opened, and their checksum. Each piece is hashed
+/// while it is in the processor's cache.
+fn read(file: &File, path: &Path, mut start: u64, out: &mut [u8], stop: &AtomicBool) -> Result<Checksum> {
+    let (mut hasher, end) = (Hasher::default(), start + out.len() as u64);
+    for piece in out.chunks_mut(PIECE_BYTES) {
+        if stop.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
         }
-        _ => Error::io(path)(error),
-    })
+        file.read_exact_at(piece, start).map_err(|error| match error.kind() {
+            ErrorKind::UnexpectedEof => {
+                Error::Checksum(format!("expected at least {end} bytes of {}, found fewer", path.display()))
+            }
+            _ => Error::io(path)(error),
+        })?;
+        hasher.update(piece);
+        start += piece.len() as u64;
+    }
+    Ok(hasher.finish())
 }

@@ -1,6 +1,7 @@
 //! Verifying a delta directory: every byte against its checksum, every index against its range.
 
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::AtomicBool;
 
 use super::checksum::checksum_of;
 use super::manifest::{MANIFEST, TENSORS};
@@ -14,6 +15,7 @@ use crate::error::{Error, Result};
 #[cfg(feature = "compress")]
 use crate::fingerprint::Fingerprint;
 use crate::layout::{first_stray_bit, row_in_two_parts};
+use crate::memory::Region;
 
 impl Delta {
     /// Reads every byte, compares it with its checksum, and checks that indices are in range. So everything holds that
@@ -24,13 +26,18 @@ impl Delta {
     /// and for what does not belong there, [`Error::Io`] where a file cannot be read.
     pub fn verify(&self) -> Result<()> {
         self.verify_files()?;
-        let (mut end, mut spare) = (self.header_bytes, None);
+        // New memory costs more than what is written to it, so sites share it.
+        let (mut end, mut spare) = (self.header_bytes, None::<Region>);
         for (index, site) in self.manifest().sites.iter().enumerate() {
             for (start, spec) in self.file_tensors(index)? {
                 self.verify_padding(end, start)?;
                 end = start + spec.size() as u64;
             }
-            let tensors = Tensors::read(self, index..index + 1, spare.take())?;
+            let memory = |bytes| match spare.take().filter(|spare| spare.len() >= bytes) {
+                Some(spare) => Ok(spare),
+                None => Region::new(bytes),
+            };
+            let tensors = Tensors::read(self, index..index + 1, memory, &AtomicBool::new(false))?;
             verify_site(site, &tensors)?;
             spare = tensors.into_region();
         }
