@@ -203,10 +203,13 @@ impl Ledger {
 
     /// A request asks for a unit. Returns whether it is resident.
     pub(super) fn ask(&mut self, unit: Unit) -> bool {
-        let resident = self.place(unit) == Some(Place::Resident);
+        let place = self.place(unit);
+        if place.is_some() {
+            self.policy.requested(unit.id);
+        }
+        let resident = place == Some(Place::Resident);
         if resident {
             self.counters.hits += 1;
-            self.policy.touched(unit.id);
         } else {
             self.counters.misses += 1;
         }
@@ -418,6 +421,7 @@ impl Ledger {
     fn forget_if_retired(&mut self, id: UnitId) {
         if self.entries[id as usize].retired {
             self.entries[id as usize].known = false;
+            self.policy.forgotten(id);
             self.free.push(id);
         }
     }

@@ -11,16 +11,15 @@ pub type UnitId = u32;
 
 /// Decides which resident unit is evicted next.
 ///
-/// A policy knows the resident units and when they were asked for, and may remember units that were evicted: they keep
+/// A policy knows which units are resident and which were asked for, and may remember units that were evicted: they keep
 /// their number. It is called under a lock: no operation may do I/O, and each costs the same however many units there
 /// are, or grows with their logarithm.
 pub trait Policy: Send {
-    /// A unit of so many bytes became resident. It is none that is resident already. This is the request that had it
-    /// loaded, too: [`Policy::touched`] is for those after it.
-    fn admitted(&mut self, unit: UnitId, bytes: u64);
+    /// A request asked for a unit, resident or not. If it is not, it may become resident later, or never.
+    fn requested(&mut self, unit: UnitId);
 
-    /// A request asked for a resident unit.
-    fn touched(&mut self, unit: UnitId);
+    /// A unit of so many bytes became resident. It is none that is resident already.
+    fn admitted(&mut self, unit: UnitId, bytes: u64);
 
     /// A unit is resident no more: it was this policy's victim, or it was taken away. It may become resident again.
     fn removed(&mut self, unit: UnitId);
@@ -64,8 +63,10 @@ mod tests {
     /// What may happen to a policy.
     #[derive(Clone, Debug)]
     pub(super) enum Happening {
-        /// A request, which makes the unit resident where it is not.
+        /// A request, for a resident unit or one that may become resident later.
         Request(UnitId),
+        /// A unit becomes resident where it is not.
+        Admit(UnitId),
         /// An eviction; a bit a unit says whether it may be the victim.
         Evict(u32),
         /// A unit is taken away.
@@ -77,6 +78,7 @@ mod tests {
     pub(super) fn happenings() -> impl Strategy<Value = Vec<Happening>> {
         let one = prop_oneof![
             6 => (0..UNITS).prop_map(Happening::Request),
+            6 => (0..UNITS).prop_map(Happening::Admit),
             4 => any::<u32>().prop_map(Happening::Evict),
             1 => (0..UNITS).prop_map(Happening::Remove),
             1 => (0..UNITS).prop_map(Happening::Forget),
@@ -111,8 +113,12 @@ mod tests {
         let (mut resident, mut victims) = (BTreeSet::new(), Vec::new());
         for happening in happenings {
             match *happening {
-                Happening::Request(unit) if resident.insert(unit) => policy.admitted(unit, size(unit)),
-                Happening::Request(unit) => policy.touched(unit),
+                Happening::Request(unit) => policy.requested(unit),
+                Happening::Admit(unit) => {
+                    if resident.insert(unit) {
+                        policy.admitted(unit, size(unit));
+                    }
+                }
                 Happening::Evict(mask) => {
                     let (victim, asked) = ask(policy, mask);
                     prop_assert_eq!(victim.is_some(), resident.iter().any(|unit| mask >> unit & 1 == 1));

@@ -4,22 +4,22 @@ use hashlink::LinkedHashSet;
 
 use super::{Policy, UnitId};
 
-/// Evicts the unit that was not asked for the longest.
+/// Evicts the unit that has been unused the longest: neither asked for nor made resident since.
 ///
 /// A search costs as much as there are units before its victim that may not be evicted.
 #[derive(Default)]
 pub struct Lru {
-    /// Resident units, the one asked for last at the back.
+    /// Resident units, the one used last at the back.
     order: LinkedHashSet<UnitId>,
 }
 
 impl Policy for Lru {
-    fn admitted(&mut self, unit: UnitId, _bytes: u64) {
-        self.order.insert(unit);
+    fn requested(&mut self, unit: UnitId) {
+        self.order.to_back(&unit);
     }
 
-    fn touched(&mut self, unit: UnitId) {
-        self.order.to_back(&unit);
+    fn admitted(&mut self, unit: UnitId, _bytes: u64) {
+        self.order.insert(unit);
     }
 
     fn removed(&mut self, unit: UnitId) {
@@ -48,14 +48,16 @@ mod tests {
     }
 
     impl Policy for Naive {
+        fn requested(&mut self, unit: UnitId) {
+            if self.asked.iter().any(|(other, _)| *other == unit) {
+                self.removed(unit);
+                self.admitted(unit, 0);
+            }
+        }
+
         fn admitted(&mut self, unit: UnitId, _bytes: u64) {
             self.asked.push((unit, self.now));
             self.now += 1;
-        }
-
-        fn touched(&mut self, unit: UnitId) {
-            self.removed(unit);
-            self.admitted(unit, 0);
         }
 
         fn removed(&mut self, unit: UnitId) {
