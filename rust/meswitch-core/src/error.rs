@@ -33,6 +33,9 @@ pub enum Error {
     /// An argument outside its range.
     #[error("{0}")]
     Argument(String),
+    /// A data file that is not what it should be.
+    #[error("{0}")]
+    Data(String),
     /// A place where nothing can be written: something else is there, or another writer is at it.
     #[error("{0}")]
     Output(String),

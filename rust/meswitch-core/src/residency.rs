@@ -20,6 +20,7 @@
 mod ledger;
 pub mod policy;
 mod sync;
+pub mod trace;
 mod workers;
 
 use std::collections::{HashMap, VecDeque};

@@ -21,6 +21,9 @@ pub fn to_python(error: Error) -> PyErr {
         Error::BaseMismatch(_) => ("BaseMismatchError", "give the base that the fine-tune was compressed against"),
         Error::NonFinite(_) => ("NonFiniteError", "the checkpoint is damaged, or its training diverged"),
         Error::Backend(_) => ("BackendError", "unset MESWITCH_BACKEND: the best that the processor has is then used"),
+        Error::Data(_) => {
+            ("DataError", "the file is damaged, of another kind, or comes from another version of meswitch")
+        }
         Error::Output(_) => {
             ("OutputError", "choose another folder; only an empty one or what meswitch wrote is replaced")
         }
