@@ -423,6 +423,28 @@ def test_what_another_run_left_is_not_taken(tmp_path: Path) -> None:
     assert len(steps) == 4 * 4
 
 
+@both
+def test_one_process_at_a_time_writes_to_a_place(tmp_path: Path, method: Any) -> None:
+    base, finetune, delta, out, data = case(tmp_path)
+    given = options(method=method, steps=2)
+    refused: list[str] = []
+
+    def intrude(_: Progress) -> None:
+        for write in (
+            lambda: distill(base, finetune, delta, out, data, replace(given, seed=1)),
+            lambda: compress(base, finetune, out),
+        ):
+            with pytest.raises(OutputError, match="found another writer") as error:
+                write()
+            refused.append(str(error.value))
+
+    distill(base, finetune, delta, tmp_path / "alone", data, given)
+    distill(base, finetune, delta, out, data, given, progress=intrude)
+    assert refused
+    assert (out / "delta.safetensors").read_bytes() == (tmp_path / "alone" / "delta.safetensors").read_bytes()
+    assert list(tmp_path.glob(".*")) == []
+
+
 def test_fused_moe_experts_are_distilled_whole(tmp_path: Path) -> None:
     base, finetune, delta, out, data = case(tmp_path, "mixtral")
     with pytest.raises(UnsupportedModelError, match="expected a tensor of the checkpoint for every parameter"):

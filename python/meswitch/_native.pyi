@@ -9,6 +9,7 @@ __all__ = [
     "Checkpoint",
     "Delta",
     "Folder",
+    "Lock",
     "Matrix",
     "Rows",
     "Table",
@@ -65,7 +66,7 @@ class Delta:
     def upgrade(self) -> bool: ...
     def rewrite(
         self,
-        out: str | PathLike[str],
+        place: Lock,
         tensors: dict[str, bytes],
         errors: dict[str, float],
         settings: str,
@@ -78,6 +79,13 @@ class Folder:
     @property
     def path(self) -> PathLike[str]: ...
     def commit(self) -> None: ...
+    def close(self) -> None: ...
+
+@final
+class Lock:
+    def __new__(cls, target: str | PathLike[str], replaces: str | None) -> Lock: ...
+    @property
+    def path(self) -> Path: ...
     def close(self) -> None: ...
 
 @final

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 from meswitch import _native
 
@@ -18,6 +19,22 @@ def resolve_target(path: str | Path, replaces: str | None) -> Path:
     PosixPath('experts/new')
     """
     return Path(_native.resolve_target(path, replaces))
+
+
+TargetLock: TypeAlias = _native.Lock
+
+
+def lock_target(path: str | Path, replaces: str | None) -> AbstractContextManager[TargetLock]:
+    """The right to write at `path`, which one process at a time has; its `path` is where a link there leads.
+
+    For work that takes longer than its folder is written, and for what is kept beside it meanwhile. Folders above
+    `path` are created. Raises `OutputError` as `resolve_target` does, and where another process writes there.
+
+    >>> with lock_target("experts/new", replaces="meswitch.json") as lock:
+    ...     lock.path
+    PosixPath('experts/new')
+    """
+    return closing(_native.Lock(path, replaces))
 
 
 @contextmanager

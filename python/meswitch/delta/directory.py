@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from meswitch import _native
 from meswitch.delta.entry import site_of
 from meswitch.huggingface.checkpoint import Checkpoint, as_checkpoint
 from meswitch.site import Site
+from meswitch.target import TargetLock, lock_target
 
 MANIFEST, TENSORS = "meswitch.json", "delta.safetensors"
 
@@ -142,14 +144,20 @@ class Delta:
         self.native.check_base(as_checkpoint(base).native, False)
 
     def rewrite(
-        self, out: str | Path, tensors: Mapping[str, Tensor], errors: Mapping[str, float], settings: dict[str, Any]
+        self,
+        out: str | Path | TargetLock,
+        tensors: Mapping[str, Tensor],
+        errors: Mapping[str, float],
+        settings: dict[str, Any],
     ) -> None:
         """Writes this delta to `out` with some tensors (by `SITE/ROLE`) and relative errors (by site) replaced.
 
-        `settings` replace the manifest's. `out` may be this directory.
+        `settings` replace the manifest's. `out` may be this directory, or a lock that the caller has on the place.
+        Raises `OutputError` for a path where something else is, or another process writes.
         """
         content = {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors.items()}
-        self.native.rewrite(out, content, dict(errors), json.dumps(settings))
+        with nullcontext(out) if isinstance(out, TargetLock) else lock_target(out, MANIFEST) as lock:
+            self.native.rewrite(lock, content, dict(errors), json.dumps(settings))
 
     def upgrade(self) -> bool:
         """Writes the directory anew in today's format, in its own place; false, and nothing done, if it has it already.

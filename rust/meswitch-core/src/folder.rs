@@ -7,17 +7,18 @@
 //! .NAME.lock        what a writer holds; never renamed, so that there is one lock whatever becomes of the folders
 //! ```
 
+mod lock;
 mod open;
 mod target;
 
-use std::fs::{self, File, TryLockError};
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+pub use self::lock::Lock;
 pub(crate) use self::open::OpenFolder;
 pub use self::target::Target;
 use crate::crash::crash_point;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 const INCOMPLETE: &str = "incomplete";
 const REPLACED: &str = "replaced";
@@ -27,11 +28,9 @@ const LOCK: &str = "lock";
 ///
 /// Dropping it removes what was written unless [`Folder::leave_on_failure`] says otherwise.
 pub struct Folder {
-    target: Target,
-    parent: OpenFolder,
-    files: OpenFolder,
     /// Held until this is dropped.
-    _lock: File,
+    lock: Arc<Lock>,
+    files: OpenFolder,
     leave: bool,
     committed: bool,
 }
@@ -40,9 +39,9 @@ impl Folder {
     /// Creates an empty folder. What an interrupted writer left there is removed. A failure leaves nothing.
     ///
     /// # Errors
-    /// Those of [`Folder::open`].
-    pub fn create(target: Target) -> Result<Self> {
-        let mut folder = Self::open(target)?;
+    /// [`crate::Error::Io`].
+    pub fn create(lock: Arc<Lock>) -> Result<Self> {
+        let mut folder = Self::open(lock)?;
         folder.files.clear()?;
         folder.leave_on_failure(false);
         Ok(folder)
@@ -51,15 +50,12 @@ impl Folder {
     /// Creates a folder, or opens the one that an interrupted writer left. A failure leaves it for the next writer.
     ///
     /// # Errors
-    /// [`Error::Output`] where another writer is at it, [`Error::Io`].
-    pub fn open(target: Target) -> Result<Self> {
-        create_folders(&target.parent)?;
-        let parent = OpenFolder::open(&target.parent)?;
-        let lock = lock(&parent, &target)?;
+    /// [`crate::Error::Io`].
+    pub fn open(lock: Arc<Lock>) -> Result<Self> {
         crash_point!("locked");
-        remove_replaced(&parent, &target)?;
-        let files = parent.subfolder(&target.hidden(INCOMPLETE))?;
-        Ok(Self { target, parent, files, _lock: lock, leave: true, committed: false })
+        remove_replaced(&lock)?;
+        let files = lock.parent.subfolder(&lock.target.hidden(INCOMPLETE))?;
+        Ok(Self { lock, files, leave: true, committed: false })
     }
 
     /// Sets whether a failure leaves the folder for the next writer.
@@ -83,7 +79,7 @@ impl Folder {
     /// # Errors
     /// [`Error::Output`] where something else has come to the place, [`Error::Io`].
     pub(crate) fn check(&self) -> Result<()> {
-        self.target.check()
+        self.lock.target.check()
     }
 
     /// Flushes the folder's files to disk and gives it its name, in place of what is there. Returns its path.
@@ -94,89 +90,53 @@ impl Folder {
         self.check()?;
         self.files.sync_all()?;
         crash_point!("flushed");
-        let (incomplete, name) = (self.target.hidden(INCOMPLETE), &self.target.name);
-        let replaces = self.parent.has(name)?;
+        let (incomplete, name) = (self.lock.target.hidden(INCOMPLETE), &self.lock.target.name);
+        let replaces = self.lock.parent.has(name)?;
         if !replaces {
-            self.parent.rename(&incomplete, name)?;
-        } else if self.parent.exchange(&incomplete, name).is_err() {
+            self.lock.parent.rename(&incomplete, name)?;
+        } else if self.lock.parent.exchange(&incomplete, name).is_err() {
             // A file system that cannot exchange two names; `remove_replaced` mends a crash between the two.
-            self.parent.rename(name, self.target.hidden(REPLACED))?;
+            self.lock.parent.rename(name, self.lock.target.hidden(REPLACED))?;
             crash_point!("moved away");
-            self.parent.rename(&incomplete, name)?;
+            self.lock.parent.rename(&incomplete, name)?;
         }
         self.committed = true;
         crash_point!("renamed");
         // Before anything is removed: else a power failure could leave neither.
-        self.parent.sync()?;
+        self.lock.parent.sync()?;
         if replaces {
             // What is left of the old folder is removed by the next writer.
             let _ = self.remove_old(&incomplete);
         }
-        Ok(self.target.path())
+        Ok(self.lock.target.path())
     }
 
     /// Removes the folder that was replaced, under a name by which no writer takes it for its own.
     fn remove_old(&self, incomplete: &std::ffi::OsStr) -> Result<()> {
-        let replaced = self.target.hidden(REPLACED);
-        if self.parent.has(incomplete)? {
-            self.parent.rename(incomplete, &replaced)?;
+        let replaced = self.lock.target.hidden(REPLACED);
+        if self.lock.parent.has(incomplete)? {
+            self.lock.parent.rename(incomplete, &replaced)?;
         }
         crash_point!("old folder named");
-        self.parent.remove(&replaced)
+        self.lock.parent.remove(&replaced)
     }
 }
 
 impl Drop for Folder {
     fn drop(&mut self) {
         if !self.committed && !self.leave {
-            let _ = self.parent.remove(&self.target.hidden(INCOMPLETE));
-        }
-        // While it is locked: who opened it meanwhile sees that it has lost its name.
-        let _ = self.parent.remove(&self.target.hidden(LOCK));
-    }
-}
-
-/// Locks `.NAME.lock`, which is removed by its holder.
-fn lock(parent: &OpenFolder, target: &Target) -> Result<File> {
-    let name = target.hidden(LOCK);
-    loop {
-        let file = parent.open_lock(&name)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(Error::Output(format!(
-                    "expected to be alone in writing {}, found another writer at it",
-                    target.path().display()
-                )));
-            }
-            Err(TryLockError::Error(error)) => return Err(Error::io(&parent.path().join(&name))(error)),
-        }
-        if parent.is_at(&file, &name)? {
-            return Ok(file);
+            let _ = self.lock.parent.remove(&self.lock.target.hidden(INCOMPLETE));
         }
     }
 }
 
 /// Removes the old folder that a killed writer had moved away, or moves it back where nothing took its place.
-fn remove_replaced(parent: &OpenFolder, target: &Target) -> Result<()> {
+fn remove_replaced(lock: &Lock) -> Result<()> {
+    let (parent, target) = (&lock.parent, &lock.target);
     let replaced = target.hidden(REPLACED);
     if parent.has(&target.name)? || !parent.has(&replaced)? {
         return parent.remove(&replaced);
     }
     parent.rename(&replaced, &target.name)?;
     parent.sync()
-}
-
-/// Creates a folder and those above it, each flushed to disk.
-fn create_folders(folder: &Path) -> Result<()> {
-    if folder.is_dir() {
-        return Ok(());
-    }
-    let above = folder.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    create_folders(above)?;
-    match fs::create_dir(folder) {
-        Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(Error::io(folder)(error)),
-        _ => {}
-    }
-    OpenFolder::open(above)?.sync()
 }

@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use meswitch_core::folder::{Folder, Target};
+use meswitch_core::folder::{Folder, Lock, Target};
 use meswitch_core::{Error, Result};
 use tempfile::TempDir;
 
@@ -16,9 +17,13 @@ fn target(path: &Path) -> Result<Target> {
     Target::resolve(path, Some(MARKER))
 }
 
+fn lock(path: &Path) -> Result<Arc<Lock>> {
+    Lock::take(target(path)?)
+}
+
 /// Writes a folder with a marker of that text.
 fn write(path: &Path, text: &str) -> Result<PathBuf> {
-    let folder = Folder::create(target(path)?)?;
+    let folder = Folder::create(lock(path)?)?;
     fs::write(folder.path().join(MARKER), text).unwrap();
     folder.commit()
 }
@@ -49,7 +54,7 @@ fn a_folder_is_written_and_replaced_and_nothing_is_left_beside_it() {
         assert_eq!(marker(&path), text);
         assert_eq!(names(path.parent().unwrap()), ["folder".to_owned()].into());
     }
-    drop(Folder::create(target(&path).unwrap()).unwrap());
+    drop(Folder::create(lock(&path).unwrap()).unwrap());
     assert_eq!((marker(&path), names(path.parent().unwrap())), ("two".to_owned(), ["folder".to_owned()].into()));
 }
 
@@ -116,7 +121,7 @@ fn what_is_no_folder_in_the_place_of_the_unfinished_one_is_refused_and_kept() {
     // A link that is planted after the check is not followed either.
     let checked = target(&path).unwrap();
     symlink(&precious, &hidden).unwrap();
-    assert!(Folder::create(checked).is_err());
+    assert!(Folder::create(Lock::take(checked).unwrap()).is_err());
     assert_eq!(names(&precious), ["thesis".to_owned()].into());
 }
 
@@ -141,21 +146,36 @@ fn two_writers_exclude_each_other_until_the_old_folder_is_gone() {
     let root = TempDir::new().unwrap();
     let path = root.path().join("folder");
     write(&path, "old").unwrap();
-    let first = Folder::create(target(&path).unwrap()).unwrap();
-    let second = Folder::open(target(&path).unwrap());
-    assert!(matches!(second, Err(Error::Output(message)) if message.contains("another writer")));
+    let first = Folder::create(lock(&path).unwrap()).unwrap();
+    assert!(matches!(lock(&path), Err(Error::Output(message)) if message.contains("another writer")));
     // Who only looked has not taken the first one's lock away.
-    assert!(Folder::open(target(&path).unwrap()).is_err());
+    assert!(lock(&path).is_err());
     fs::write(first.path().join(MARKER), "first").unwrap();
     first.commit().unwrap();
     assert_eq!(write(&path, "second").map(|_| marker(&path)).unwrap(), "second");
 }
 
 #[test]
+fn a_lock_lasts_longer_than_the_folder_that_is_written_under_it() {
+    let root = TempDir::new().unwrap();
+    let path = root.path().join("folder");
+    let held = lock(&path).unwrap();
+    for _ in 0..2 {
+        let folder = Folder::create(held.clone()).unwrap();
+        fs::write(folder.path().join(MARKER), "new").unwrap();
+        folder.commit().unwrap();
+        assert!(matches!(write(&path, "another's"), Err(Error::Output(_))));
+    }
+    drop(held);
+    assert_eq!(names(root.path()), ["folder".to_owned()].into());
+    write(&path, "another's").unwrap();
+}
+
+#[test]
 fn what_came_to_the_place_meanwhile_is_kept() {
     let root = TempDir::new().unwrap();
     let path = root.path().join("folder");
-    let folder = Folder::create(target(&path).unwrap()).unwrap();
+    let folder = Folder::create(lock(&path).unwrap()).unwrap();
     fs::write(folder.path().join(MARKER), "new").unwrap();
     fs::write(&path, "a user's file").unwrap();
     assert!(matches!(folder.commit(), Err(Error::Output(_))));
@@ -168,10 +188,10 @@ fn an_old_folder_that_was_moved_away_comes_back() {
     let (path, replaced) = (root.path().join("folder"), root.path().join(".folder.replaced"));
     write(&path, "old").unwrap();
     fs::rename(&path, &replaced).unwrap();
-    drop(Folder::create(target(&path).unwrap()).unwrap());
+    drop(Folder::create(lock(&path).unwrap()).unwrap());
     assert_eq!(marker(&path), "old");
     fs::create_dir(&replaced).unwrap();
     fs::write(replaced.join("left over"), "x").unwrap();
-    drop(Folder::create(target(&path).unwrap()).unwrap());
+    drop(Folder::create(lock(&path).unwrap()).unwrap());
     assert_eq!((marker(&path), names(root.path())), ("old".to_owned(), ["folder".to_owned()].into()));
 }

@@ -11,6 +11,7 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
 
 use crate::errors::to_python;
+use crate::folder::Lock;
 use crate::{dlpack, enter, enter_pool};
 
 /// Where parameters lie, as Python says it.
@@ -149,18 +150,19 @@ impl Delta {
         enter_pool(py, || self.0.verify())
     }
 
-    /// Writes the directory anew with some tensors (by `SITE/ROLE`) replaced by others of the same size.
+    /// Writes the directory anew at a place with some tensors (by `SITE/ROLE`) replaced by others of the same size.
     #[allow(clippy::needless_pass_by_value)] // what Python hands over
     fn rewrite(
         &self,
         py: Python<'_>,
-        out: PathBuf,
+        place: &Lock,
         tensors: HashMap<String, Vec<u8>>,
         errors: HashMap<String, f64>,
         settings: &str,
     ) -> PyResult<()> {
         let settings = serde_json::from_str(settings).map_err(|error| PyValueError::new_err(error.to_string()))?;
-        enter_pool(py, || delta::rewrite(&self.0, &out, &tensors, &errors, &settings))
+        let lock = place.get()?;
+        enter_pool(py, || delta::rewrite_at(&self.0, &lock, &tensors, &errors, &settings))
     }
 
     /// Writes the directory anew in today's format, in its own place; false where it has it already.

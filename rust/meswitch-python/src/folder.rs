@@ -1,7 +1,7 @@
 //! Folders that appear complete or not at all.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use meswitch_core::folder;
 use pyo3::exceptions::PyValueError;
@@ -16,6 +16,43 @@ use crate::enter;
 #[allow(clippy::needless_pass_by_value)] // what Python hands over
 pub fn resolve_target(py: Python<'_>, path: PathBuf, replaces: Option<&str>) -> PyResult<PathBuf> {
     enter(py, || folder::Target::resolve(&path, replaces).map(|target| target.path()))
+}
+
+/// The right to write at a place, which one writer at a time has.
+#[pyclass(frozen)]
+pub struct Lock(Mutex<Option<Arc<folder::Lock>>>);
+
+#[pymethods]
+impl Lock {
+    #[new]
+    #[pyo3(signature = (target, replaces))]
+    #[allow(clippy::needless_pass_by_value)] // what Python hands over
+    fn new(py: Python<'_>, target: PathBuf, replaces: Option<&str>) -> PyResult<Self> {
+        let lock = enter(py, || folder::Lock::take(folder::Target::resolve(&target, replaces)?))?;
+        Ok(Self(Mutex::new(Some(lock))))
+    }
+
+    /// The place: where a link at `target` leads.
+    #[getter]
+    fn path(&self) -> PyResult<PathBuf> {
+        Ok(self.get()?.path())
+    }
+
+    /// Gives the right up.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let lock = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        enter(py, || {
+            drop(lock);
+            Ok(())
+        })
+    }
+}
+
+impl Lock {
+    pub fn get(&self) -> PyResult<Arc<folder::Lock>> {
+        let lock = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        lock.ok_or_else(|| PyValueError::new_err("expected an open lock, found it closed"))
+    }
 }
 
 /// A folder that is being written beside its place, by this writer alone.
@@ -33,7 +70,8 @@ impl Folder {
     #[pyo3(signature = (target, replaces))]
     #[allow(clippy::needless_pass_by_value)] // what Python hands over
     fn new(py: Python<'_>, target: PathBuf, replaces: Option<&str>) -> PyResult<Self> {
-        let open = enter(py, || folder::Folder::create(folder::Target::resolve(&target, replaces)?))?;
+        let open =
+            enter(py, || folder::Folder::create(folder::Lock::take(folder::Target::resolve(&target, replaces)?)?))?;
         Ok(Self { path: open.path().to_owned(), open: Mutex::new(Some(open)) })
     }
 

@@ -41,7 +41,7 @@ mod _native {
     #[pymodule_export]
     use super::delta::{Checkpoint, Delta, Tensors, checksum};
     #[pymodule_export]
-    use super::folder::{Folder, resolve_target};
+    use super::folder::{Folder, Lock, resolve_target};
     #[pymodule_export]
     use super::matrix::Matrix;
     #[pymodule_export]

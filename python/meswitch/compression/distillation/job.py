@@ -25,7 +25,7 @@ from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.models import skeleton
 from meswitch.huggingface.pairing import pair
 from meswitch.progress import ProgressCallback
-from meswitch.target import resolve_target
+from meswitch.target import TargetLock, lock_target, resolve_target
 
 _BYTES_PER_WEIGHT = 13  # of method `whole`: both models in float32, the expert's rebuilt weights, a byte a code
 
@@ -73,12 +73,12 @@ def distill(
     transformers fuses when it loads them (MoE experts).
 
     `blocks` writes down every block that it finished, in `.NAME.distilling` beside `out`; after an interruption the
-    same call goes on from there.
+    same call goes on from there. One process at a time writes to `out`, from the first step on.
 
     Raises `DataError` for too little text or a token that the models have no row for, `BaseMismatchError`,
-    `FormatError` (a fine-tune with another vocabulary), `OutputError` (something else at `out`), `NonFiniteError` for
-    predictions that are not finite, and `UnsupportedModelError` for a model that `blocks` cannot run a block at a time
-    (fused MoE experts).
+    `FormatError` (a fine-tune with another vocabulary), `OutputError` (something else at `out`, or another process that
+    writes there), `NonFiniteError` for predictions that are not finite, and `UnsupportedModelError` for a model that
+    `blocks` cannot run a block at a time (fused MoE experts).
 
     >>> options = DistillOptions(steps=2, window=16, batch=2)
     >>> report = distill("base/", "math/", "experts/math", "experts/tuned", "prompts.jsonl", options)
@@ -92,7 +92,8 @@ def distill(
         source.check_base(paired.base)
         job = _Job(paired.base, paired.finetune, source, windows, options)
         windows.check(job.vocabulary(), data)
-        return job.run(target, Path(data), progress, start)
+        with lock_target(target, MANIFEST) as lock:
+            return job.run(lock, Path(data), progress, start)
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ class _Job:
             )
         return expected
 
-    def run(self, out: Path, data: Path, progress: ProgressCallback | None, start: float) -> DistillReport:
-        """Trains the scales and writes the delta to `out`. `start`: when the job began, by `time.perf_counter`."""
+    def run(self, lock: TargetLock, data: Path, progress: ProgressCallback | None, start: float) -> DistillReport:
+        """Trains the scales and writes the delta. `start`: when the job began, by `time.perf_counter`."""
         method, schedule = self._method(), self._schedule()
-        journal = Journal(out, self._journal_inputs(data)) if method == "blocks" else None
+        journal = Journal(lock.path, self._journal_inputs(data)) if method == "blocks" else None
         training = (
             WholeModelDistillation(self.base, self.finetune, self.delta, self.windows, schedule)
             if journal is None
@@ -135,7 +136,7 @@ class _Job:
             kl_after=outcome.after if improved else outcome.before,
             seconds=time.perf_counter() - start,
         )
-        self._write(out, list(training.scales.values()) if improved else [], report)
+        self._write(lock, list(training.scales.values()) if improved else [], report)
         if journal is not None:
             journal.delete()
         return report
@@ -165,7 +166,7 @@ class _Job:
             "options": asdict(replace(self.options, method="blocks")),
         }
 
-    def _write(self, out: Path, scales: list[TrainableScales], report: DistillReport) -> None:
+    def _write(self, lock: TargetLock, scales: list[TrainableScales], report: DistillReport) -> None:
         """Writes the delta with its trained scales, and the relative errors that its sites have now."""
         trained = [site_scales for site_scales in scales if site_scales.has_codes]
         tensors = {name: value for site_scales in trained for name, value in site_scales.tensors().items()}
@@ -175,4 +176,4 @@ class _Job:
         summary = {key: value for key, value in report.to_json().items() if key != "seconds"}
         settings = self.delta.manifest["settings"]
         settings = {**(settings if isinstance(settings, dict) else {}), "distilled": summary}
-        self.delta.rewrite(out, tensors, errors, settings)
+        self.delta.rewrite(lock, tensors, errors, settings)

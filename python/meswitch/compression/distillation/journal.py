@@ -23,7 +23,7 @@ class Journal:
     """The journal of the distillation that writes to `out`.
 
     `inputs`: everything that decides the outcome, as JSON. Files are written under another name and renamed, so a
-    journal holds whole stages only. One process at a time may use a journal.
+    journal holds whole stages only. Who uses a journal holds the lock on `out` (`target.lock_target`).
     """
 
     def __init__(self, out: Path, inputs: dict[str, Any]) -> None:

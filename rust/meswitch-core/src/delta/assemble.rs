@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -15,7 +16,7 @@ use crate::checkpoint::Checkpoint;
 use crate::crash::crash_point;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
-use crate::folder::{Folder, Target};
+use crate::folder::{Folder, Lock, Target};
 
 /// A delta directory to be written, without its sites.
 pub struct Assembly<'a> {
@@ -61,9 +62,9 @@ impl Assembly<'_> {
     ) -> Result<Delta> {
         check_copied_files(self.files)?;
         sizes.iter().try_for_each(|(name, _)| check_site_name(name))?;
-        let target = target(self.out)?;
+        let lock = lock(self.out)?;
         let total = sizes.iter().map(|(_, weights)| weights).sum();
-        let mut folder = if key.is_some() { Folder::open(target) } else { Folder::create(target) }?;
+        let mut folder = if key.is_some() { Folder::open(lock) } else { Folder::create(lock) }?;
         let mut output = Output::open(&mut folder, key, specs)?;
         let mut done = sizes[..output.sites.len()].iter().map(|(_, weights)| weights).sum();
         let filled = sizes.iter().enumerate().skip(output.sites.len()).try_for_each(|(index, (name, weights))| {
@@ -182,12 +183,12 @@ impl Assembly<'_> {
     }
 }
 
-/// The place of a delta directory that is to be written.
+/// Takes the right to write a delta directory.
 ///
 /// # Errors
-/// [`Error::Output`] where something else is there, [`Error::Io`].
-pub(super) fn target(out: &Path) -> Result<Target> {
-    Target::resolve(out, Some(MANIFEST))
+/// [`Error::Output`] where something else is there or another writer is at it, [`Error::Io`].
+pub(super) fn lock(out: &Path) -> Result<Arc<Lock>> {
+    Lock::take(Target::resolve(out, Some(MANIFEST))?)
 }
 
 /// Opens the complete directory that lies in a folder, as its readers will, and only then gives it its name.

@@ -31,7 +31,7 @@ pub(crate) use estimate::estimated_bytes;
 pub use manifest::{BaseEntry, FileEntry, MANIFEST, Manifest, TENSORS, VERSION};
 pub use reader::Delta;
 #[cfg(feature = "compress")]
-pub use rewrite::{rewrite, upgrade};
+pub use rewrite::{rewrite, rewrite_at, upgrade};
 pub use site::{Owner, PartEntry, SiteEntry, SiteKind, SparseCounts, TermsEntry};
 #[cfg(feature = "compress")]
 pub(crate) use tensor::Role;

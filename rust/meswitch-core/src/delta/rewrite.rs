@@ -2,17 +2,18 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::assemble::{commit, target};
-use super::manifest::{TENSORS, VERSION, raw};
+use super::assemble::{commit, lock};
+use super::manifest::{Manifest, TENSORS, VERSION, raw};
 use super::site::SiteEntry;
 use super::writer::{check_tensors, full_specs};
 use super::{Delta, Writer};
 use crate::error::{Error, Result};
-use crate::folder::Folder;
+use crate::folder::{Folder, Lock};
 
 /// Writes a copy of a delta directory to `out` with some tensors replaced by others of the same size.
 ///
@@ -33,7 +34,23 @@ pub fn rewrite(
     errors: &HashMap<String, f64>,
     settings: &Value,
 ) -> Result<()> {
-    copy(source, out, tensors, errors, Some(raw(settings)))
+    let manifest = checked(source, tensors, errors, Some(raw(settings)))?;
+    copy(source, manifest, &lock(out)?, tensors)
+}
+
+/// As [`rewrite`], at a place where the caller may write.
+///
+/// # Errors
+/// Those of [`rewrite`].
+#[doc(hidden)]
+pub fn rewrite_at(
+    source: &Delta,
+    lock: &Arc<Lock>,
+    tensors: &HashMap<String, Vec<u8>>,
+    errors: &HashMap<String, f64>,
+    settings: &Value,
+) -> Result<()> {
+    copy(source, checked(source, tensors, errors, Some(raw(settings)))?, lock, tensors)
 }
 
 /// Writes a delta directory anew in today's version of the format, in its own place. Returns whether it had an older
@@ -45,18 +62,20 @@ pub fn rewrite(
 pub fn upgrade(source: &Delta) -> Result<bool> {
     let is_old = source.manifest().format_version < VERSION;
     if is_old {
-        copy(source, source.path(), &HashMap::new(), &HashMap::new(), None)?;
+        let nothing = HashMap::new();
+        let manifest = checked(source, &nothing, &HashMap::new(), None)?;
+        copy(source, manifest, &lock(source.path())?, &nothing)?;
     }
     Ok(is_old)
 }
 
-fn copy(
+/// The manifest of the copy, but for what its writer fills in, after a check of what is to be replaced.
+fn checked(
     source: &Delta,
-    out: &Path,
     tensors: &HashMap<String, Vec<u8>>,
     errors: &HashMap<String, f64>,
     settings: Option<Box<RawValue>>,
-) -> Result<()> {
+) -> Result<Manifest> {
     let mut manifest = source.manifest().clone();
     manifest.settings = settings.unwrap_or(manifest.settings);
     let sites = std::mem::take(&mut manifest.sites);
@@ -69,12 +88,16 @@ fn copy(
             "expected a finite error of a site of the delta, found {error} of {name}"
         )));
     }
-    let folder = Folder::create(target(out)?)?;
+    for site in &mut manifest.sites {
+        site.relative_error = errors.get(&site.name).copied().unwrap_or(site.relative_error);
+    }
+    Ok(manifest)
+}
+
+fn copy(source: &Delta, mut manifest: Manifest, lock: &Arc<Lock>, tensors: &HashMap<String, Vec<u8>>) -> Result<()> {
+    let folder = Folder::create(lock.clone())?;
     let mut writer = Writer::create(folder.files(), &full_specs(&manifest.sites)?)?;
     for site in &mut manifest.sites {
-        if let Some(error) = errors.get(&site.name) {
-            site.relative_error = *error;
-        }
         let old = source.site_tensors(&site.name)?;
         let specs = site.tensor_specs()?;
         let slice = |role: &str| {
