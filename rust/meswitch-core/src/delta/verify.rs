@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use super::checksum::checksum_of;
 use super::manifest::{MANIFEST, TENSORS};
 use super::site::SiteEntry;
-use super::tensor::Role;
+use super::tensor::{Role, TensorSpec};
 use super::tensors::Tensors;
 use super::{ALIGNMENT, Delta, checksum};
 #[cfg(feature = "compress")]
@@ -14,6 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 #[cfg(feature = "compress")]
 use crate::fingerprint::Fingerprint;
+use crate::layout::legacy::{self, Order};
 use crate::layout::{first_stray_bit, row_in_two_parts};
 use crate::memory::Region;
 
@@ -29,8 +30,9 @@ impl Delta {
         // New memory costs more than what is written to it, so sites share it.
         let (mut end, mut spare) = (self.header_bytes, None::<Region>);
         for (index, site) in self.manifest().sites.iter().enumerate() {
-            for (start, spec) in self.file_tensors(index)? {
-                self.verify_padding(end, start)?;
+            let places = self.file_tensors(index)?;
+            for (start, spec) in &places {
+                self.verify_padding(end, *start)?;
                 end = start + spec.size() as u64;
             }
             let memory = |bytes| match spare.take().filter(|spare| spare.len() >= bytes) {
@@ -39,6 +41,7 @@ impl Delta {
             };
             let tensors = Tensors::read(self, index..index + 1, memory, &AtomicBool::new(false))?;
             verify_site(site, &tensors)?;
+            places.iter().try_for_each(|(start, spec)| self.verify_old_rows(site, *start, spec))?;
             spare = tensors.into_region();
         }
         Ok(())
@@ -79,6 +82,19 @@ impl Delta {
         Err(Error::Checksum(format!("expected zeros in bytes {start} to {end} of {TENSORS}, found others")))
     }
 
+    /// Checks the codes of versions 1 and 2 as they lie in the file: reading drops what is no code of theirs.
+    fn verify_old_rows(&self, site: &SiteEntry, start: u64, spec: &TensorSpec) -> Result<()> {
+        let Role::Codes(index) = spec.role else { return Ok(()) };
+        let part = &site.parts()[index];
+        if part.order != Order::Rows {
+            return Ok(());
+        }
+        let mut bytes = vec![0; spec.size()];
+        self.file.read_exact_at(&mut bytes, start).map_err(Error::io(&self.path().join(TENSORS)))?;
+        let (_, columns) = site.matrix_shape().unwrap_or_default();
+        refuse_stray_bit(site, index, legacy::first_stray_bit(&bytes, part.bits, columns))
+    }
+
     /// Compares a base with the one that the delta was made against: a sample of three kilobytes per tensor, or with
     /// `whole` all of its content.
     ///
@@ -112,15 +128,9 @@ fn verify_site(site: &SiteEntry, tensors: &Tensors) -> Result<()> {
         check_rising(bytes, limit).map_err(|what| Error::Format(format!("expected {what} in {}/{role}", site.name)))?;
     }
     for (index, part) in site.parts().iter().enumerate() {
-        let role = Role::Codes(index);
-        let stray = first_stray_bit(tensor(role).unwrap_or_default(), part.bits, part.rows.unwrap_or(rows), columns);
-        if let Some(row) = stray {
-            let expected = "zeros after the last column and the last row";
-            return Err(Error::Format(format!(
-                "expected {expected} in {}/{role}, found others in row {row}",
-                site.name
-            )));
-        }
+        let codes = tensor(Role::Codes(index)).unwrap_or_default();
+        let rows = part.rows.unwrap_or(rows);
+        refuse_stray_bit(site, index, first_stray_bit(codes, part.bits, rows, columns))?;
     }
     let rows_of = |part| tensor(Role::Rows(part)).map(|bytes| indices(bytes).map(i32::cast_unsigned));
     if let Some(row) = row_in_two_parts(rows, parts.map(rows_of)) {
@@ -131,6 +141,14 @@ fn verify_site(site: &SiteEntry, tensors: &Tensors) -> Result<()> {
             .map_err(|what| Error::Format(format!("expected {what} in the sparse entries of {}", site.name)))?;
     }
     Ok(())
+}
+
+/// The error for the row of a part, if any, that has a bit of no code.
+fn refuse_stray_bit(site: &SiteEntry, part: usize, row: Option<usize>) -> Result<()> {
+    let Some(row) = row else { return Ok(()) };
+    let (name, role) = (&site.name, Role::Codes(part));
+    let expected = "zeros after the last column and the last row";
+    Err(Error::Format(format!("expected {expected} in {name}/{role}, found others in row {row}")))
 }
 
 /// Little-endian 32-bit numbers.

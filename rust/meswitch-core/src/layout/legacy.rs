@@ -42,6 +42,17 @@ fn unpack_row(packed: &[u8], bits: u32, codes: &mut [u8]) {
     }
 }
 
+/// The first row of versions 1 and 2, if any, with a bit that no code has.
+pub(crate) fn first_stray_bit(packed: &[u8], bits: u32, columns: usize) -> Option<usize> {
+    let mut codes = vec![0; columns];
+    let ones = |bytes: &[u8]| bytes.iter().map(|byte| byte.count_ones()).sum::<u32>();
+    packed.chunks_exact(row_bytes(bits, columns).max(1)).position(|row| {
+        unpack_row(row, bits, &mut codes);
+        // Every bit of a code is one of its row's.
+        ones(&codes) != ones(row)
+    })
+}
+
 /// Codes of `rows` rows in today's order.
 pub(crate) fn current_codes(codes: Vec<u8>, order: Order, bits: u32, rows: usize, columns: usize) -> Vec<u8> {
     match order {
@@ -135,6 +146,23 @@ mod tests {
             packed[64 * run + place % width] |= code << (bits as usize * (place / width));
         }
         packed
+    }
+
+    #[test]
+    fn bits_of_old_rows_that_no_code_has_are_found() {
+        for bits in super::super::BITS {
+            for columns in [1, 13, 64, 300] {
+                let full = old_row(&vec![((1u16 << bits) - 1) as u8; columns], bits);
+                let packed = [vec![0; full.len()], full.clone()].concat();
+                assert_eq!(first_stray_bit(&packed, bits, columns), None);
+                for bit in (0..8 * full.len()).filter(|bit| full[bit / 8] & 1 << (bit % 8) == 0) {
+                    let mut packed = packed.clone();
+                    packed[full.len() + bit / 8] |= 1 << (bit % 8);
+                    assert_eq!(first_stray_bit(&packed, bits, columns), Some(1), "{bits} {columns} {bit}");
+                }
+            }
+        }
+        assert_eq!(first_stray_bit(&[], 2, 0), None);
     }
 
     #[test]

@@ -78,6 +78,30 @@ impl Directory {
         self.manifest_changes.push(Box::new(change));
     }
 
+    /// Gives a tensor another shape and other bytes.
+    pub fn replace(&mut self, name: &str, shape: &[usize], bytes: &[u8]) {
+        let tensor = self.tensor_mut(name);
+        (tensor.shape, tensor.bytes) = (shape.to_vec(), bytes.to_vec());
+    }
+
+    /// Makes manifest and header those of version 2 or 3, and turns the scales; codes stay as they are.
+    pub fn make_old(&mut self, version: u32) {
+        self.change_manifest(move |manifest| {
+            let fields = manifest.as_object_mut().unwrap();
+            fields.insert("format_version".to_owned(), json!(version));
+            fields.retain(|name, _| name != "kind" && name != "binding");
+            for part in manifest["sites"][0]["parts"].as_array_mut().unwrap() {
+                if version == 3 {
+                    part["tiled"] = json!(true);
+                }
+            }
+        });
+        self.change_header(|header| drop(header["__metadata__"].as_object_mut().unwrap().remove("binding")));
+        for scales in ["coded.weight/scales.0", "coded.weight/scales.1"] {
+            self.tensor_mut(scales).shape.reverse();
+        }
+    }
+
     /// Changes one field of the manifest, or adds it.
     pub fn set(&mut self, pointer: &str, value: Value) {
         let pointer = pointer.to_owned();

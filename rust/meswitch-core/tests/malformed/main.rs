@@ -487,6 +487,42 @@ fn bits_that_no_code_has_are_refused() {
 }
 
 #[test]
+fn bits_that_no_code_has_are_refused_in_old_directories() {
+    let message = |row: usize| {
+        format!(
+            "expected zeros after the last column and the last row in coded.weight/codes.0, found others in row {row}"
+        )
+    };
+    // Of version 2: eight columns of two bits are the low four bits of each of a row's four bytes.
+    let of_version_2 = |codes: [u8; 8]| {
+        let mut directory = Directory::sound();
+        directory.make_old(2);
+        directory.replace("coded.weight/codes.0", &[2, 1], &codes);
+        directory.replace("coded.weight/codes.1", &[1, 1], &[3, 3, 3, 3]);
+        refusal(&directory)
+    };
+    assert!(of_version_2([15; 8]).is_none());
+    for byte in 0..8 {
+        let mut codes = [15; 8];
+        codes[byte] = 0x1f;
+        assert_format("version 2", of_version_2(codes), &message(byte / 4));
+    }
+    // Of version 3: two bytes of eight rows each, of which two are there.
+    let of_version_3 = |codes: [u8; 16]| {
+        let mut directory = Directory::sound();
+        directory.make_old(3);
+        directory.replace("coded.weight/codes.0", &[4], &codes);
+        directory.replace("coded.weight/codes.1", &[2], &[0xa5, 0, 0, 0, 0, 0, 0, 0]);
+        refusal(&directory)
+    };
+    let mut codes = [0; 16];
+    codes[..2].fill(0xff);
+    assert!(of_version_3(codes).is_none());
+    codes[8 + 7] = 1;
+    assert_format("version 3", of_version_3(codes), &message(7));
+}
+
+#[test]
 fn what_is_no_regular_file_is_refused() {
     use std::ffi::CString;
     use std::os::unix::{ffi::OsStrExt, fs::symlink};
