@@ -1,161 +1,136 @@
-//! What is in memory: units of data, loaded under a byte budget and let go when something else needs the room.
+//! What is in memory: units of data, loaded under a byte budget and evicted when something else needs the room.
 //!
 //! A unit is whatever can be loaded by itself: the tensors of a delta directory, a packed base, one MoE expert.
 //!
 //! ```text
 //! requests ── ask, want, pin ──> Residency ── Source::load ──> values     on threads of its own
-//!   events <── loaded, failed, evicted ──┘        each holds a Room: its bytes of the budget
+//!   events <── loaded, failed, evicted ──┘        each keeps a Room: its bytes of the budget
 //! ```
 //!
 //! Who needs a unit says so with [`Residency::want`] and a rank; it is loaded in the background as soon as there is room.
-//! [`Residency::pin`] gives a [`Lease`] of a resident unit, which stays until the lease ends. What leaves is
-//! dropped here and reported; its bytes count until its memory is given back, which is when its [`Room`] is dropped.
+//! [`Residency::pin`] gives a [`Lease`] of a resident unit, which stays until the lease ends. What is evicted is reported
+//! at once and dropped by a thread of the residency soon after; its bytes count until its memory is given back, which is
+//! when the last clone of its [`Room`] is dropped.
 //!
 //! A second residency, over the memory of a device, has sources that lease from the first.
 //!
+//! # Example
+//! ```
+//! use std::sync::{Arc, atomic::AtomicBool};
+//! use meswitch_core::residency::{Event, Residency, Room, Source, policy::Lru};
+//!
+//! struct Zeros(usize);
+//!
+//! impl Source<Vec<u8>> for Zeros {
+//!     fn bytes(&self) -> u64 {
+//!         self.0 as u64
+//!     }
+//!     fn load(&self, _room: Room, _stop: &AtomicBool) -> meswitch_core::Result<Vec<u8>> {
+//!         Ok(vec![0; self.0]) // nobody else keeps its memory, so the residency's own room is enough
+//!     }
+//! }
+//!
+//! # fn main() -> meswitch_core::Result<()> {
+//! let residency = Residency::new(Some(100), Box::<Lru>::default(), || {});
+//! let first = residency.add(Arc::new(Zeros(60)))?;
+//! let second = residency.add(Arc::new(Zeros(70)))?;
+//!
+//! residency.want(first, Some(0))?;
+//! assert!(matches!(residency.wait_for_events()[..], [Event::Loaded(unit, _)] if unit == first));
+//! let lease = residency.pin(first).expect("it is loaded, and waited for");
+//! residency.want(first, None)?;
+//! assert_eq!(lease.len(), 60);
+//!
+//! residency.want(second, Some(1))?; // has no room before the lease ends
+//! drop(lease);
+//! let mut events = residency.wait_for_events();
+//! while events.len() < 2 {
+//!     events.extend(residency.wait_for_events());
+//! }
+//! assert!(matches!(events[..], [Event::Evicted(out), Event::Loaded(unit, _)] if (out, unit) == (first, second)));
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Threads
-//! Every method may be called from any thread and returns without waiting for a load. One lock is held for the time of a
-//! few look-ups; no value is loaded or dropped, and nothing of the caller is called, while it is held.
+//! Every method may be called from any thread. None but [`Residency::wait_for_events`] waits for a load or for memory to
+//! be given back; dropping the residency waits for its threads. One lock is held for the time of a few look-ups; of what
+//! the caller gave, only the policy is called while it is held. So a source and a value, and a clone of a room, may be
+//! dropped wherever it is convenient, and may use this or another residency meanwhile.
 
 mod ledger;
 pub mod policy;
+mod shared;
 mod sync;
+#[cfg(test)]
+mod tests;
 pub mod trace;
 mod workers;
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 pub use ledger::{Counters, Place, Rank, Unit};
-use ledger::{Ledger, Order};
 use policy::Policy;
-use sync::{AtomicBool, Condvar, Mutex, MutexGuard, Ordering, PoisonError};
+use shared::{Content, Shared};
+pub use shared::{Lease, Room};
+use sync::{AtomicBool, PoisonError, thread};
 
 use crate::error::{Error, Result};
 
 /// Where the value of a unit comes from.
 pub trait Source<V>: Send + Sync {
-    /// The memory that the value takes, known before any of it is read.
+    /// The memory that the value takes, known before any of it is read. It is asked for once.
     fn bytes(&self) -> u64;
 
-    /// Reads the value. Whoever owns its memory must keep `room` until that is given back. A load should end
-    /// soon, with [`Error::Interrupted`], once `stop` is set.
+    /// Reads the value, on a thread of the residency; never twice at a time. A load should end soon, with
+    /// [`Error::Interrupted`], once `stop` is set.
+    ///
+    /// The bytes count until the value is dropped. Where its memory may outlive it, since others share it, that memory
+    /// must keep `room` too. Memory that a failed load took must be given back before its `room` is dropped.
     ///
     /// # Errors
-    /// Whatever is wrong with the unit; it is reported as [`Event::Failed`].
+    /// Whatever is wrong with the unit; it is reported as [`Event::Failed`], and so is a panic.
     fn load(&self, room: Room, stop: &AtomicBool) -> Result<V>;
 }
 
 /// Something that has happened to a unit.
 #[derive(Debug)]
 pub enum Event {
-    /// It is resident, after a load of so many seconds.
+    /// It is resident, after a load of so many seconds. Until it is pinned it may be evicted again.
     Loaded(Unit, f64),
-    /// It could not be loaded; nobody waits for it any more.
+    /// It could not be loaded: its load failed, or it is larger than the budget now. The residency has forgotten that
+    /// requests wait for it.
     Failed(Unit, Error),
-    /// Its value was let go. Its bytes count until whoever else has the value has dropped it too.
+    /// It was evicted. Its bytes count until its memory is given back.
     Evicted(Unit),
-}
-
-/// Bytes of a budget, for as long as it or a clone of it exists.
-#[derive(Clone)]
-pub struct Room(#[allow(dead_code, reason = "kept to be dropped")] Arc<Spoken>);
-
-/// What a room gives back.
-struct Spoken {
-    unit: Unit,
-    to: Weak<dyn Release>,
-}
-
-trait Release: Send + Sync {
-    fn release(&self, unit: Unit);
-}
-
-impl Drop for Spoken {
-    fn drop(&mut self) {
-        if let Some(residency) = self.to.upgrade() {
-            residency.release(self.unit);
-        }
-    }
-}
-
-/// A pinned unit's value. The unit is not evicted before the lease is dropped.
-pub struct Lease<V> {
-    unit: Unit,
-    value: Arc<V>,
-    shared: Arc<Shared<V>>,
-}
-
-impl<V> std::ops::Deref for Lease<V> {
-    type Target = V;
-
-    fn deref(&self) -> &V {
-        &self.value
-    }
-}
-
-impl<V> Drop for Lease<V> {
-    fn drop(&mut self) {
-        self.shared.change(|state| state.ledger.unpin(self.unit));
-    }
 }
 
 /// The units of one budget. See the [module](self).
 pub struct Residency<V: Send + Sync + 'static> {
     shared: Arc<Shared<V>>,
-    threads: Vec<sync::thread::JoinHandle<()>>,
-}
-
-struct Shared<V> {
-    state: Mutex<State<V>>,
-    /// There is a load to start, or the residency is closed.
-    work: Condvar,
-    /// There is an event, or the residency is closed.
-    happened: Condvar,
-}
-
-struct State<V> {
-    ledger: Ledger,
-    units: HashMap<Unit, Content<V>>,
-    events: VecDeque<Event>,
-    /// Whether there are events that the owner was not told of.
-    untold: bool,
-    closed: bool,
-}
-
-struct Content<V> {
-    source: Arc<dyn Source<V>>,
-    value: Option<Arc<V>>,
-    stop: Option<Arc<AtomicBool>>,
+    threads: Vec<thread::JoinHandle<()>>,
 }
 
 /// How many loads run at a time. Each may read with several threads.
 const LOADS: usize = 2;
 
 impl<V: Send + Sync + 'static> Residency<V> {
-    /// A residency of at most `budget` bytes, without a bound where that is `None`. `notify` is called when there are
-    /// events to take, on a thread that does nothing else.
+    /// A residency of at most `budget` bytes, without a bound where that is `None`.
+    ///
+    /// `notify` is called after events have come, on a thread that does nothing else; they may have been taken
+    /// meanwhile. It must not panic, nor wait for the thread that drops the residency.
     pub fn new(budget: Option<u64>, policy: Box<dyn Policy>, notify: impl Fn() + Send + Sync + 'static) -> Self {
-        let shared = Arc::new(Shared {
-            state: Mutex::new(State {
-                ledger: Ledger::new(budget, policy),
-                units: HashMap::new(),
-                events: VecDeque::new(),
-                untold: false,
-                closed: false,
-            }),
-            work: Condvar::new(),
-            happened: Condvar::new(),
-        });
+        let shared = Arc::new(Shared::new(budget, policy));
         let mut threads: Vec<_> = (0..LOADS).map(|_| workers::start_loading(shared.clone())).collect();
-        threads.push(workers::start_telling(shared.clone(), notify));
+        threads.push(workers::start_notifying(shared.clone(), notify));
+        threads.push(workers::start_discarding(shared.clone()));
         Self { shared, threads }
     }
 
     /// A new unit; nothing is loaded yet.
     ///
     /// # Errors
-    /// [`Error::Budget`] where it could never be loaded.
+    /// [`Error::Budget`] where it is larger than the budget.
     pub fn add(&self, source: Arc<dyn Source<V>>) -> Result<Unit> {
         let bytes = source.bytes();
         let mut state = self.shared.lock();
@@ -174,8 +149,13 @@ impl<V: Send + Sync + 'static> Residency<V> {
 
     /// Says that requests wait for a unit, the first of them with that rank; `None` where none waits any more.
     ///
+    /// The unit is loaded if it is not resident, those of the least rank first, and once resident it is not evicted for a
+    /// unit of the same or a greater one. [`Event::Loaded`] or [`Event::Failed`] tells the end. A retired unit is
+    /// ignored.
+    ///
     /// # Errors
-    /// [`Error::Budget`] where the unit is larger than the budget, which may have changed since it was added.
+    /// [`Error::Budget`] where the unit is larger than the budget, which may have changed since it was added. What was
+    /// said before stays.
     pub fn want(&self, unit: Unit, rank: Option<Rank>) -> Result<()> {
         self.shared.change(|state| {
             let bytes = state.ledger.bytes(unit);
@@ -189,7 +169,8 @@ impl<V: Send + Sync + 'static> Residency<V> {
         })
     }
 
-    /// Loads a unit where there is room for it, evicting only what nobody waits for.
+    /// Loads a unit that requests may soon want, after all that requests wait for, evicting only what nobody uses or
+    /// waits for. Forgotten where there is no such room; a load gives way to what requests wait for.
     pub fn prefetch(&self, unit: Unit) {
         self.shared.change(|state| state.ledger.hint(unit));
     }
@@ -197,24 +178,17 @@ impl<V: Send + Sync + 'static> Residency<V> {
     /// The value of a resident unit, which stays until the lease is dropped; `None` where it is not resident.
     #[must_use]
     pub fn pin(&self, unit: Unit) -> Option<Lease<V>> {
-        self.shared.change(|state| {
-            let value = state.units.get(&unit)?.value.clone()?;
-            state.ledger.pin(unit).then(|| Lease { unit, value, shared: self.shared.clone() })
-        })
+        self.shared.pin(unit)
     }
 
-    /// Forgets a unit as soon as its last lease ends. It is not loaded again.
+    /// Forgets a unit as soon as its last lease ends. It is not loaded again, and nobody is told who waits for it.
     pub fn retire(&self, unit: Unit) {
-        self.shared.change(|state| {
-            state.ledger.retire(unit);
-            if state.ledger.place(unit).is_none() {
-                state.units.remove(&unit);
-            }
-        });
+        self.shared.change(|state| state.ledger.retire(unit));
     }
 
-    /// Changes the budget. Where it becomes smaller, what nobody uses leaves now, and what is pinned when its lease ends;
-    /// nothing is loaded before there is room under the new one.
+    /// Changes the budget. Where it becomes smaller, units leave and loads are stopped until the rest fits, what requests
+    /// wait for last; what is pinned leaves when its lease ends. Nothing is loaded before there is room under the new
+    /// budget, and units that are larger than it fail where requests wait for them.
     pub fn set_budget(&self, budget: Option<u64>) {
         self.shared.change(|state| state.ledger.set_budget(budget));
     }
@@ -225,7 +199,7 @@ impl<V: Send + Sync + 'static> Residency<V> {
         self.shared.lock().ledger.place(unit)
     }
 
-    /// What has happened since the start, and the state of the budget.
+    /// The state of the budget, and what has happened since the start.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let state = self.shared.lock();
@@ -233,13 +207,14 @@ impl<V: Send + Sync + 'static> Residency<V> {
         Snapshot { budget: ledger.budget(), used: ledger.used(), pinned: ledger.pinned(), counters: ledger.counters() }
     }
 
-    /// The events since the last call, in the order in which they happened.
+    /// The events since the last call, in the order in which they happened. They are kept until they are taken.
     #[must_use]
     pub fn take_events(&self) -> Vec<Event> {
         self.shared.lock().events.drain(..).collect()
     }
 
-    /// As [`Residency::take_events`], but waits until there is one.
+    /// As [`Residency::take_events`], but waits until there is one: for ever, where nothing is being loaded and nobody
+    /// else does anything.
     #[must_use]
     pub fn wait_for_events(&self) -> Vec<Event> {
         let mut state = self.shared.lock();
@@ -255,7 +230,7 @@ impl<V: Send + Sync + 'static> Residency<V> {
 pub struct Snapshot {
     /// The most bytes that may be in memory.
     pub budget: Option<u64>,
-    /// Bytes that are spoken for: of units that are loading, resident, or not given back yet.
+    /// Bytes that are reserved: of units that are loading, resident, or evicted and not given back yet.
     pub used: u64,
     /// Of these, bytes of units with a lease.
     pub pinned: u64,
@@ -264,86 +239,15 @@ pub struct Snapshot {
 }
 
 impl<V: Send + Sync + 'static> Drop for Residency<V> {
-    /// Stops loads that are under way and waits for their end.
+    /// Stops loads that are under way, and waits for their end and until all values without a lease are dropped. Leases
+    /// may outlive the residency.
     fn drop(&mut self) {
-        let values: Vec<_> = {
-            let mut state = self.shared.lock();
-            state.closed = true;
-            for content in state.units.values() {
-                if let Some(stop) = &content.stop {
-                    stop.store(true, Ordering::Relaxed);
-                }
-            }
-            state.units.drain().collect()
-        };
-        self.shared.work.notify_all();
-        self.shared.happened.notify_all();
-        drop(values);
+        self.shared.close();
         for thread in self.threads.drain(..) {
-            let _ = thread.join(); // a load that panics is reported, and ends no thread
-        }
-    }
-}
-
-impl<V> Shared<V> {
-    /// A thread that panicked while it held the lock did so in a policy; the ledger is whole before and after each call.
-    fn lock(&self) -> MutexGuard<'_, State<V>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Changes something, and carries out what follows from it.
-    fn change<T>(&self, change: impl FnOnce(&mut State<V>) -> T) -> T {
-        let mut state = self.lock();
-        let result = change(&mut state);
-        let dropped = state.follow();
-        let (loads, untold) = (state.ledger.has_loads(), state.untold);
-        drop(state);
-        if loads {
-            self.work.notify_all();
-        }
-        if untold {
-            self.happened.notify_all();
-        }
-        drop(dropped); // gives rooms back, which comes here again
-        result
-    }
-}
-
-impl<V> State<V> {
-    fn report(&mut self, event: Event) {
-        self.events.push_back(event);
-        self.untold = true;
-    }
-
-    /// Carries out what the ledger says is to be done. Returns the values to be dropped once the lock is not held.
-    fn follow(&mut self) -> Vec<Arc<V>> {
-        let mut orders = Vec::new();
-        self.ledger.plan(&mut orders);
-        let mut dropped = Vec::new();
-        for order in orders {
-            match order {
-                Order::Stop(unit) => {
-                    if let Some(stop) = self.units.get(&unit).and_then(|content| content.stop.as_ref()) {
-                        stop.store(true, Ordering::Relaxed);
-                    }
-                }
-                Order::Evict(unit) => {
-                    dropped.extend(self.units.get_mut(&unit).and_then(|content| content.value.take()));
-                    self.report(Event::Evicted(unit));
-                }
+            // Its last owner may be a value or a callback, dropped by one of its own threads.
+            if thread.thread().id() != thread::current().id() {
+                let _ = thread.join(); // whatever panicked has said so
             }
         }
-        dropped
-    }
-}
-
-impl<V: Send + Sync + 'static> Release for Shared<V> {
-    fn release(&self, unit: Unit) {
-        self.change(|state| {
-            state.ledger.released(unit);
-            if state.ledger.place(unit).is_none() {
-                state.units.remove(&unit);
-            }
-        });
     }
 }

@@ -1,31 +1,52 @@
-//! The threads that load, and the one that tells the owner of events.
+//! The threads of a residency: those that load, the one that notifies the owner of events, and the one that drops what
+//! was evicted.
 
 use std::any::Any;
+use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Instant;
 
+use super::shared::{Loaded, Room, Shared};
 use super::sync::{AtomicBool, PoisonError, thread};
-use super::{Event, Release, Room, Shared, Source, Spoken, Unit};
+use super::{Event, Source, Unit};
 use crate::error::{Error, Result};
 
 /// Starts a thread that calls `notify` when there are events, until the residency is closed.
-pub(super) fn start_telling<V: Send + Sync + 'static>(
+pub(super) fn start_notifying<V: Send + Sync + 'static>(
     shared: Arc<Shared<V>>,
     notify: impl Fn() + Send + 'static,
 ) -> thread::JoinHandle<()> {
     thread::spawn(move || {
         loop {
             let mut state = shared.lock();
-            while !state.untold && !state.closed {
+            while !state.unnotified && !state.closed {
                 state = shared.happened.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
-            state.untold = false;
             if state.closed {
                 return;
             }
+            state.unnotified = false;
             drop(state);
             notify();
+        }
+    })
+}
+
+/// Starts a thread that drops what was evicted or forgotten, until the residency is closed and nothing is left to drop.
+pub(super) fn start_discarding<V: Send + Sync + 'static>(shared: Arc<Shared<V>>) -> thread::JoinHandle<()> {
+    thread::spawn(move || {
+        loop {
+            let mut state = shared.lock();
+            while state.discard.is_empty() && !state.closed {
+                state = shared.discarded.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            let discard = mem::take(&mut state.discard);
+            drop(state);
+            if discard.is_empty() {
+                return;
+            }
+            drop(discard); // gives rooms back, for which the lock is taken again
         }
     })
 }
@@ -58,9 +79,7 @@ fn next<V: Send + Sync + 'static>(shared: &Arc<Shared<V>>) -> Option<Job<V>> {
             let content = state.units.get_mut(&unit).expect("a unit of the ledger has a source");
             let stop = Arc::new(AtomicBool::new(false));
             content.stop = Some(stop.clone());
-            let to: Weak<dyn Release> = Arc::downgrade(shared) as Weak<dyn Release>;
-            let room = Room(Arc::new(Spoken { unit, to }));
-            return Some(Job { unit, source: content.source.clone(), room, stop });
+            return Some(Job { unit, source: content.source.clone(), room: shared.room(unit), stop });
         }
         state = shared.work.wait(state).unwrap_or_else(PoisonError::into_inner);
     }
@@ -68,23 +87,24 @@ fn next<V: Send + Sync + 'static>(shared: &Arc<Shared<V>>) -> Option<Job<V>> {
 
 impl<V: Send + Sync + 'static> Job<V> {
     fn run(self, shared: &Shared<V>) {
-        let (start, room) = (Instant::now(), self.room.clone());
+        let start = Instant::now();
         // Unwind safe: nothing of a load that panics is used again.
-        let loaded = catch_unwind(AssertUnwindSafe(|| self.source.load(room, &self.stop)));
+        let loaded = catch_unwind(AssertUnwindSafe(|| self.source.load(self.room.clone(), &self.stop)));
         let loaded = loaded.unwrap_or_else(|panic| Err(Error::Panic(text_of(&*panic))));
+        let loaded = loaded.map(|value| Loaded { value, room: self.room.clone() });
         self.finish(shared, loaded, start.elapsed().as_secs_f64());
-        // The room is given back only now, after the ledger knows how the load ended.
+        // What is left of the room is given back only now, when the ledger knows how the load ended.
     }
 
     /// Enters the outcome.
-    fn finish(&self, shared: &Shared<V>, loaded: Result<V>, seconds: f64) {
+    fn finish(&self, shared: &Shared<V>, loaded: Result<Loaded<V>>, seconds: f64) {
         let unit = self.unit;
         let unwanted = shared.change(|state| {
             let Some(content) = state.units.get_mut(&unit).filter(|_| !state.closed) else { return Some(loaded) };
             content.stop = None;
             match loaded {
-                Ok(value) if state.ledger.loaded(unit) => {
-                    content.value = Some(Arc::new(value));
+                Ok(loaded) if state.ledger.loaded(unit) => {
+                    content.value = Some(Arc::new(loaded));
                     state.report(Event::Loaded(unit, seconds));
                 }
                 Err(error) if state.ledger.failed(unit) => state.report(Event::Failed(unit, error)),
@@ -92,7 +112,7 @@ impl<V: Send + Sync + 'static> Job<V> {
             }
             None
         });
-        drop(unwanted); // what was loaded gives its memory back, without the lock
+        drop(unwanted); // of a load that was stopped: without the lock
     }
 }
 
