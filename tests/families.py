@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -191,6 +194,18 @@ class HandDelta:
 
 def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def write_delta(path: Path, *, pages: int = 1, fill: float = 1.0, files: Sequence[Path] = ()) -> Path:
+    """A delta directory of one vector, which takes so many pages of 4 KiB in memory."""
+    with TemporaryDirectory() as folder:
+        save_file({"w": torch.zeros(1024 * pages)}, f"{folder}/model.safetensors")
+        base = _native.Checkpoint(folder, ["model.safetensors"])
+    entry = {"name": "w", "kind": "replaced", "shape": [1024 * pages], "dtype": "F32", "bytes": 0, "bpw": 0.0}
+    entry |= {"relative_error": 0.0, "tensors": {}}
+    value = torch.full((1024 * pages,), fill).numpy().tobytes()
+    _native.write(base, path, [json.dumps(entry)], lambda _: [value], files, "{}", "", lambda *_: None)
+    return path
 
 
 def hand_delta(base: Path, tuned: Path) -> HandDelta:

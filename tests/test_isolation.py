@@ -142,22 +142,29 @@ def test_a_tokenizer_that_raises_ends_its_own_request(engine: Engine, step: str,
     settle(engine)
 
 
-def test_an_expert_that_cannot_be_installed_fails_its_requests_alone(engine: Engine, monkeypatch: Any) -> None:
+def test_an_expert_that_cannot_be_installed_fails_its_requests_alone(
+    engine: Engine, folder: Path, monkeypatch: Any
+) -> None:
     expected = engine.generate(PROMPT, expert="b", max_new_tokens=5)
-    wrong, right = requests_of(engine, ["a", "b"], max_new_tokens=5)
-    residency = engine._worker.pool.residency
-    admit = residency.admit
+    engine.add_expert("wrong", folder / "experts" / "a")
+    wrong, right = requests_of(engine, ["wrong", "b"], max_new_tokens=5)
+    layers = engine._worker.layers
+    install = layers.install
 
-    def broken(expert: Any) -> bool:
-        if expert.name == "a":
+    def broken(slot: int, sites: Any, *, tied: bool) -> None:
+        install(slot, sites, tied=tied)
+        if wrong.expert.slot == slot:
             raise ValueError("codes of another shape")
-        return admit(expert)
 
-    monkeypatch.setattr(residency, "admit", broken)
+    monkeypatch.setattr(layers, "install", broken)
     engine._worker.submit([wrong, right])
-    with pytest.raises(MeswitchError, match="could not be admitted: ValueError: codes of another shape"):
+    with pytest.raises(MeswitchError, match="'wrong' could not be loaded: ValueError: codes of another shape"):
         wrong.result()
     assert right.result() == expected
+    with pytest.raises(ValueError, match="codes of another shape"):  # it is not tried again at once
+        engine.generate(PROMPT, expert="wrong")
+    assert "codes of another shape" in engine.experts["wrong"]["error"]
+    engine.remove_expert("wrong")
     settle(engine)
 
 

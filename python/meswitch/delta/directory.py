@@ -85,8 +85,11 @@ class Delta:
 
     def load(self) -> dict[str, Site]:
         """Reads and checks all tensors: one piece of memory of `memory_bytes`, kept while any tensor of it is alive."""
-        native, tensors = self.native, self.native.tensors()
-        memory = from_dlpack(tensors.dlpack())
+        return self.sites_of(self.native.tensors())
+
+    def sites_of(self, tensors: _native.Tensors) -> dict[str, Site]:
+        """All sites, over the tensors of this delta that were read before."""
+        native, memory = self.native, from_dlpack(tensors.dlpack())
         return {name: _site(_entry(native, name), tensors, memory) for name in native.names()}
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from meswitch.engine.loading import Settings
 from meswitch.engine.model import ServedModel
 from meswitch.engine.preparation import Preparation
 from meswitch.engine.prompt import Conversation, Prompt, conversations_of, one_prompt, prompts_of
@@ -18,7 +19,7 @@ from meswitch.engine.request import Answer, Request
 from meswitch.engine.routing import Routing, ServedBase, open_router
 from meswitch.engine.sampling import check_whole_number
 from meswitch.engine.stream import TextStream
-from meswitch.engine.worker import Settings, Worker
+from meswitch.engine.worker import Worker
 from meswitch.errors import RequestError
 from meswitch.huggingface.checkpoint import resolve
 from meswitch.kernels.select import usable_device, usable_dtype
@@ -38,7 +39,8 @@ class Engine:
     (without: what four full contexts need, 1 GiB at most); `device_budget` is refused, since deltas lie in the host's
     memory. `max_batch_tokens`: the tokens of one step; longer prompts are split.
     `max_waiting`: how many requests may wait for a place in the batch before further ones are refused (no bound
-    without).
+    without). `max_experts`: the most experts whose requests run at a time (no bound without). `eviction`: which idle
+    expert leaves first when another needs its room.
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong
@@ -66,6 +68,8 @@ class Engine:
         kernels: str = "auto",
         max_batch_tokens: int = 512,
         max_waiting: int | None = None,
+        max_experts: int | None = None,
+        eviction: str = "lru",
     ) -> None:
         if device_budget is not None:
             raise RequestError(
@@ -82,6 +86,8 @@ class Engine:
             kv_budget=parse_bytes(kv_budget, "kv_budget"),
             max_batch_tokens=check_whole_number("max_batch_tokens", max_batch_tokens, least=1),
             max_waiting=None if max_waiting is None else check_whole_number("max_waiting", max_waiting, least=1),
+            max_experts=None if max_experts is None else check_whole_number("max_experts", max_experts, least=1),
+            eviction=eviction,
         )
         router = open_router(router, settings.base)
         self._worker = worker = Worker(settings)
@@ -101,35 +107,70 @@ class Engine:
 
     @property
     def experts(self) -> dict[str, dict[str, Any]]:
-        """By name: `path`, `residency`, `bytes`, `bpw`, `uses`, `served`, and the `error` of one that is broken."""
+        """By name: `path`, `residency` ("disk" or "host"), `bytes`, `bpw`, `uses`, `pinned`, the `error` of one that
+        cannot be served, and since the start: `requests` that were answered, their `tokens`, `hits` and `misses` (was
+        it in memory when a request came), `loads`, `evictions`; and of the latest, as `p50` and `p99`: `load_ms`,
+        `queue_ms` (from the call until it is in the batch), `first_token_ms`, `tokens_per_second`."""
         return self._worker.pool.describe()
 
     def add_expert(self, name: str, path: str | Path) -> None:
         """Adds or replaces an expert; requests in flight finish on the one they began with.
 
-        It is opened and checked on the calling thread. Raises what is wrong with it, or `EngineClosedError`.
+        It is opened and checked on the calling thread, and loaded when it is asked for. Raises what is wrong with it,
+        or `EngineClosedError`.
         """
         with self._unless_closed():
-            expert = self._worker.pool.open(name, Path(path))
-            try:
-                self._worker.call(lambda: self._worker.pool.put(expert), calls_model=False)
-            except BaseException:
-                expert.delta.close()
-                raise
+            self._worker.pool.add(name, Path(path))
 
     def remove_expert(self, name: str) -> None:
         """Removes an expert; requests in flight finish on it. Raises `ExpertNotFoundError`, `EngineClosedError`."""
         with self._unless_closed():
-            self._worker.call(lambda: self._worker.pool.remove(name), calls_model=False)
+            self._worker.pool.remove(name)
+
+    def prefetch(self, name: str) -> None:
+        """Loads an expert in the background, if there is room for it beside those in use or waited for.
+
+        Raises `ExpertNotFoundError`, what is wrong with the expert, or `EngineClosedError`.
+        """
+        with self._unless_closed():
+            self._worker.pool.prefetch(name)
+
+    def pin(self, name: str) -> None:
+        """Loads an expert as soon as there is room for it, and never evicts it from then on.
+
+        What replaces it is pinned too. Raises `BudgetError` where the pinned experts exceed `host_budget`, and what
+        `prefetch` raises.
+        """
+        with self._unless_closed():
+            self._worker.pool.pin(name)
+
+    def unpin(self, name: str) -> None:
+        """Lets an expert be evicted again. Raises `ExpertNotFoundError`, `EngineClosedError`."""
+        with self._unless_closed():
+            self._worker.pool.unpin(name)
+
+    def set_host_budget(self, budget: int | str | None) -> None:
+        """Changes `host_budget`. Under a smaller one idle experts leave now, and those in use when their requests end;
+        until then nothing is loaded. Waiting requests for an expert that is larger fail with a `BudgetError`."""
+        with self._unless_closed():
+            self._worker.pool.residency.set_budget(parse_bytes(budget, "host_budget"))
 
     def stats(self) -> dict[str, Any]:
         """A snapshot, which waits for nobody: sizes in bytes, and counts since the start.
 
         `requests`: `running` are in the batch, `waiting` are not yet; every other that was accepted is `finished`,
-        `failed` or `cancelled`. `steps`, `step_tokens`, `kv` (`bytes`, and `tokens` that one request can have), `host`
-        (`budget`, `bytes`, `hits`, `misses`, `evictions`), `experts` as above.
+        `failed` or `cancelled`. `steps`, `step_tokens`, `kv` (`bytes`, and `tokens` that one request can have).
+        `host`: `budget`, `bytes` (spoken for by experts that are loading, in memory or not given back yet),
+        `pinned_bytes` (in use), `hits`, `misses`, `loads`, `failed_loads`, `stopped_loads`, `evictions`,
+        `loaded_bytes`. `answered`: what each of `experts` says of its requests, over all and the base.
         """
-        return {**self._worker.counters(), "host": self._worker.pool.residency.counters(), "experts": self.experts}
+        worker = self._worker
+        return {
+            **worker.counters(),
+            "host": worker.pool.residency.counters(),
+            "answered": worker.counts.describe(),
+            "experts": self.experts,
+        }
 
     def close(self, *, drain: bool = False, timeout: float | None = None) -> None:
         """Ends the engine and frees its memory. Calls that are made from now on raise `EngineClosedError`.
@@ -178,7 +219,8 @@ class Engine:
         or `min_p` is given; `chat` samples where that file says `do_sample`. `temperature=0` is greedy. What that file
         asks for and the engine has not (beams, guidance, `max_time`, …) is logged as a warning when the expert is
         opened. `timeout` (none): seconds from the call on, looked at between steps, after which a request that has not
-        ended fails.
+        ended fails. `priority`: `"interactive"`, or `"batch"` for what can wait: it enters the batch after all that is
+        interactive, but after 30 seconds as if it were.
 
         The same seed gives the same draws whoever else is in the batch, and in an engine with `exact=True` the same
         text. In others the last bits of logits depend on how many tokens a step has: in bfloat16 a near tie may fall

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from meswitch.batching.sampler import SamplingState
 from meswitch.engine.encoder import PromptEncoder
 from meswitch.engine.model import ServedModel
-from meswitch.engine.request import Request, deadline_of
+from meswitch.engine.request import Request, deadline_of, priority_of
 from meswitch.engine.routing import Routing, expert_of_each
 from meswitch.engine.sampling import SamplingSettings, random_generator, seed_of_each
 from meswitch.engine.text import TextDecoder
@@ -41,13 +41,14 @@ class Preparation:
         seeds = seed_of_each(keywords.pop("seed", None), len(prompts))
         names = expert_of_each(expert, len(prompts), routed=self._routing.available)
         deadline = deadline_of(keywords.pop("timeout", None))
+        priority = priority_of(keywords.pop("priority", "interactive"))
         sampling = SamplingSettings.from_keywords(keywords)
         resolved = self._routing.resolve(names, lambda i: self._encoder.routing_text(prompts[i]))
         requests: list[Request] = []
         try:
             for prompt, (name, route), seed in zip(prompts, resolved, seeds, strict=True):
                 request = self._request(prompt, name, route, sampling, seed, chat=chat)
-                request.deadline = deadline
+                request.deadline, request.priority = deadline, priority
                 requests.append(request)
         except BaseException:
             self.release(requests)

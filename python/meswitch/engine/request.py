@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from meswitch.batching.sampler import SamplingState
 from meswitch.engine.text import TextDecoder
@@ -35,6 +35,9 @@ class Answer:
     prompt_tokens: int = 0
 
 
+Priority: TypeAlias = Literal["interactive", "batch"]
+
+
 @dataclass(frozen=True)
 class Deadline:
     """When a request must have ended: `at` on the clock of `time.monotonic`, `seconds` after it was made."""
@@ -50,6 +53,14 @@ def deadline_of(timeout: Any) -> Deadline | None:
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
         raise RequestError(f"timeout: expected seconds, a number above 0, found {timeout!r}")
     return Deadline(time.monotonic() + timeout, timeout)
+
+
+def priority_of(value: Any) -> Priority:
+    """A priority that was given. Raises `RequestError`."""
+    if value not in get_args(Priority):
+        raise RequestError(f"priority: expected 'interactive' or 'batch', found {value!r}")
+    priority: Priority = value
+    return priority
 
 
 class Request:
@@ -76,6 +87,11 @@ class Request:
         self.id = f"request-{next(self._ids)}"
         self.ids, self.expert, self.sampling, self.limit, self.eos = ids, expert, sampling, limit, eos
         self.decoder, self.route = decoder, route
+        self.priority: Priority = "interactive"
+        self.rank = 0  # among those that wait, see `engine.admission`
+        self.waits_since = 0.0
+        self.arrived = self.admitted = time.monotonic()
+        self.first_token: float | None = None  # when it came
         self.deadline: Deadline | None = None
         self.tokens: list[int] = []
         self.ended = False
@@ -91,6 +107,7 @@ class Request:
     def accept(self, token: int) -> None:
         """Adds a generated token, and hands out the text that it makes certain."""
         self.tokens.append(token)
+        self.first_token = self.first_token or time.monotonic()
         if token not in self.eos:
             self._emit(self.decoder.add(token))
 

@@ -10,67 +10,38 @@ has a result. A caller acquires its request's expert; it is released here, when 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from transformers import LogitsProcessorList
-
 from meswitch.batching import attention
-from meswitch.batching.bridge import PagedBatch
-from meswitch.batching.cache import CachePlan, cache_geometry, plan_cache
-from meswitch.batching.compatibility import check_supported, check_transformers
-from meswitch.batching.sampler import RequestSampler, SamplingState
-from meswitch.batching.scheduler import ExpertScheduler, RequestSlot
+from meswitch.batching.scheduler import RequestSlot
 from meswitch.batching.step import NewToken
 from meswitch.engine.admission import AdmissionQueue
 from meswitch.engine.inbox import Inbox
+from meswitch.engine.loading import Settings, load_base
 from meswitch.engine.registry import Registry
 from meswitch.engine.request import Request
-from meswitch.errors import BudgetError, EngineClosedError, MeswitchError, UnsupportedModelError
+from meswitch.errors import EngineClosedError, MeswitchError
+from meswitch.experts.catalogue import Expert
+from meswitch.experts.counts import ExpertCounts
 from meswitch.experts.pool import ExpertPool
-from meswitch.experts.settings import SettingsReader
-from meswitch.huggingface.checkpoint import Checkpoint
-from meswitch.huggingface.config import context_limit
-from meswitch.huggingface.models import load_model, own_weights
-from meswitch.kernels.invariance import BatchInvariance
 from meswitch.kernels.rows import BASE_SLOT
-from meswitch.kernels.select import select_kernels
-from meswitch.layers.install import ExpertLayers
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_DEFAULT_KV_BYTES = 2**30
-
-
-@dataclass
-class Settings:
-    """What an engine was made with, checked. Budgets are bytes."""
-
-    base: Path
-    dtype: Any
-    exact: bool
-    kernels: str
-    device: torch.device
-    host_budget: int | None
-    kv_budget: int | None
-    max_batch_tokens: int
-    max_waiting: int | None
+_LOOK_SECONDS = 0.05  # how often requests that wait are looked at where nothing runs
 
 
 class Worker(threading.Thread):
     """The thread that owns the model. Other threads reach it through `submit`, `inbox.post` and `call`.
 
     `ready` gets a result once the model is loaded, or what went wrong. `registry`: every request that has not ended;
-    `queue`: those that are not admitted yet; `live`: by id, those in the batch. `steps` and `step_tokens` may be read
-    from any thread.
+    `queue`: those that are not admitted yet; `live`: by id, those in the batch; `running`: their experts. `steps`,
+    `step_tokens` and `counts`, over all experts and the base, may be read from any thread.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -79,8 +50,10 @@ class Worker(threading.Thread):
         self.ready: Future[None] = Future()
         self.inbox = Inbox()
         self.registry = Registry(settings.max_waiting)
-        self.queue = AdmissionQueue()
         self.live: dict[str, Request] = {}
+        self.running: set[Expert] = set()
+        self.counts = ExpertCounts()
+        self._idle = False
         self.steps = self.step_tokens = 0
 
     # from any thread
@@ -161,80 +134,25 @@ class Worker(threading.Thread):
 
     def _load(self) -> None:
         settings = self.settings
-        check_transformers(settings.device)
-        base = Checkpoint(settings.base)
-        model = load_model(base, settings.dtype or "auto", check=check_supported).to(settings.device)
-        own_weights(model)
-        base.sample()  # what experts are compared with, taken now: the file may be cut while it is served
-        self.model: Any = model.eval().requires_grad_(False)
-        if settings.exact and model._can_set_experts_implementation():
-            model.set_experts_implementation("eager")  # products of rows with one matrix, which can be kept apart
-        self.text_config = model.config.get_text_config(decoder=True)
-        kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
-        self.layers: Any = ExpertLayers(model, kernels, run=self.call)
-        self._start_batching()
-        self.settings_reader = SettingsReader(settings.base, self.text_config)
+        loaded = load_base(settings, self.call)
+        self.model: Any = loaded.model
+        self.layers: Any = loaded.layers
+        self.batch: Any = loaded.batch
+        self.scheduler: Any = loaded.batch.scheduler
+        self.sampler: Any = loaded.sampler
+        self.plan, self.kv_tokens = loaded.plan, loaded.batch.kv_tokens
+        self.text_config, self.settings_reader = loaded.text_config, loaded.settings_reader
+        self._arithmetic, self._plain_attention = loaded.arithmetic, loaded.plain_attention
         self.pool = ExpertPool(
             self.layers,
-            base,
+            loaded.base,
             self.settings_reader,
             budget=settings.host_budget,
-            closed=self.scheduler.forget,
+            policy=settings.eviction,
+            closed=lambda salt: self.inbox.post(lambda: self.scheduler.forget(salt)),
+            notify=lambda: self.inbox.post(lambda: None),
         )
-        self._try_step()
-
-    def _start_batching(self) -> None:
-        exact, paged = self.settings.exact, attention.can_be_paged(self.model)
-        self._arithmetic = BatchInvariance if exact else contextlib.nullcontext
-        plan_attention = attention.plan_invariant_attention if exact else attention.plan_attention
-        self.plan = plan = self._plan_cache(masks=not paged)
-        self.sampler: Any = RequestSampler()
-        self._plain_attention = attention.plain_attention(self.model)
-        try:
-            self.batch: Any = PagedBatch(
-                self.model,
-                page_size=plan.page_size,
-                blocks=plan.blocks,
-                max_batch_tokens=plan.max_batch_tokens,
-                scheduler=ExpertScheduler,
-                sampler=self.sampler,
-                attention=attention.PAGED if paged else None,
-                plan_attention=plan_attention if paged else None,
-            )
-        except MemoryError as error:
-            raise BudgetError(f"kv_budget: {plan.nbytes} bytes do not fit this machine: {error}") from error
-        plan.check(self.batch.nbytes)
-        self.scheduler: Any = self.batch.scheduler
-        self.kv_tokens: int = self.batch.kv_tokens
-
-    def _plan_cache(self, *, masks: bool) -> CachePlan:
-        steps = self.settings.max_batch_tokens
-        geometry = cache_geometry(self.text_config, self.model.dtype, masks=masks)
-        budget = self.settings.kv_budget
-        if budget is None:
-            tokens = max(4 * context_limit(self.text_config)[0], 8192)
-            budget = min(geometry.need(tokens, steps), max(_DEFAULT_KV_BYTES, geometry.need(512, steps)))
-        return plan_cache(self.text_config, self.model.dtype, budget, max_batch_tokens=steps, masks=masks)
-
-    def _try_step(self) -> None:
-        """One token through the base, so that a model that asks for more than a step gives is refused at start."""
-        name = "start"
-        self.scheduler.slots[name] = RequestSlot()
-        self.sampler.states[name] = SamplingState(LogitsProcessorList(), self.layers.outputs)
-        self.batch.add(name, [0], 1, ())
-        self.batch.prepare()
-        try:
-            with self._arithmetic():
-                self.batch.run()
-        except MeswitchError:
-            raise
-        except Exception as error:  # whatever a model does with a cache that is not its own
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} cannot run under continuous batching: its first step failed: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        self.batch.update()
-        del self.scheduler.slots[name], self.sampler.states[name]
+        self.queue = AdmissionQueue(self.pool.residency, settings.max_experts)
 
     def _end(self, reason: BaseException) -> None:
         """Fails every request that is still open, whatever ended the thread, and releases the model."""
@@ -246,32 +164,54 @@ class Worker(threading.Thread):
                 close()
             except Exception:
                 _log.exception("the engine could not be closed in order")
-        self.live, self.queue = {}, AdmissionQueue()
+        self.live, self.running = {}, set()
         self.batch = self.model = self.scheduler = self.layers = self.sampler = None
 
     # on the thread: one turn
 
     def _turn(self) -> None:
         """Jobs first, then who is late, then who can be admitted, then one step."""
-        self.inbox.run(wait=not self.live and not self.queue)
+        # Without a step to run, until a job comes; loads end with one. While some wait, their time must be looked at.
+        self.inbox.run(wait=self._idle, timeout=_LOOK_SECONDS if self.queue else None)
         for request, error in self.registry.expired(time.monotonic()):
             self._fail(request, error)
+        self._update_residency()
         self._admit()
+        self._idle = not self.live
         if self.live and not self._step():
             self.inbox.run(wait=True, timeout=0.01)  # nothing could be scheduled: do not spin
 
     def _enqueue(self, requests: list[Request]) -> None:
-        self.queue.add(request for request in requests if request in self.registry)  # it may be late already
+        accepted = [request for request in requests if request in self.registry]  # it may be late already
+        for request in accepted:
+            if request.expert is not None:
+                self.pool.residency.ask(request.expert)
+        self.queue.add(accepted)
+
+    def _update_residency(self) -> None:
+        """Puts experts that were loaded into the layers, takes out those that were evicted, and fails requests whose
+        expert cannot be loaded."""
+        changed, failed = self.pool.residency.update()
+        for expert in changed:
+            self.queue.refresh(expert)
+        for expert, error in failed:
+            self.pool.fail(expert, error)
+            for request in self.queue.of(expert):
+                self._fail(request, _typed(f"expert {expert.name!r} could not be loaded", error))
 
     def _admit(self) -> None:
         """Fills the batch up to what one step takes, in the order of `queue`."""
-        self.queue.retry()
-        while len(self.live) < self.scheduler.max_requests and (request := self.queue.take()) is not None:
+        while len(self.live) < self.scheduler.max_requests:
+            request = self.queue.next(self.running)
+            if request is None:
+                return
+            expert = request.expert
+            if expert is not None and not self.pool.residency.pin(expert):
+                self._update_residency()  # it was evicted since
+                continue
+            self.queue.discard(request)
             try:
-                if request.expert is None or self.pool.residency.admit(request.expert):
-                    self._add(request)
-                else:
-                    self.queue.block(request)
+                self._add(request)
             except Exception as error:
                 self._fail(request, _typed("the request could not be admitted", error))
 
@@ -320,8 +260,20 @@ class Worker(threading.Thread):
             self._fail(request, _typed("the tokens could not be decoded", error), finished=new.finished)
             return
         if answer is not None:
+            self._count(request)
             self._release(request, finished=new.finished)
             self.registry.finish(request, answer)
+
+    def _count(self, request: Request) -> None:
+        """Counts a request that was answered."""
+        now = time.monotonic()
+        for counts in (self.counts, *(() if request.expert is None else (request.expert.counts,))):
+            counts.count(
+                tokens=len(request.tokens),
+                waited=request.admitted - request.arrived,
+                first=(request.first_token or now) - request.arrived,
+                rest=now - (request.first_token or now),
+            )
 
     def _fail_step(self, error: MeswitchError) -> None:
         """Fails the requests of a step that raised, or all where it is not known whose step it was."""
@@ -335,8 +287,13 @@ class Worker(threading.Thread):
     def _add(self, request: Request) -> None:
         """Puts an admitted request into the batch."""
         expert = request.expert
-        slot = RequestSlot() if expert is None else RequestSlot(expert.slot or 0, expert.salt)
         self.live[request.id] = request
+        request.admitted = time.monotonic()
+        slot = RequestSlot()
+        if expert is not None:
+            assert expert.slot is not None
+            slot = RequestSlot(expert.slot, expert.salt)
+            self.running.add(expert)
         self.scheduler.slots[request.id] = slot
         self.sampler.states[request.id] = request.sampling
         self.batch.add(request.id, request.ids, request.limit, request.eos)
@@ -353,6 +310,8 @@ class Worker(threading.Thread):
             self.sampler.states.pop(request.id, None)
             if expert is not None:
                 self.pool.residency.unpin(expert)
+                if not expert.leases:
+                    self.running.discard(expert)
         if expert is not None:
             self.pool.release(expert)
 

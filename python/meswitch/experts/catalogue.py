@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from meswitch.errors import ExpertNameError
+from meswitch.experts.counts import ExpertCounts
+from meswitch.experts.failure import Failure
 from meswitch.experts.settings import ModelSettings
 from meswitch.site import Site
 
@@ -27,27 +29,31 @@ class Expert:
     """One fine-tune that requests can name.
 
     It is opened (`delta`, `settings`; `nbytes`: the memory that it takes while resident, `bpw`: the delta's) or broken
-    (`error`). `tied`:
-    whether its lm_head is its embeddings. `vocabulary` and `outputs`: token ids that it reads, and those it can answer
-    with. `salt` keeps its prefix-cache pages apart from other experts' and earlier generations'. `slot`: its adapter
-    slot while resident. `uses` and `pins` count requests that have acquired it and that run on it.
+    (`failure`). `tied`: whether its lm_head is its embeddings. `vocabulary` and `outputs`: token ids that it reads, and
+    those it can answer with. `salt` keeps its prefix-cache pages apart from other experts' and earlier generations'.
+    `unit`: its number in the native residency. `slot`: its adapter slot while resident. `uses` counts requests that
+    have acquired it, `leases` keep it in memory, one for each request that runs on it. `pinned`: it is not evicted
+    once it is resident, by `kept`. `counts` go on when the expert is replaced.
     """
 
     name: str
     path: Path | None = None
     delta: Any = None
     settings: ModelSettings | None = None
-    error: BaseException | None = None
+    failure: Failure | None = None
     nbytes: int = 0
     bpw: float | None = None
     tied: bool = True
     vocabulary: int = 0
     outputs: int = 0
     salt: int = 0
+    unit: int | None = None
     slot: int | None = None
     uses: int = 0
-    pins: int = 0
-    served: int = 0
+    leases: list[Any] = field(default_factory=list)
+    pinned: bool = False
+    kept: Any = None
+    counts: ExpertCounts = field(default_factory=ExpertCounts)
 
     @property
     def outline(self) -> Iterable[Site]:

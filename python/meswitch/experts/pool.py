@@ -2,7 +2,8 @@
 
 catalogue   name -> Expert    what a new request gets; replaced and removed experts leave it at once
 Expert      uses              requests that have acquired it, waiting or running; a retired one is closed at 0
-            pins, slot        see `residency`
+            failure           why it takes no requests; it comes back when its files are sound again
+            leases, slot      see `residency`
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from meswitch.errors import (
 )
 from meswitch.expert_name import check_name
 from meswitch.experts.catalogue import Expert, check_folder
+from meswitch.experts.failure import Failure
 from meswitch.experts.residency import Residency
 from meswitch.experts.settings import SettingsReader
 from meswitch.huggingface.checkpoint import Checkpoint
@@ -31,12 +33,12 @@ from meswitch.layers.install import ExpertLayers
 
 
 class ExpertPool:
-    """The experts of one engine.
+    """The experts of one engine. Its methods may be called from any thread; the locks that they take are held for a few
+    look-ups at most. `residency` says which of its own belong to the engine's thread.
 
     `base`: what the model was loaded from; `settings` reads those of experts, `None` where they have none.
     `open_delta` is `Delta.open` unless a test says otherwise; `closed` is told the salt of every expert that is gone.
-    `put`, `remove` and `release` change the layers and run on the engine's thread, as does everything of `residency`.
-    The rest may be called from any thread: what takes time, opening and checking a delta, is done in `open` alone.
+    What takes time, opening and checking a delta, is done in `open` alone, on the caller's thread.
     """
 
     def __init__(
@@ -46,13 +48,15 @@ class ExpertPool:
         settings: SettingsReader | None = None,
         *,
         budget: int | None = None,
+        policy: str = "lru",
         open_delta: Callable[[Path], Any] | None = None,
-        closed: Callable[[int], None] | None = None,
+        closed: Callable[[int], object] | None = None,
+        notify: Callable[[], object] = lambda: None,
     ) -> None:
         self._layers: ExpertLayers | None = layers
         self.base, self._settings = base, settings
         self.open_delta = open_delta or (lambda path: Delta.open(path))
-        self.residency = Residency(layers, budget)
+        self.residency = Residency(layers, budget, notify, policy=policy)
         self.catalogue: dict[str, Expert] = {}
         self._retired: set[Expert] = set()  # replaced or removed, and still in use
         self._closed = closed
@@ -84,7 +88,7 @@ class ExpertPool:
             try:
                 self.add(check_name(path.name), check_folder(path))
             except (MeswitchError, OSError, ValueError) as error:
-                self.catalogue[path.name] = Expert(path.name, path, error=fresh(error))
+                self.catalogue[path.name] = Expert(path.name, path, failure=Failure(error, path))
 
     def add(self, name: str, path: Path) -> Expert:
         """`open` and `put`."""
@@ -99,9 +103,13 @@ class ExpertPool:
         """
         with self._lock:
             old = self.catalogue.get(expert.name)
+            if old is not None:
+                expert.counts, expert.pinned = old.counts, old.pinned
             self.catalogue[expert.name] = expert
         if old is not None:
             self._retire(old)
+        if expert.pinned:
+            self.residency.keep(expert)
 
     def open(self, name: str, path: Path) -> Expert:
         """An expert that can be served, not yet in the catalogue. Raises what is wrong with its name or its delta."""
@@ -121,16 +129,32 @@ class ExpertPool:
             outline = list(expert.outline)
             layers.check(outline, tied=tied)
             expert.vocabulary, expert.outputs = layers.vocabulary_of(outline, tied=tied)
-            budget = self.residency.budget
-            if budget is not None and expert.nbytes > budget:
-                raise BudgetError(
-                    f"expert {name!r} needs {expert.nbytes} bytes, host_budget is {budget} bytes",
-                    hint="raise host_budget, or compress with fewer bits",
-                )
+            self._enter(expert)
         except BaseException:
             delta.close()
             raise
         return expert
+
+    def _enter(self, expert: Expert) -> None:
+        try:
+            self.residency.enter(expert)
+        except BudgetError as error:
+            budget = self.residency.counters()["budget"]
+            raise BudgetError(
+                f"expert {expert.name!r} needs {expert.nbytes} bytes, host_budget is {budget} bytes",
+                hint="raise host_budget, or compress with fewer bits",
+            ) from error
+
+    def fail(self, expert: Expert, error: BaseException) -> None:
+        """Takes no more requests for an expert until its files have changed, or some time has passed."""
+        if isinstance(error, BudgetError):  # the budget was lowered: nothing is wrong with the expert
+            return
+        with self._lock:
+            if self.catalogue.get(expert.name) is expert:
+                broken = Expert(expert.name, expert.path, failure=Failure(error, expert.path), counts=expert.counts)
+                broken.pinned = expert.pinned
+                self.catalogue[expert.name] = broken
+        self._retire(expert)
 
     @property
     def layers(self) -> ExpertLayers:
@@ -138,8 +162,11 @@ class ExpertPool:
         return self._layers
 
     def get(self, name: str) -> Expert:
-        """The expert that a new request for `name` runs on. Raises `ExpertNotFoundError`, or the expert's own
-        error."""
+        """The expert that a new request for `name` runs on.
+
+        Raises `ExpertNotFoundError`, or what is wrong with the expert; one whose files have changed since it went wrong
+        is opened again first.
+        """
         return self._get(name, uses=0)
 
     def acquire(self, name: str) -> Expert:
@@ -147,15 +174,38 @@ class ExpertPool:
         return self._get(name, uses=1)
 
     def _get(self, name: str, uses: int) -> Expert:
+        for _ in range(2):
+            with self._lock:
+                expert = self.catalogue.get(name)
+                if expert is not None and expert.failure is None:
+                    expert.uses += uses
+                    return expert
+            if expert is None:
+                raise self._not_found(name)
+            self._reopen(expert)
+        raise self._not_found(name)  # it was removed, or went wrong again, between two look-ups
+
+    def _reopen(self, broken: Expert) -> None:
+        """Opens a broken expert again, if that may help. Raises what is wrong with it."""
+        assert broken.failure is not None
         with self._lock:
-            expert = self.catalogue.get(name)
-            if expert is not None and expert.error is None:
-                expert.uses += uses
-                return expert
-        if expert is None:
-            raise self._not_found(name)
-        assert expert.error is not None
-        raise fresh(expert.error)
+            due = broken.failure.may_be_over
+            if due:  # others are told of the old failure meanwhile
+                broken.failure = Failure(broken.failure.error, broken.path)
+        if not due:
+            raise fresh(broken.failure.error)
+        assert broken.path is not None
+        try:
+            expert = self.open(broken.name, check_folder(broken.path))
+        except Exception as error:
+            broken.failure = Failure(error, broken.path)
+            raise
+        with self._lock:
+            current = self.catalogue.get(broken.name) is broken
+            if current:
+                self.put(expert)
+        if not current:  # it was removed or replaced meanwhile
+            self._retire(expert)
 
     def _not_found(self, name: str) -> ExpertNotFoundError:
         known = sorted(self.catalogue.copy())
@@ -177,40 +227,75 @@ class ExpertPool:
     # Uses.
 
     def release(self, expert: Expert) -> None:
-        """Ends one use of an expert; a removed one that nobody uses is closed. On the engine's thread."""
+        """Ends one use of an expert; a removed one that nobody uses is closed."""
         with self._lock:
             expert.uses -= 1
         self._close_if_done(expert)
 
     def _retire(self, expert: Expert) -> None:
-        self._retired.add(expert)
+        with self._lock:
+            self._retired.add(expert)
         self._close_if_done(expert)
 
     def _close_if_done(self, expert: Expert) -> None:
-        if expert not in self._retired or expert.uses:
-            return
-        self._retired.discard(expert)
-        self.residency.evict(expert)
+        with self._lock:
+            if expert not in self._retired or expert.uses:
+                return
+            self._retired.discard(expert)
+            delta, expert.delta = expert.delta, None
+        self.residency.let_go(expert)
+        self.residency.leave(expert)
         if self._closed is not None:
             self._closed(expert.salt)
-        if expert.delta is not None:  # as it is of a broken one
-            expert.delta.close()
-            expert.delta = None
+        if delta is not None:  # as it is of a broken one
+            delta.close()
+
+    # Memory.
+
+    def prefetch(self, name: str) -> None:
+        """Loads an expert where there is room for it."""
+        self.residency.prefetch(self.get(name))
+
+    def pin(self, name: str) -> None:
+        """Never evicts an expert once it is in memory, and loads it when there is room.
+
+        Raises `BudgetError` where the pinned experts would not fit together.
+        """
+        with self._lock:
+            expert = self.get(name)
+            others = sum(other.nbytes for other in self.catalogue.values() if other.pinned and other is not expert)
+            budget = self.residency.counters()["budget"]
+            if budget is not None and others + expert.nbytes > budget:
+                raise BudgetError(
+                    f"pinned experts would need {others + expert.nbytes} bytes, host_budget is {budget} bytes",
+                    hint="raise host_budget, or unpin others",
+                )
+            self.residency.keep(expert)
+
+    def unpin(self, name: str) -> None:
+        """Ends what `pin` began."""
+        with self._lock:
+            expert = self.catalogue.get(name)
+            if expert is None:
+                raise self._not_found(name)
+            self.residency.let_go(expert)
 
     def close(self) -> None:
         """Closes every expert, and lets go of the model and of the base's files."""
         with self._lock:
             experts = {*self.catalogue.values(), *self._retired}
             self.catalogue.clear()
-        for expert in experts:
-            expert.uses = expert.pins = 0
-            self._retire(expert)
+            self._retired.clear()
         self.residency.close()
+        for expert in experts:
+            delta, expert.delta = expert.delta, None
+            if delta is not None:
+                delta.close()
         self._layers = self._closed = self.base = None
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """By name: `path`, `residency` ("disk" or "host"), `bytes`, `bpw`, `uses`, `served`, `error`. Waits for no
-        lock."""
+        """By name: `path`, `residency` ("disk" or "host"), `bytes`, `bpw`, `uses`, `pinned`, `error`, and what its
+        `counts` say. Waits for no lock."""
         experts = self.catalogue.copy()  # in one piece, whatever other threads do
         return {
             name: {
@@ -219,8 +304,9 @@ class ExpertPool:
                 "bytes": expert.nbytes,
                 "bpw": expert.bpw,
                 "uses": expert.uses,
-                "served": expert.served,
-                "error": None if expert.error is None else f"{type(expert.error).__name__}: {expert.error}",
+                "pinned": expert.pinned,
+                "error": None if expert.failure is None else str(expert.failure),
+                **expert.counts.describe(),
             }
             for name, expert in sorted(experts.items())
         }

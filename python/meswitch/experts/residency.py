@@ -1,111 +1,197 @@
-"""Which experts are resident, under a byte budget, and the slot of each."""
+"""Which experts are resident: the native residency decides and loads, the layers hold what it gives."""
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+import logging
+from collections.abc import Callable
 
+from meswitch import _native
 from meswitch.experts.catalogue import Expert
 from meswitch.layers.install import ExpertLayers
 
+_log = logging.getLogger(__name__)
+
+READ_BYTES_PER_SECOND = 1e9
+"""How quickly a delta is assumed to be read before any was."""
+
 
 class Residency:
-    """The resident experts of one engine. An expert with pins is never evicted; of those without, the one whose last
-    request ended first goes first.
+    """The resident experts of one engine, over the native half.
 
-    Everything runs on the engine's thread; `budget`, `bytes` and the counters may be read from any. Admitting and
-    evicting cost the same however many experts there are.
+    An expert is *resident* for requests once it has a slot: its tensors are in memory and in the layers. `enter`,
+    `leave`, `want`, `prefetch`, `set_budget` and what reads may be called from any thread. `update`, `pin` and `unpin`
+    belong to the engine's thread, which alone changes the layers.
+
+    `notify` is called on another thread when there is something for `update`.
     """
 
-    def __init__(self, layers: ExpertLayers, budget: int | None) -> None:
+    def __init__(
+        self, layers: ExpertLayers, budget: int | None, notify: Callable[[], object], *, policy: str = "lru"
+    ) -> None:
         self._layers: ExpertLayers | None = layers
-        self.budget = budget
-        self.bytes = self._pinned_bytes = 0
-        self.hits = self.misses = self.evictions = 0
-        self._idle: OrderedDict[int, Expert] = OrderedDict()  # by slot, without pins, least recently used first
+        self._native = _native.Residency(budget, policy, notify)
+        self._experts: dict[int, Expert] = {}
         self._free: list[int] = []  # a heap of the slots below `_slots` that nobody has
         self._slots = 0
+        self._last_counters: dict[str, int | None] | None = None
+        self._read_bytes, self._read_seconds = 1.0, 1 / READ_BYTES_PER_SECOND
 
     @property
     def layers(self) -> ExpertLayers:
         assert self._layers is not None, "closed"
         return self._layers
 
-    def close(self) -> None:
-        """Lets go of the model."""
-        self._layers = None
+    # from any thread
 
-    def admit(self, expert: Expert) -> bool:
-        """Pins `expert` and makes it resident, evicting unpinned ones first. False if pinned ones fill the budget."""
-        if expert.slot is None:
-            if not self._make_room(expert.nbytes):
-                return False
-            self.misses += 1
-            self._install(expert)
-        else:
-            self.hits += 1
-        if not expert.pins:
-            self._pinned_bytes += expert.nbytes
-            self._idle.pop(self._slot(expert), None)
-        expert.pins += 1
-        expert.served += 1
-        return True
+    def enter(self, expert: Expert) -> None:
+        """Makes an opened expert known. Raises `BudgetError` where it is larger than the budget."""
+        expert.unit = self._native.add(expert.delta.native)
+        self._experts[expert.unit] = expert
 
-    def unpin(self, expert: Expert) -> None:
-        """Ends what one `admit` began."""
-        expert.pins -= 1
-        if not expert.pins:
-            self._pinned_bytes -= expert.nbytes
-            self._idle[self._slot(expert)] = expert
+    def leave(self, expert: Expert) -> None:
+        """Forgets an expert that nobody uses any more; `update` takes it out of the layers."""
+        if expert.unit is not None:
+            self._native.retire(expert.unit)
+            if expert.slot is None:
+                self._experts.pop(expert.unit, None)
 
-    def evict(self, expert: Expert) -> None:
-        """Takes an expert without pins out of the layers; one that is not resident stays so."""
-        if expert.slot is None:
-            return
-        slot, expert.slot = expert.slot, None
-        self.bytes -= expert.nbytes
-        self._idle.pop(slot, None)
-        heapq.heappush(self._free, slot)
-        self.layers.remove(slot)
+    def ask(self, expert: Expert) -> bool:
+        """Counts a request for an expert, and says whether it is in memory."""
+        resident = self._native.ask(self._unit(expert))
+        expert.counts.hits += resident
+        expert.counts.misses += not resident
+        return resident
 
-    def _make_room(self, nbytes: int) -> bool:
-        if self.budget is None:
-            return True
-        if self._pinned_bytes + nbytes > self.budget:
-            return False
-        while self.bytes + nbytes > self.budget:
-            self.evict(next(iter(self._idle.values())))
-            self.evictions += 1
-        return True
+    def want(self, expert: Expert, rank: int | None) -> None:
+        """Says that requests wait for an expert; the one with the least rank gets room first."""
+        if expert.unit is not None:
+            self._native.want(expert.unit, rank)
 
-    def _install(self, expert: Expert) -> None:
-        """Reads an expert's tensors, and puts them into the lowest free slot, so that tables by slot stay short.
+    def prefetch(self, expert: Expert) -> None:
+        """Loads an expert where there is room for it."""
+        self._native.prefetch(self._unit(expert))
 
-        Raises `ChecksumError` or `OSError` where its file has changed.
-        """
-        sites = expert.delta.load()
-        slot = self._free[0] if self._free else self._slots
-        try:
-            self.layers.install(slot, sites.values(), tied=expert.tied)
-        except BaseException:
-            self.layers.remove(slot)
-            raise
-        if self._free:
-            heapq.heappop(self._free)
-        else:
-            self._slots += 1
-        expert.slot = slot
-        self.bytes += expert.nbytes
+    def keep(self, expert: Expert) -> None:
+        """Never lets an expert leave once it is in memory, and loads it where there is room."""
+        expert.pinned = True
+        expert.kept = expert.kept or self._native.pin(self._unit(expert))
+        if expert.kept is None:
+            self.prefetch(expert)  # `update` keeps it
 
-    def _slot(self, expert: Expert) -> int:
-        assert expert.slot is not None
-        return expert.slot
+    def let_go(self, expert: Expert) -> None:
+        """Ends what `keep` began."""
+        kept, expert.kept, expert.pinned = expert.kept, None, False
+        if kept is not None:
+            kept.release()
+
+    def has_room(self, expert: Expert) -> bool:
+        """Whether an expert is in memory, or its load has room and will end."""
+        return self._native.place(self._unit(expert)) in ("loading", "host")
+
+    def set_budget(self, budget: int | None) -> None:
+        """Changes the budget: idle experts leave now, those in use when their requests end."""
+        self._native.set_budget(budget)
+
+    def seconds_to_load(self, expert: Expert) -> float:
+        """How long a load of an expert takes, by what the loads until now took."""
+        return expert.nbytes * self._read_seconds / self._read_bytes
 
     def counters(self) -> dict[str, int | None]:
-        return {
-            "budget": self.budget,
-            "bytes": self.bytes,
-            "hits": self.hits,
-            "misses": self.misses,
-            "evictions": self.evictions,
-        }
+        """Counts since the start, and bytes; those of the end once it is closed."""
+        return self._last_counters or self._native.counters()
+
+    # on the engine's thread
+
+    def update(self) -> tuple[list[Expert], list[tuple[Expert, Exception]]]:
+        """Puts what was loaded into the layers, and takes out what was evicted.
+
+        Returns the experts that have come or gone, and those that could not be loaded, each with why.
+        """
+        changed: list[Expert] = []
+        failed: list[tuple[Expert, Exception]] = []
+        for event, unit, seconds, error in self._native.take_events():
+            expert = self._experts.get(unit)
+            if expert is None:
+                continue
+            if event == "failed":
+                assert error is not None
+                failed.append((expert, error))
+            elif event == "evicted":
+                expert.counts.evictions += 1
+                self._uninstall(expert)
+                changed.append(expert)
+            else:
+                self._count_load(expert, seconds)
+                try:
+                    if self._install(expert):
+                        changed.append(expert)
+                except Exception as error:  # tensors that do not fit each other, each of which is what was written
+                    failed.append((expert, error))
+        return changed, failed
+
+    def pin(self, expert: Expert) -> bool:
+        """Keeps an expert resident until `unpin`; false where it is not, or not any more."""
+        lease = None if expert.slot is None else self._native.pin(self._unit(expert))
+        if lease is not None:
+            expert.leases.append(lease)
+        return lease is not None
+
+    def unpin(self, expert: Expert) -> None:
+        """Ends what one `pin` began."""
+        expert.leases.pop().release()
+
+    def close(self) -> None:
+        """Stops loads, and lets go of the model."""
+        for expert in list(self._experts.values()):
+            while expert.leases:
+                self.unpin(expert)
+            self._uninstall(expert)
+        self._last_counters = self._native.counters()
+        self._native.close()
+        self._experts.clear()
+        self._layers = None
+
+    def _install(self, expert: Expert) -> bool:
+        """Puts an expert's tensors into the lowest free slot, so that tables by slot stay short.
+
+        False where it has left again. Raises `FormatError` where its tensors do not fit each other.
+        """
+        lease = self._native.pin(self._unit(expert))
+        if lease is None:
+            return False
+        try:
+            tensors = lease.tensors()
+            assert tensors is not None
+            slot = heapq.heappop(self._free) if self._free else self._slots
+            self._slots = max(self._slots, slot + 1)
+            expert.slot = slot
+            self.layers.install(slot, expert.delta.sites_of(tensors).values(), tied=expert.tied)
+        except BaseException:
+            self._uninstall(expert)
+            raise
+        finally:
+            if expert.pinned and expert.slot is not None:
+                expert.kept = lease
+            else:
+                lease.release()
+        return True
+
+    def _uninstall(self, expert: Expert) -> None:
+        """Takes an expert out of the layers, which held the last of its tensors."""
+        if expert.slot is not None:
+            slot, expert.slot = expert.slot, None
+            heapq.heappush(self._free, slot)
+            self.layers.remove(slot)
+        if expert.delta is None and expert.unit is not None:
+            self._experts.pop(expert.unit, None)
+
+    def _count_load(self, expert: Expert, seconds: float) -> None:
+        self._read_bytes += expert.nbytes
+        self._read_seconds += seconds
+        expert.counts.loads += 1
+        expert.counts.load_seconds.append(seconds)
+
+    def _unit(self, expert: Expert) -> int:
+        assert expert.unit is not None, "entered"
+        return expert.unit

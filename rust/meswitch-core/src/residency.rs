@@ -35,13 +35,13 @@
 //! let first = residency.add(Arc::new(Zeros(60)))?;
 //! let second = residency.add(Arc::new(Zeros(70)))?;
 //!
-//! residency.want(first, Some(0))?;
+//! residency.want(first, Some(0));
 //! assert!(matches!(residency.wait_for_events()[..], [Event::Loaded(unit, _)] if unit == first));
 //! let lease = residency.pin(first).expect("it is loaded, and waited for");
-//! residency.want(first, None)?;
+//! residency.want(first, None);
 //! assert_eq!(lease.len(), 60);
 //!
-//! residency.want(second, Some(1))?; // has no room before the lease ends
+//! residency.want(second, Some(1)); // has no room before the lease ends
 //! drop(lease);
 //! let mut events = residency.wait_for_events();
 //! while events.len() < 2 {
@@ -150,23 +150,10 @@ impl<V: Send + Sync + 'static> Residency<V> {
     /// Says that requests wait for a unit, the first of them with that rank; `None` where none waits any more.
     ///
     /// The unit is loaded if it is not resident, those of the least rank first, and once resident it is not evicted for a
-    /// unit of the same or a greater one. [`Event::Loaded`] or [`Event::Failed`] tells the end. A retired unit is
-    /// ignored.
-    ///
-    /// # Errors
-    /// [`Error::Budget`] where the unit is larger than the budget, which may have changed since it was added. What was
-    /// said before stays.
-    pub fn want(&self, unit: Unit, rank: Option<Rank>) -> Result<()> {
-        self.shared.change(|state| {
-            let bytes = state.ledger.bytes(unit);
-            match state.ledger.budget().filter(|budget| rank.is_some() && bytes > *budget) {
-                Some(budget) => Err(Error::Budget { bytes, budget }),
-                None => {
-                    state.ledger.want(unit, rank);
-                    Ok(())
-                }
-            }
-        })
+    /// unit of the same or a greater one. [`Event::Loaded`] or [`Event::Failed`] tells the end; the latter with
+    /// [`Error::Budget`], where the budget has become smaller than the unit. A retired unit is ignored.
+    pub fn want(&self, unit: Unit, rank: Option<Rank>) {
+        self.shared.change(|state| state.ledger.want(unit, rank));
     }
 
     /// Loads a unit that requests may soon want, after all that requests wait for, evicting only what nobody uses or

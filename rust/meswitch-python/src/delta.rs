@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use meswitch_core::checkpoint;
 use meswitch_core::delta;
@@ -77,14 +78,14 @@ impl Checkpoint {
 
 /// An opened delta directory; it holds no tensors.
 #[pyclass(frozen)]
-pub struct Delta(delta::Delta);
+pub struct Delta(pub Arc<delta::Delta>);
 
 #[pymethods]
 impl Delta {
     #[new]
     #[allow(clippy::needless_pass_by_value)] // what Python hands over
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        enter_pool(py, || delta::Delta::open(&path)).map(Self)
+        enter_pool(py, || delta::Delta::open(&path)).map(|delta| Self(Arc::new(delta)))
     }
 
     /// The manifest, in JSON.
@@ -136,7 +137,7 @@ impl Delta {
     #[pyo3(signature = (site=None))]
     fn tensors(&self, py: Python<'_>, site: Option<&str>) -> PyResult<Tensors> {
         let read = || site.map_or_else(|| self.0.tensors(), |site| self.0.site_tensors(site));
-        enter_pool(py, read).map(Tensors)
+        enter_pool(py, read).map(|tensors| Tensors(Arc::new(tensors)))
     }
 
     /// The bytes of a small file that the manifest names.
@@ -178,7 +179,7 @@ impl Delta {
 
 /// Tensors of a delta in memory that is given back when nothing of Python or Rust uses it any more.
 #[pyclass(frozen)]
-pub struct Tensors(delta::Tensors);
+pub struct Tensors(pub Arc<delta::Tensors>);
 
 #[pymethods]
 impl Tensors {

@@ -6,6 +6,7 @@ mod dlpack;
 mod errors;
 mod folder;
 mod matrix;
+mod residency;
 mod table;
 mod tensor;
 
@@ -44,6 +45,8 @@ mod _native {
     use super::folder::{Folder, Lock, resolve_target};
     #[pymodule_export]
     use super::matrix::Matrix;
+    #[pymodule_export]
+    use super::residency::{Lease, Residency};
     #[pymodule_export]
     use super::table::{Rows, Table, base_linear, base_linear_tokens};
 

@@ -39,6 +39,20 @@ pub struct Unit {
     pub(super) generation: u32,
 }
 
+impl Unit {
+    /// The unit as a number, for those who cannot keep a `Unit`.
+    #[must_use]
+    pub fn to_bits(self) -> u64 {
+        u64::from(self.generation) << 32 | u64::from(self.id)
+    }
+
+    /// The unit that became this number.
+    #[must_use]
+    pub fn from_bits(bits: u64) -> Self {
+        Self { id: bits as UnitId, generation: (bits >> 32) as u32 }
+    }
+}
+
 /// Something to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
