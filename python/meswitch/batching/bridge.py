@@ -83,12 +83,15 @@ def key_value_shape(config: Any) -> tuple[int, int]:
 
 class Scheduler(FIFOScheduler):  # type: ignore[misc,unused-ignore]
     """First in, first out. `step` holds the requests of the step that was scheduled last, in the order of their tokens.
+    `prompt_tokens`: the most tokens of prompts in a step that others decode in, `None` for no other bound than the
+    step's own.
 
     Requests share pages of the cache where their token ids start alike; `prefix_ids` may give other ids to look for.
     """
 
     def __init__(self, cache: Any, safety_margin: float | None, max_requests_per_batch: int) -> None:
         self.step: list[ScheduledRequest] = []
+        self.prompt_tokens: int | None = None
         super().__init__(cache, safety_margin, max_requests_per_batch)
         if not hasattr(self, "block_new_requests"):
             raise changed("its scheduler has no block_new_requests")
@@ -108,6 +111,9 @@ class Scheduler(FIFOScheduler):  # type: ignore[misc,unused-ignore]
         return ids
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
+        decoding = sum(state.status == RequestStatus.DECODING for state in self.active_requests.values())
+        if decoding and self.prompt_tokens is not None:
+            token_budget = min(token_budget, decoding + self.prompt_tokens)
         batch = super().schedule_batch(token_budget, cache_budget)
         self.step = batch[0] or []
         return batch

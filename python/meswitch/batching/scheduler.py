@@ -56,6 +56,11 @@ class ExpertScheduler(Scheduler):
             slots += [self.slots[entry.state.request_id].slot] * entry.query_length
         return slots
 
+    def count_tokens(self) -> tuple[int, int]:
+        """How many requests of the step decode, a token each, and how many tokens are of prompts."""
+        decoding = sum(entry.query_length == 1 and entry.has_new_token for entry in self.step)
+        return decoding, sum(entry.query_length for entry in self.step) - decoding
+
     def kept_slots(self) -> list[int]:
         """The slot of every row that reaches lm_head: one a request, those with a new token first."""
         slots = [self.slots[entry.state.request_id].slot for entry in self.step if entry.has_new_token]

@@ -21,6 +21,7 @@ from meswitch.engine.sampling import check_whole_number
 from meswitch.engine.stream import TextStream
 from meswitch.engine.worker import Worker
 from meswitch.errors import RequestError
+from meswitch.experts.catalogue import is_folder_of_experts
 from meswitch.huggingface.checkpoint import resolve
 from meswitch.kernels.select import usable_device, usable_dtype
 from meswitch.router.protocol import Router
@@ -31,7 +32,9 @@ class Engine:
     """Serves a base and its experts from one thread.
 
     `base`: a folder or hub id. `experts`: a folder of delta directories (one sub-folder an expert; a broken one is
-    listed with its error and takes no other down), a delta directory or a list of them, or `{name: directory}`.
+    listed with its error and takes no other down), a delta directory or a list of them, or `{name: directory}`. With
+    `watch` a folder of them is looked at every second: what appears there is served, and what is replaced or removed
+    there is here too, while requests in flight finish on what they began with.
     `router`: a folder or an object with `route`, for `expert="auto"`. `device`: torch's name of one; `kernels`:
     `"auto"`, `"cpu"` (native) or `"torch"` (any device, slow). `exact` asks for the reference's arithmetic, the
     same for a request whatever else is in the batch; several times slower. Budgets are bytes, or text such as `"8GiB"`:
@@ -40,7 +43,8 @@ class Engine:
     memory. `max_batch_tokens`: the tokens of one step; longer prompts are split.
     `max_waiting`: how many requests may wait for a place in the batch before further ones are refused (no bound
     without). `max_experts`: the most experts whose requests run at a time (no bound without). `eviction`: which idle
-    expert leaves first when another needs its room.
+    expert leaves first when another needs its room. `trace`: a file to write to what is asked for, loaded and evicted,
+    for `meswitch replay`.
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong
@@ -70,12 +74,16 @@ class Engine:
         max_waiting: int | None = None,
         max_experts: int | None = None,
         eviction: str = "lru",
+        trace: str | Path | None = None,
+        watch: bool = False,
     ) -> None:
         if device_budget is not None:
             raise RequestError(
                 f"device_budget: expected none, since deltas lie in the host's memory, found {device_budget!r}",
                 hint="host_budget bounds the resident deltas",
             )
+        if watch and not is_folder_of_experts(experts):
+            raise RequestError(f"watch: expected a folder of delta directories as experts, found {experts!r}")
         settings = Settings(
             base=Path(resolve(base)),
             dtype=usable_dtype(dtype),
@@ -98,7 +106,11 @@ class Engine:
             base_settings = worker.settings_reader.base
             routing = Routing(router, ServedBase(worker, base_settings))
             self._preparation = Preparation(ServedModel.of(worker), base_settings, worker, routing)
+            if trace is not None:
+                worker.pool.residency.start_trace(Path(trace))
             worker.pool.discover(experts)
+            if watch:
+                worker.watch(Path(experts))  # type: ignore[arg-type]
         except BaseException:
             self.close()
             raise

@@ -15,9 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 from meswitch.batching import attention
+from meswitch.batching.prefill import PrefillChunk
 from meswitch.batching.scheduler import RequestSlot
 from meswitch.batching.step import NewToken
 from meswitch.engine.admission import AdmissionQueue
@@ -29,6 +31,7 @@ from meswitch.errors import EngineClosedError, MeswitchError
 from meswitch.experts.catalogue import Expert
 from meswitch.experts.counts import ExpertCounts
 from meswitch.experts.pool import ExpertPool
+from meswitch.experts.watch import FolderWatch
 from meswitch.kernels.rows import BASE_SLOT
 
 _log = logging.getLogger(__name__)
@@ -54,6 +57,7 @@ class Worker(threading.Thread):
         self.running: set[Expert] = set()
         self.counts = ExpertCounts()
         self._idle = False
+        self._watch: FolderWatch | None = None
         self.steps = self.step_tokens = 0
 
     # from any thread
@@ -99,6 +103,11 @@ class Worker(threading.Thread):
             self.registry.accept(requests)
             self.inbox.post(lambda: self._enqueue(requests))
 
+    def watch(self, folder: Path) -> None:
+        """Follows what happens to a folder of experts, until the end."""
+        self._watch = FolderWatch(self.pool, folder)
+        self._watch.start()
+
     def stop(self) -> None:
         """Ends the thread after the running step, and waits for it; requests that are left fail."""
         self._join(self.inbox.close, None)
@@ -109,6 +118,8 @@ class Worker(threading.Thread):
 
     def _join(self, tell: Callable[[], None], timeout: float | None) -> None:
         if self.is_alive():  # which it is not in a forked process
+            if self._watch is not None:
+                self._watch.close()
             tell()
             if threading.current_thread() is not self:
                 self.join(timeout)
@@ -143,6 +154,7 @@ class Worker(threading.Thread):
         self.plan, self.kv_tokens = loaded.plan, loaded.batch.kv_tokens
         self.text_config, self.settings_reader = loaded.text_config, loaded.settings_reader
         self._arithmetic, self._plain_attention = loaded.arithmetic, loaded.plain_attention
+        self.chunk = PrefillChunk(settings.max_batch_tokens)
         self.pool = ExpertPool(
             self.layers,
             loaded.base,
@@ -221,8 +233,12 @@ class Worker(threading.Thread):
             if not self.batch.prepare():
                 return False
             self._begin_step()
+            start = time.monotonic()
             with self._arithmetic():
                 self.batch.run()
+            decoding, prompt_tokens = self.scheduler.count_tokens()
+            self.chunk.learn(decoding, prompt_tokens, time.monotonic() - start)
+            self.scheduler.prompt_tokens = self.chunk.tokens
             tokens = self.batch.update()
             failures = self.sampler.failures()
         except Exception as error:

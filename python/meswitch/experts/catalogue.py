@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from meswitch.delta.directory import MANIFEST
 from meswitch.errors import ExpertNameError
 from meswitch.experts.counts import ExpertCounts
 from meswitch.experts.failure import Failure
@@ -22,6 +23,17 @@ def check_folder(folder: Path) -> Path:
             hint="pass the expert as {name: path} if that is meant",
         )
     return folder
+
+
+def is_folder_of_experts(experts: Any) -> TypeGuard[str | Path]:
+    """Whether what an engine was given is a folder of delta directories, and not one itself."""
+    return isinstance(experts, str | Path) and not (Path(experts) / MANIFEST).is_file()
+
+
+def expert_folders(folder: Path) -> list[Path]:
+    """What could be an expert below `folder`, by name: every folder that is not hidden, and every link."""
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return sorted(path for path in paths if path.is_dir() or path.is_symlink())
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from meswitch.delta.directory import MANIFEST, Delta
+from meswitch.delta.directory import Delta
 from meswitch.errors import (
     BudgetError,
     ExpertNameError,
@@ -24,7 +24,7 @@ from meswitch.errors import (
     fresh,
 )
 from meswitch.expert_name import check_name
-from meswitch.experts.catalogue import Expert, check_folder
+from meswitch.experts.catalogue import Expert, check_folder, expert_folders, is_folder_of_experts
 from meswitch.experts.failure import Failure
 from meswitch.experts.residency import Residency
 from meswitch.experts.settings import SettingsReader
@@ -72,23 +72,25 @@ class ExpertPool:
         """
         if experts is None:
             return
+        if is_folder_of_experts(experts):
+            self._discover_folder(Path(experts))
+            return
         if isinstance(experts, str | Path):
-            if not (Path(experts) / MANIFEST).is_file():
-                self._discover_folder(Path(experts))
-                return
             experts = [experts]
         named = experts if isinstance(experts, Mapping) else _named_after_folders(experts)
         for name, path in named.items():
             self.add(name, Path(path))
 
     def _discover_folder(self, folder: Path) -> None:
-        for path in sorted(folder.iterdir()):
-            if path.name.startswith(".") or not (path.is_dir() or path.is_symlink()):
-                continue
+        for path in expert_folders(folder):
             try:
-                self.add(check_name(path.name), check_folder(path))
+                self.add_found(path)
             except (MeswitchError, OSError, ValueError) as error:
                 self.catalogue[path.name] = Expert(path.name, path, failure=Failure(error, path))
+
+    def add_found(self, path: Path) -> Expert:
+        """`add` of a folder that was found where experts are, under its own name."""
+        return self.add(check_name(path.name), check_folder(path))
 
     def add(self, name: str, path: Path) -> Expert:
         """`open` and `put`."""

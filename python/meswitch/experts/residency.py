@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from meswitch import _native
 from meswitch.experts.catalogue import Expert
@@ -46,7 +47,7 @@ class Residency:
 
     def enter(self, expert: Expert) -> None:
         """Makes an opened expert known. Raises `BudgetError` where it is larger than the budget."""
-        expert.unit = self._native.add(expert.delta.native)
+        expert.unit = self._native.add(expert.name, expert.delta.native)
         self._experts[expert.unit] = expert
 
     def leave(self, expert: Expert) -> None:
@@ -93,6 +94,10 @@ class Residency:
         """Changes the budget: idle experts leave now, those in use when their requests end."""
         self._native.set_budget(budget)
 
+    def start_trace(self, path: Path) -> None:
+        """Writes residency events to a file from now on. Raises `OSError` where there can be none."""
+        self._native.start_trace(path)
+
     def seconds_to_load(self, expert: Expert) -> float:
         """How long a load of an expert takes, by what the loads until now took."""
         return expert.nbytes * self._read_seconds / self._read_bytes
@@ -108,6 +113,8 @@ class Residency:
 
         Returns the experts that have come or gone, and those that could not be loaded, each with why.
         """
+        if (error := self._native.take_trace_error()) is not None:
+            _log.warning("the trace of the residency has ended: %s", error)
         changed: list[Expert] = []
         failed: list[tuple[Expert, Exception]] = []
         for event, unit, seconds, error in self._native.take_events():

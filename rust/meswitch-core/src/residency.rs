@@ -67,6 +67,7 @@ mod tests;
 pub mod trace;
 mod workers;
 
+use std::path::Path;
 use std::sync::Arc;
 
 pub use ledger::{Counters, Place, Rank, Unit};
@@ -74,6 +75,7 @@ use policy::Policy;
 use shared::{Content, Shared};
 pub use shared::{Lease, Room};
 use sync::{AtomicBool, PoisonError, thread};
+use trace::TraceWriter;
 
 use crate::error::{Error, Result};
 
@@ -81,6 +83,11 @@ use crate::error::{Error, Result};
 pub trait Source<V>: Send + Sync {
     /// The memory that the value takes, known before any of it is read. It is asked for once.
     fn bytes(&self) -> u64;
+
+    /// What a trace calls the unit.
+    fn name(&self) -> &str {
+        ""
+    }
 
     /// Reads the value, on a thread of the residency; never twice at a time. A load should end soon, with
     /// [`Error::Interrupted`], once `stop` is set.
@@ -144,7 +151,27 @@ impl<V: Send + Sync + 'static> Residency<V> {
 
     /// Counts a request for a unit. Returns whether the unit is resident.
     pub fn ask(&self, unit: Unit) -> bool {
-        self.shared.lock().ledger.ask(unit)
+        let mut state = self.shared.lock();
+        state.note(unit, |expert, bytes| trace::Event::Request { expert, bytes });
+        state.ledger.ask(unit)
+    }
+
+    /// Writes down from now on what is asked for and what is done about it; `policy` is the name of the policy.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where there can be no such file. A later one ends the trace: [`Residency::take_trace_error`].
+    pub fn start_trace(&self, path: &Path, policy: &str) -> Result<()> {
+        let budget = self.shared.lock().ledger.budget();
+        let trace = TraceWriter::create(path, budget, policy)?;
+        let before = self.shared.lock().trace.replace(trace);
+        drop(before); // which writes what is left
+        Ok(())
+    }
+
+    /// The error that has ended the trace, once.
+    #[must_use]
+    pub fn take_trace_error(&self) -> Option<Error> {
+        self.shared.lock().trace.as_ref()?.take_error()
     }
 
     /// Says that requests wait for a unit, the first of them with that rank; `None` where none waits any more.
@@ -170,7 +197,10 @@ impl<V: Send + Sync + 'static> Residency<V> {
 
     /// Forgets a unit as soon as its last lease ends. It is not loaded again, and nobody is told who waits for it.
     pub fn retire(&self, unit: Unit) {
-        self.shared.change(|state| state.ledger.retire(unit));
+        self.shared.change(|state| {
+            state.note(unit, |expert, bytes| trace::Event::Retire { expert, bytes });
+            state.ledger.retire(unit);
+        });
     }
 
     /// Changes the budget. Where it becomes smaller, units leave and loads are stopped until the rest fits, what requests

@@ -1,6 +1,7 @@
 //! Deltas in memory, under a byte budget.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
@@ -18,6 +19,7 @@ type Shared = Arc<CoreTensors>;
 
 /// The tensors of a delta directory.
 struct DeltaSource {
+    name: String,
     delta: Arc<delta::Delta>,
     bytes: u64,
 }
@@ -25,6 +27,10 @@ struct DeltaSource {
 impl Source<Shared> for DeltaSource {
     fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    fn name(&self) -> &str {
+        &self.name
     }
 
     fn load(&self, room: Room, stop: &AtomicBool) -> Result<Shared> {
@@ -39,6 +45,7 @@ type Happened = (&'static str, u64, f64, Option<Py<PyAny>>);
 #[pyclass(frozen)]
 pub struct Residency {
     inner: RwLock<Option<residency::Residency<Shared>>>,
+    policy: String,
     /// Threads do not survive a fork: a child leaves what it inherited alone.
     process: u32,
 }
@@ -47,7 +54,7 @@ pub struct Residency {
 impl Residency {
     /// `notify` is called without arguments, on a thread of the residency's, when there are events to take.
     #[new]
-    fn new(budget: Option<u64>, policy: &str, notify: Py<PyAny>) -> PyResult<Self> {
+    fn new(budget: Option<u64>, policy: String, notify: Py<PyAny>) -> PyResult<Self> {
         let notify = move || {
             Python::attach(|py| {
                 if let Err(error) = notify.call0(py) {
@@ -55,14 +62,15 @@ impl Residency {
                 }
             });
         };
-        let policy = policy::by_name(policy).map_err(to_python)?;
-        let inner = residency::Residency::new(budget, policy, notify);
-        Ok(Self { inner: RwLock::new(Some(inner)), process: std::process::id() })
+        let evicting = policy::by_name(&policy).map_err(to_python)?;
+        let inner = residency::Residency::new(budget, evicting, notify);
+        Ok(Self { inner: RwLock::new(Some(inner)), policy, process: std::process::id() })
     }
 
-    /// Adds a delta; none of its tensors is loaded yet.
-    fn add(&self, delta: &Delta) -> PyResult<u64> {
-        let source = DeltaSource { delta: delta.0.clone(), bytes: delta.0.memory_bytes().map_err(to_python)? as u64 };
+    /// Adds a delta; none of its tensors is loaded yet. A trace calls it by `name`.
+    fn add(&self, name: String, delta: &Delta) -> PyResult<u64> {
+        let bytes = delta.0.memory_bytes().map_err(to_python)? as u64;
+        let source = DeltaSource { name, delta: delta.0.clone(), bytes };
         self.with(|residency| residency.add(Arc::new(source)).map(Unit::to_bits).map_err(to_python))?
     }
 
@@ -96,6 +104,18 @@ impl Residency {
     #[pyo3(signature = (budget))]
     fn set_budget(&self, budget: Option<u64>) -> PyResult<()> {
         self.with(|residency| residency.set_budget(budget))
+    }
+
+    /// Writes a trace to a file from now on.
+    #[allow(clippy::needless_pass_by_value)] // what Python hands over
+    fn start_trace(&self, path: PathBuf) -> PyResult<()> {
+        self.with(|residency| residency.start_trace(&path, &self.policy).map_err(to_python))?
+    }
+
+    /// The error that has ended the trace, once.
+    fn take_trace_error(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
+        let error = self.with(residency::Residency::take_trace_error)?;
+        Ok(error.map(|error| to_exception(py, error)))
     }
 
     /// Where a delta is: "disk", "loading", "host" or "leaving"; `None` where it is forgotten.

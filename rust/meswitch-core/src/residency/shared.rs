@@ -1,11 +1,13 @@
 //! What all threads share: the state behind the one lock, and the values that keep a part of it.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 use std::mem;
 use std::sync::{Arc, Weak};
 
 use super::ledger::{Ledger, Order, Unit};
 use super::sync::{AtomicBool, Condvar, Mutex, MutexGuard, Ordering, PoisonError};
+use super::trace::{self, TraceWriter};
 use super::{Event, Policy, Source};
 use crate::error::Error;
 
@@ -27,6 +29,7 @@ pub(super) struct State<V> {
     pub(super) unnotified: bool,
     /// What is to be dropped by a thread that does nothing else: giving back gigabytes takes a while.
     pub(super) discard: Vec<Discarded<V>>,
+    pub(super) trace: Option<TraceWriter>,
     /// Whether the residency is being dropped. Nothing is decided from then on.
     pub(super) closed: bool,
 }
@@ -119,6 +122,7 @@ impl<V> Shared<V> {
             events: VecDeque::new(),
             unnotified: false,
             discard: Vec::new(),
+            trace: None,
             closed: false,
         };
         Self { state: Mutex::new(state), work: Condvar::new(), happened: Condvar::new(), discarded: Condvar::new() }
@@ -178,9 +182,21 @@ impl<V: Send + Sync + 'static> Shared<V> {
 }
 
 impl<V> State<V> {
+    /// Writes down what happens to a unit, if there is a trace.
+    pub(super) fn note<'a>(&'a self, unit: Unit, event: impl FnOnce(Cow<'a, str>, u64) -> trace::Event<'a>) {
+        if let (Some(trace), Some(content)) = (&self.trace, self.units.get(&unit)) {
+            trace.write(&event(Cow::Borrowed(content.source.name()), self.ledger.bytes(unit)));
+        }
+    }
+
     pub(super) fn report(&mut self, event: Event) {
         self.events.push_back(event);
         self.unnotified = true;
+    }
+
+    pub(super) fn note_failure(&self, unit: Unit, error: &Error) {
+        let error = Cow::Owned(error.to_string());
+        self.note(unit, |expert, bytes| trace::Event::Fail { expert, bytes, error });
     }
 
     /// Carries out what the ledger says is to be done.
@@ -198,11 +214,14 @@ impl<V> State<V> {
                 Order::Evict(unit) => {
                     let value = self.units.get_mut(&unit).and_then(|content| content.value.take());
                     self.discard.extend(value.map(Discarded::Value));
+                    self.note(unit, |expert, bytes| trace::Event::Evict { expert, bytes });
                     self.report(Event::Evicted(unit));
                 }
                 Order::Refuse(unit) => {
                     let (bytes, budget) = (self.ledger.bytes(unit), self.ledger.budget().unwrap_or(u64::MAX));
-                    self.report(Event::Failed(unit, Error::Budget { bytes, budget }));
+                    let error = Error::Budget { bytes, budget };
+                    self.note_failure(unit, &error);
+                    self.report(Event::Failed(unit, error));
                 }
                 Order::Forget(unit) => self.discard.extend(self.units.remove(&unit).map(Discarded::Content)),
             }

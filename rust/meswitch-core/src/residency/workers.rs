@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use super::shared::{Loaded, Room, Shared};
 use super::sync::{AtomicBool, PoisonError, thread};
+use super::trace;
 use super::{Event, Source, Unit};
 use crate::error::{Error, Result};
 
@@ -105,9 +106,14 @@ impl<V: Send + Sync + 'static> Job<V> {
             match loaded {
                 Ok(loaded) if state.ledger.loaded(unit) => {
                     content.value = Some(Arc::new(loaded));
+                    let ms = seconds * 1e3;
+                    state.note(unit, |expert, bytes| trace::Event::Load { expert, bytes, ms });
                     state.report(Event::Loaded(unit, seconds));
                 }
-                Err(error) if state.ledger.failed(unit) => state.report(Event::Failed(unit, error)),
+                Err(error) if state.ledger.failed(unit) => {
+                    state.note_failure(unit, &error);
+                    state.report(Event::Failed(unit, error));
+                }
                 unwanted => return Some(unwanted),
             }
             None
