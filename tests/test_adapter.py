@@ -263,6 +263,15 @@ def test_a_bf16_base_keeps_its_dtype(tmp_path: Path) -> None:
     assert {site.dtype for site in Delta.open(tmp_path / "expert").sites.values()} == {torch.bfloat16}
 
 
+def test_the_manifest_says_which_layer_a_site_is_part_of(tmp_path: Path) -> None:
+    base = save_random(tmp_path / "base", config_of("llama"))
+    adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=QV, modules_to_save=["norm"])
+    import_adapter(base, adapter, tmp_path / "expert")
+    for site in Delta.open(tmp_path / "expert").manifest["sites"]:
+        _, _, inside = site["name"].partition("model.layers.")
+        assert site.get("owner") == ({"layer": int(inside.partition(".")[0])} if inside else None), site["name"]
+
+
 # --- the files beside ---------------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,25 @@ def test_sites_lie_in_the_order_in_which_they_run(made: tuple[str, Path]) -> Non
     assert layers == sorted(layers)
 
 
+def owners(delta: Path) -> dict[str, dict[str, int] | None]:
+    return {site["name"]: site.get("owner") for site in Delta.open(delta).manifest["sites"]}
+
+
+def test_the_manifest_says_which_layer_and_moe_expert_a_site_is_part_of(made: tuple[str, Path], tmp_path: Path) -> None:
+    family, folder = made
+    found = owners(folder / "delta")
+    for name, owner in found.items():
+        _, _, inside = name.partition("model.layers.")
+        layer, _, leaf = inside.partition(".")
+        of_expert = {"moe_expert": int(leaf.split(".experts.")[1].split(".")[0])} if leaf in INSIDE[family] else {}
+        assert owner == ({"layer": int(layer), **of_expert} if inside else None), name
+    assert sum(owner is None for owner in found.values()) == 3  # embedding, last norm, head
+    delta = Delta.open(folder / "delta")
+    delta.rewrite(tmp_path / "rewritten", {}, {}, delta.manifest["settings"])
+    compress(folder / "base", folder / "finetune", tmp_path / "chosen", CompressOptions(bpw=8.0))
+    assert owners(tmp_path / "rewritten") == owners(tmp_path / "chosen") == found
+
+
 def test_restore_is_each_site_restored(made: tuple[str, Path], tmp_path: Path) -> None:
     _, folder = made
     restore(folder / "base", folder / "delta", tmp_path / "restored")

@@ -24,6 +24,7 @@ from torch import Tensor
 from meswitch import _native
 from meswitch.compression.adapter import Adapter, BaseModel, LoraFactors
 from meswitch.compression.low_rank import Factors
+from meswitch.compression.owners import Owner, parameter_owners
 from meswitch.delta.directory import MANIFEST, Delta
 from meswitch.errors import ArchitectureError, CheckpointError
 from meswitch.huggingface.checkpoint import DTYPES, HEAD, Checkpoint, resolve
@@ -147,7 +148,8 @@ def _sites(base: BaseModel, adapter: Adapter) -> tuple[dict[str, _ImportedSite],
     tied_names = [name for name in (base.embedding, base.head) if name is not None]
     if base.tied:
         names.add(HEAD)
-    sites = {name: _site(base, adapter, name) for name in base.sorted(names)}
+    owners = parameter_owners(base.checkpoint, names)
+    sites = {name: _site(base, adapter, name, owners.get(name)) for name in base.sorted(names)}
     if base.tied and sites[base.embedding].equals(sites[HEAD]):
         del sites[HEAD]
     elif config.get("tie_word_embeddings", True) and any(sites[name].entry["kind"] != "shared" for name in tied_names):
@@ -156,7 +158,7 @@ def _sites(base: BaseModel, adapter: Adapter) -> tuple[dict[str, _ImportedSite],
     return sites, config
 
 
-def _site(base: BaseModel, adapter: Adapter, name: str) -> _ImportedSite:
+def _site(base: BaseModel, adapter: Adapter, name: str, owner: Owner | None) -> _ImportedSite:
     base_value = base.checkpoint.tensor(name)
     value = _value_without_factors(base, adapter, name, base_value)
     factors = None if name in adapter.replaced else adapter.factors.get(name)
@@ -164,6 +166,8 @@ def _site(base: BaseModel, adapter: Adapter, name: str) -> _ImportedSite:
     entry: dict[str, Any] = {"name": name, "shape": list(base_value.shape if value is None else value.shape)}
     entry |= {"dtype": _DTYPE_NAMES[base_value.dtype], "kind": "shared"}
     entry |= {"bytes": 0, "bpw": 0.0, "relative_error": 0.0}
+    if owner is not None and owner.place is not None:
+        entry["owner"] = dict(zip(("layer", "moe_expert"), owner.place, strict=True))
     if value is None:
         return _low_rank_site(entry, factors, slice(None), [], transposed=transposed)
     grown = value.shape != base_value.shape

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from torch import nn
@@ -13,22 +14,27 @@ from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.models import is_transposed, skeleton
 from meswitch.huggingface.names import ParameterNames, moe_blocks
 
+# In a checkpoint each MoE expert has parameters of its own, which transformers stacks.
+_MOE_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
 Role: TypeAlias = Literal["block", "embedding", "head", "gate"]
 """What a parameter is for. `gate`: routes between MoE experts. `block`: everything that is none of the others."""
+
+Place: TypeAlias = tuple[int, int | None]
+"""Where a parameter is in the model: the number of its layer, and of the MoE expert that it is part of, if any."""
 
 
 @dataclass(frozen=True)
 class Owner:
     """The module that owns a parameter: its role, whether it stores its weight `[in, out]`, and when it runs.
 
-    `order` sorts parameters in the order in which the model runs them. `layer`: the number of the layer that it belongs
-    to, `None` outside of layers.
+    `order` sorts parameters in the order in which the model runs them. `place`: `None` outside of layers.
     """
 
     role: Role
     transposed: bool
     order: tuple[int, int]
-    layer: int | None = None
+    place: Place | None = None
 
 
 def parameter_owners(finetune: Checkpoint, names: Iterable[str]) -> dict[str, Owner]:
@@ -53,8 +59,16 @@ def parameter_owners(finetune: Checkpoint, names: Iterable[str]) -> dict[str, Ow
             # All parameters of a stack of MoE experts have one place, so that each expert's matrices stay together.
             order = (position, 0 if parameter.dim() > 2 else number)
             transposed = is_transposed(module) and leaf == "weight"
-            owners[f"{module_name}.{leaf}" if module_name else leaf] = Owner(role, transposed, order, layer)
-    return {name: owners[parameter] for name, parameter in ParameterNames(model).parameters(names).items()}
+            place = None if layer is None else (layer, None)
+            owners[f"{module_name}.{leaf}" if module_name else leaf] = Owner(role, transposed, order, place)
+    found = ((name, owners[parameter]) for name, parameter in ParameterNames(model).parameters(names).items())
+    return {name: replace(owner, place=_place(owner.place, name)) for name, owner in found}
+
+
+def _place(place: Place | None, name: str) -> Place | None:
+    """A place in the model, with the MoE expert that the parameter's name in the checkpoint says."""
+    moe_expert = _MOE_EXPERT.search(name)
+    return place if place is None or moe_expert is None else (place[0], int(moe_expert[1]))
 
 
 def _layer(model: nn.Module, module_name: str) -> int | None:

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 
 from meswitch.compression.calibration import Calibration
-from meswitch.compression.owners import Owner, Role, parameter_owners
+from meswitch.compression.owners import Owner, Place, Role, parameter_owners
 from meswitch.compression.presets import Preset, Rule
 from meswitch.huggingface.checkpoint import HEAD, Checkpoint
 
-# In a checkpoint each MoE expert has parameters of its own, which transformers stacks.
-_MOE_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _PYTHON_FIELDS = ("compensate", "frequent", "frequent_bits")  # of a rule: resolved here, unknown to the native half
 
 
@@ -24,7 +22,7 @@ class Plan:
     """How one parameter is stored: by `rule`, or uncompressed if that is `None`.
 
     `row_bits`: rows with other bits than the rule's, as `(bits, row numbers in rising order)`; rows with 0 bits stay as
-    the base has them. `transposed`: whether the parameter is stored `[in, out]`. `layer`: the number of its layer.
+    the base has them. `transposed`: whether the parameter is stored `[in, out]`. `place`: its layer and MoE expert.
     """
 
     name: str
@@ -32,7 +30,7 @@ class Plan:
     transposed: bool = False
     rule: Rule | None = None
     row_bits: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    layer: int | None = None
+    place: Place | None = None
 
     def to_native(self) -> dict[str, Any]:
         """The plan as the native half takes it.
@@ -41,9 +39,8 @@ class Plan:
         {'name': 'model.norm.weight', 'transposed': False, 'bits': None}
         """
         fields: dict[str, Any] = {"name": self.name, "transposed": self.transposed, "bits": None}
-        if self.layer is not None:
-            moe_expert = _MOE_EXPERT.search(self.name)
-            fields["owner"] = self.layer, int(moe_expert[1]) if moe_expert else None
+        if self.place is not None:
+            fields["owner"] = self.place
         if self.rule is not None:
             fields |= {key: value for key, value in asdict(self.rule).items() if key not in _PYTHON_FIELDS}
             fields["classes"] = [(bits, list(rows)) for bits, rows in self.row_bits]
@@ -66,11 +63,11 @@ def make_plans(
         owner = owners.get(name, unknown)
         rule, shape = preset.rule(owner.role), finetune.shape(name)
         if rule is None or len(shape) < 2 or not finetune.dtype(name).is_floating_point:
-            yield Plan(name, owner.role, owner.transposed, layer=owner.layer)
+            yield Plan(name, owner.role, owner.transposed, place=owner.place)
             continue
         by_token = owner.role in ("embedding", "head")
         row_bits = _frequent_rows(rule, shape[0], calibration) if by_token else ()
-        yield Plan(name, owner.role, owner.transposed, rule, row_bits, owner.layer)
+        yield Plan(name, owner.role, owner.transposed, rule, row_bits, owner.place)
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:

@@ -140,6 +140,34 @@ fn fields_of_other_names_and_types_are_refused() {
 }
 
 #[test]
+fn owners_are_a_layer_and_at_most_the_number_of_an_expert() {
+    for owner in [json!({"layer": 0}), json!({"layer": 7, "moe_expert": 0})] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut directory = Directory::sound();
+        directory.set("/sites/0/owner", owner.clone());
+        directory.write(folder.path());
+        let delta = Delta::open(folder.path()).unwrap();
+        delta.verify().unwrap();
+        let site = delta.site("coded.weight").unwrap();
+        let expected = (owner["layer"].as_u64(), owner["moe_expert"].as_u64());
+        let found = site.owner.map(|owner| (Some(owner.layer.into()), owner.moe_expert.map(u64::from)));
+        assert_eq!(found, Some(expected));
+        assert_eq!(serde_json::to_value(site).unwrap()["owner"], owner);
+        assert!(delta.site("sparse.weight").unwrap().owner.is_none());
+    }
+    assert_manifest("/sites/0/owner", json!({}), "found missing field `layer`");
+    assert_manifest("/sites/0/owner", json!({"moe_expert": 1}), "found missing field `layer`");
+    assert_manifest("/sites/0/owner", json!({"layer": 1, "block": 1}), "found unknown field `block`");
+    for wrong in [json!(-1), json!(1u64 << 32), json!(0.5), json!("1")] {
+        assert_manifest("/sites/0/owner", json!({"layer": wrong}), "the fields of version 4");
+        assert_manifest("/sites/0/owner", json!({"layer": 1, "moe_expert": wrong}), "the fields of version 4");
+    }
+    for wrong in [json!(1), json!("layer"), json!([1, 2, 3])] {
+        assert_manifest("/sites/0/owner", wrong, "the fields of version 4");
+    }
+}
+
+#[test]
 fn contradictions_are_refused() {
     let site = |number: usize, field: &str| format!("/sites/{number}/{field}");
     for kind in ["shared", "replaced"] {
