@@ -16,6 +16,7 @@ from families import config_of
 from meswitch.batching.attention import PAGED, plan_attention
 from meswitch.batching.bridge import PagedBatch
 from meswitch.batching.cache import cache_geometry, plan_cache
+from meswitch.batching.prefill import LEAST_TOKENS, PrefillChunk
 from meswitch.batching.sampler import RequestSampler, SamplingState
 from meswitch.batching.scheduler import ExpertScheduler, RequestSlot
 from meswitch.errors import BudgetError, UnsupportedModelError
@@ -122,6 +123,41 @@ def test_rows_of_a_step() -> None:
     ]
     assert scheduler.token_slots() == [0, 1, 1, 1, -1, -1]
     assert scheduler.kept_slots() == [0, -1, -1]  # a row for each request, those with a new token first
+
+
+def test_a_piece_of_a_prompt_is_as_large_as_a_step_bears() -> None:
+    """On a machine where a token of a prompt takes a hundredth of a decode step."""
+    chunk = PrefillChunk(512)
+
+    def step(decoding: int, prompt: int) -> float:
+        seconds = (1.0 if decoding else 0.0) + 0.01 * prompt
+        chunk.learn(decoding, prompt, seconds)
+        return seconds
+
+    step(0, 512)
+    step(2, 512)
+    assert chunk.tokens == 512  # nothing to compare with yet
+    for _ in range(5):
+        step(2, 0)
+    assert [step(2, chunk.tokens) for _ in range(6)] == pytest.approx([6.12, 3.56, 2.28, 2.28, 2.28, 2.28])
+    step(2, 3)  # the end of a prompt says nothing of what a step bears
+    assert chunk.tokens == 128
+    chunk.learn(2, 128, 1.2)  # on a quicker machine
+    assert chunk.tokens == 256
+    for _ in range(20):
+        chunk.learn(1, chunk.tokens, 100.0)
+    assert chunk.tokens == LEAST_TOKENS
+    for _ in range(20):
+        chunk.learn(1, chunk.tokens, 0.5)
+    assert chunk.tokens == chunk.most
+
+
+def test_small_steps_stay_small() -> None:
+    chunk = PrefillChunk(8)
+    chunk.learn(1, 0, 1.0)
+    for _ in range(5):
+        chunk.learn(1, chunk.tokens, 100.0)
+    assert chunk.tokens == 8
 
 
 def entry(name: str) -> Any:

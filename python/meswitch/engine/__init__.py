@@ -11,7 +11,7 @@
     sampling      sampling settings, checked            request    one prompt on its way, and its answer
     routing       who answers a prompt that names none  text       token ids to text
     model         what is fixed once the base is loaded spaces     those that tokenizers leave out
-                                                        stream     the text of a running request
+    loading       a base, wrapped, batched and tried    stream     the text of a running request
 
 Threads: callers' threads prepare requests, open experts and wait for answers. The engine's own thread loads the model,
 and only it runs the model and enters torch's parallel regions: a second team of OpenMP threads in the process would

@@ -5,10 +5,14 @@
     files       the small files that these are read from, kept once where equal
     tokenizers  tokenizers, shared by content and by threads
     pool        names to opened deltas, and who uses them
-    residency   which are resident under a byte budget; pins, slots
+    residency   what the native residency has loaded, in the layers; slots
+    failure     why an expert cannot be served, and when it is tried again
+    counts      what the requests for an expert have come to
+    watch       a folder of experts that is followed
 
-Threads: `ExpertPool` says which of its methods may be called from any thread; the rest belongs to the engine's.
-Memory: a resident expert's bytes are its delta's; the pool closes a delta once it is removed and nobody uses it.
+Threads: `ExpertPool` may be used from any; `Residency` says which of its methods belong to the engine's.
+Memory: a resident expert's tensors are the native residency's, under its budget; the pool closes a delta once it is
+removed and nobody uses it.
 
 Imports: `delta`, `layers`, `huggingface`.
 """
