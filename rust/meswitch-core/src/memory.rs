@@ -4,6 +4,8 @@ use std::any::Any;
 use std::io;
 use std::ops::{Deref, DerefMut};
 
+#[cfg(target_os = "linux")]
+use memmap2::Advice;
 use memmap2::MmapMut;
 
 /// Memory is taken in multiples of this many bytes.
@@ -12,39 +14,51 @@ const PAGE_BYTES: usize = 4096;
 /// A value that lives as long as some memory: it is dropped after the memory was given back.
 pub type KeepAlive = Box<dyn Any + Send + Sync>;
 
-/// Anonymous memory that starts at a page. It belongs to no file, so nobody else can change or cut it; dropping it
-/// gives it back.
+/// Anonymous memory. It belongs to no file, so nobody else can change or cut it; dropping it gives it back.
 pub struct Region {
     // In this order: fields are dropped from the first to the last.
     map: MmapMut,
     _keep_alive: Option<KeepAlive>,
+    /// Where its first byte lies in the first page.
+    offset: usize,
 }
 
 impl Region {
-    /// Zeroed memory. Pages take space from when they are first written to.
+    /// Zeroed memory that starts at a page. Pages take space from when they are first written to.
     ///
     /// # Errors
     /// The operating system's, where there is no memory.
     pub fn new(bytes: usize) -> io::Result<Self> {
-        Self::with_keep_alive(bytes, None)
+        Self::with_offset(0, bytes, None)
     }
 
-    /// Zeroed memory, and a value that is dropped once the operating system has the memory back; without memory, at
-    /// once.
+    /// Zeroed memory that starts `offset` bytes after a page, and a value that is dropped once the operating system has
+    /// the memory back; without memory, at once.
     ///
     /// # Errors
     /// The operating system's, where there is no memory.
-    pub fn with_keep_alive(bytes: usize, keep_alive: Option<KeepAlive>) -> io::Result<Self> {
-        let map = MmapMut::map_anon(bytes.max(1))?;
+    pub fn with_offset(offset: usize, bytes: usize, keep_alive: Option<KeepAlive>) -> io::Result<Self> {
+        let map = MmapMut::map_anon(offset.saturating_add(bytes.max(1)))?;
         #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage); // a kernel without huge pages refuses
-        Ok(Self { map, _keep_alive: keep_alive })
+        let _ = map.advise(Advice::HugePage); // a kernel without huge pages refuses
+        Ok(Self { map, _keep_alive: keep_alive, offset })
     }
 
     /// The bytes of memory that a region of `bytes` takes when it is full.
     #[must_use]
-    pub fn size_of(bytes: usize) -> usize {
-        bytes.max(1).next_multiple_of(PAGE_BYTES)
+    pub fn size_of(offset: usize, bytes: usize) -> usize {
+        offset.saturating_add(bytes.max(1)).next_multiple_of(PAGE_BYTES)
+    }
+
+    /// Sets whether processes that are forked from now on have the memory too.
+    ///
+    /// None should while a disk writes to it: the two processes share pages until one of them writes, which then gets a
+    /// copy, and the disk may go on with the other's.
+    pub(crate) fn set_inherited(&self, inherited: bool) {
+        #[cfg(target_os = "linux")]
+        let _ = self.map.advise(if inherited { Advice::DoFork } else { Advice::DontFork });
+        #[cfg(not(target_os = "linux"))]
+        let _ = inherited;
     }
 }
 
@@ -52,13 +66,13 @@ impl Deref for Region {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.map
+        &self.map[self.offset..]
     }
 }
 
 impl DerefMut for Region {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.map
+        &mut self.map[self.offset..]
     }
 }
 
@@ -103,7 +117,7 @@ mod tests {
     #[test]
     fn without_memory_the_keep_alive_is_dropped_at_once() {
         let token = std::sync::Arc::new(());
-        assert!(Region::with_keep_alive(isize::MAX as usize - 4096, Some(Box::new(token.clone()))).is_err());
+        assert!(Region::with_offset(0, isize::MAX as usize - 4096, Some(Box::new(token.clone()))).is_err());
         assert_eq!(std::sync::Arc::strong_count(&token), 1);
     }
 }

@@ -1,14 +1,17 @@
 //! Opening a delta directory: everything is checked but the content of tensors and of other files.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use super::checksum::Checksum;
 use super::header::{self, Header};
+use super::load::{DIRECT_ALIGNMENT, FileSource, Loader, Source, Stamp};
 use super::manifest::{self, MANIFEST, Manifest, TENSORS};
 use super::site::SiteEntry;
 use super::tensor::TensorSpec;
@@ -30,6 +33,8 @@ pub struct Delta {
     manifest_bytes: u64,
     manifest_checksum: Checksum,
     pub(super) file: File,
+    /// What the file was when all tensors had their checksums.
+    verified: Mutex<Option<Stamp>>,
     /// Bytes of the header, its length included.
     pub(super) header_bytes: u64,
 }
@@ -91,6 +96,7 @@ impl Delta {
             manifest_bytes: text.len() as u64,
             manifest_checksum: checksum(&text),
             file,
+            verified: Mutex::new(None),
             header_bytes,
         })
     }
@@ -119,7 +125,9 @@ impl Delta {
         self.manifest_bytes + self.manifest().files[TENSORS].bytes
     }
 
-    /// Reads all tensors and compares them with their checksums.
+    /// Reads all tensors. The first time they are compared with their checksums, and later again unless the file has
+    /// been the same since. The operating system says whether it has, by the times of the last writes, which it may not
+    /// note for writes through a shared map.
     ///
     /// # Errors
     /// [`Error::Checksum`] naming the first tensor that has changed; [`Error::Io`] where the file cannot be read, or
@@ -135,8 +143,39 @@ impl Delta {
     /// # Errors
     /// Those of [`Delta::tensors`], and [`Error::Interrupted`] soon after `stop` was set.
     pub fn load(&self, keep_alive: Option<KeepAlive>, stop: &AtomicBool) -> Result<Tensors> {
-        let memory = |bytes| Region::with_keep_alive(bytes, keep_alive);
-        Tensors::read(self, 0..self.manifest().sites.len(), memory, stop)
+        let memory = |offset, bytes| Region::with_offset(offset, bytes, keep_alive);
+        self.load_from(&FileSource::new(&self.file), memory, stop)
+    }
+
+    /// [`Delta::load`] out of a source of the file's bytes, into the memory that is made.
+    fn load_from(
+        &self,
+        source: &dyn Source,
+        memory: impl FnOnce(usize, usize) -> io::Result<Region>,
+        stop: &AtomicBool,
+    ) -> Result<Tensors> {
+        let (path, sites, now) = (self.path.join(TENSORS), 0..self.manifest().sites.len(), SystemTime::now());
+        let stamp = || Stamp::of(&self.file).map_err(Error::io(&path));
+        let (before, verified) = (stamp()?, *self.verified());
+        let loader = |hashed| Loader { source, path: &path, hashed, stop };
+        if verified != Some(before) {
+            let tensors = Tensors::read(self, sites, memory, &loader(true))?;
+            if before.is_settled(now) && stamp()? == before {
+                *self.verified() = Some(before);
+            }
+            return Ok(tensors);
+        }
+        let tensors = Tensors::read(self, sites.clone(), memory, &loader(false))?;
+        if stamp()? == before {
+            return Ok(tensors);
+        }
+        // Written to while it was read.
+        let region = tensors.into_region().expect("nobody else has it yet");
+        Tensors::read(self, sites, |_, _| Ok(region), &loader(true))
+    }
+
+    fn verified(&self) -> MutexGuard<'_, Option<Stamp>> {
+        self.verified.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads the tensors of one site and compares them with their checksums.
@@ -148,7 +187,15 @@ impl Delta {
             .contents
             .position(site)
             .ok_or_else(|| Error::Argument(format!("expected a site of {}, found {site}", self.path().display())))?;
-        Tensors::read(self, index..index + 1, Region::new, &AtomicBool::new(false))
+        self.read_site(index, Region::new)
+    }
+
+    /// Reads the tensors of one site, by position, into the memory that is made, and compares them with their
+    /// checksums.
+    pub(super) fn read_site(&self, site: usize, memory: impl FnOnce(usize) -> io::Result<Region>) -> Result<Tensors> {
+        let (source, path) = (FileSource::cached(&self.file), self.path.join(TENSORS));
+        let loader = Loader { source: &source, path: &path, hashed: true, stop: &AtomicBool::new(false) };
+        Tensors::read(self, site..site + 1, |_, bytes| memory(bytes), &loader)
     }
 
     /// The memory that [`Delta::tensors`] takes.
@@ -156,7 +203,13 @@ impl Delta {
     /// # Errors
     /// [`Error::Format`] where that is more than there are addresses.
     pub fn memory_bytes(&self) -> Result<usize> {
-        Ok(Region::size_of(places(&self.manifest().sites)?.1))
+        Ok(Region::size_of(self.page_offset(0), places(&self.manifest().sites)?.1))
+    }
+
+    /// Where memory for the tensors from a site on starts in a page, so that pages of the file are pages of memory.
+    pub(super) fn page_offset(&self, site: usize) -> usize {
+        let start = self.contents.starts.get(site).map_or(0, |start| start.next_multiple_of(ALIGNMENT));
+        (self.header_bytes as usize + start) % DIRECT_ALIGNMENT
     }
 
     /// Reads one of the directory's small files, as it was when the directory was opened.
@@ -237,3 +290,6 @@ fn check_header(file: &File, path: &Path, manifest: &Manifest) -> Result<u64> {
     }
     Ok(start)
 }
+
+#[cfg(test)]
+mod tests;

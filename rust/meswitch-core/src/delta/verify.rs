@@ -1,7 +1,6 @@
 //! Verifying a delta directory: every byte against its checksum, every index against its range.
 
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::AtomicBool;
 
 use super::checksum::checksum_of;
 use super::manifest::{MANIFEST, TENSORS};
@@ -39,7 +38,7 @@ impl Delta {
                 Some(spare) => Ok(spare),
                 None => Region::new(bytes),
             };
-            let tensors = Tensors::read(self, index..index + 1, memory, &AtomicBool::new(false))?;
+            let tensors = self.read_site(index, memory)?;
             verify_site(site, &tensors)?;
             places.iter().try_for_each(|(start, spec)| self.verify_old_rows(site, *start, spec))?;
             spare = tensors.into_region();
