@@ -29,24 +29,28 @@ impl Region {
     /// # Errors
     /// The operating system's, where there is no memory.
     pub fn new(bytes: usize) -> io::Result<Self> {
-        Self::with_offset(0, bytes, None)
+        Self::with_keep_alive(bytes, None)
     }
 
-    /// Zeroed memory that starts `offset` bytes after a page, and a value that is dropped once the operating system has
-    /// the memory back; without memory, at once.
+    /// [`Region::new`] with a value that is dropped once the operating system has the memory back; without memory, at
+    /// once.
     ///
     /// # Errors
     /// The operating system's, where there is no memory.
-    pub fn with_offset(offset: usize, bytes: usize, keep_alive: Option<KeepAlive>) -> io::Result<Self> {
+    pub fn with_keep_alive(bytes: usize, keep_alive: Option<KeepAlive>) -> io::Result<Self> {
+        Self::with_offset(0, bytes, keep_alive)
+    }
+
+    /// [`Region::with_keep_alive`] that starts `offset` bytes after a page.
+    pub(crate) fn with_offset(offset: usize, bytes: usize, keep_alive: Option<KeepAlive>) -> io::Result<Self> {
         let map = MmapMut::map_anon(offset.saturating_add(bytes.max(1)))?;
         #[cfg(target_os = "linux")]
         let _ = map.advise(Advice::HugePage); // a kernel without huge pages refuses
         Ok(Self { map, _keep_alive: keep_alive, offset })
     }
 
-    /// The bytes of memory that a region of `bytes` takes when it is full.
-    #[must_use]
-    pub fn size_of(offset: usize, bytes: usize) -> usize {
+    /// The memory that a region of `bytes` takes when it is full.
+    pub(crate) fn size_of(offset: usize, bytes: usize) -> usize {
         offset.saturating_add(bytes.max(1)).next_multiple_of(PAGE_BYTES)
     }
 
