@@ -1,21 +1,32 @@
-//! A folder opened once, and the files below it. A rename of the folder does not change what is read.
+//! A folder opened once, and what lies in it: that is reached by the folder's descriptor, so a rename of the folder, or
+//! another one that takes its path's place, does not change what is read or written.
 
+#[cfg(feature = "compress")]
+mod write;
+
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rustix::fs::{CWD, Dir, Mode, OFlags, openat};
+use rustix::fs::{CWD, Dir, Mode, OFlags, fstat, openat};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::error::{Error, Result};
 
+/// How folders are opened.
+const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
 /// An open folder.
+#[derive(Clone)]
 pub(crate) struct Directory {
     path: PathBuf,
-    folder: OwnedFd,
+    folder: Arc<OwnedFd>,
 }
 
 /// Which file or folder of the system it is: its device and number. Another of the same name has another.
@@ -23,18 +34,20 @@ pub(crate) struct Directory {
 pub(crate) struct Identity(u64, u64);
 
 impl Directory {
+    /// Opens the folder at a path; links to it are followed.
+    ///
     /// # Errors
-    /// [`Error::Io`] where there is no folder.
+    /// [`Error::Io`] where there is none.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = with_descriptor(|| openat(CWD, path, flags, Mode::empty())).map_err(Error::io(path))?;
-        Ok(Self { path: path.to_owned(), folder })
+        let open = || openat(CWD, path, FOLDER, Mode::empty());
+        let folder = with_descriptor(open).map_err(|error| Error::io(path)(error.into()))?;
+        Ok(Self { path: path.to_owned(), folder: Arc::new(folder) })
     }
 
     /// # Errors
     /// [`Error::Io`].
     pub(crate) fn identity(&self) -> Result<Identity> {
-        let found = rustix::fs::fstat(&self.folder).map_err(|error| Error::io(&self.path)(error.into()))?;
+        let found = fstat(&self.folder).map_err(|error| self.error("", error))?;
         Ok(Identity(found.st_dev, found.st_ino))
     }
 
@@ -46,8 +59,8 @@ impl Directory {
     pub(crate) fn file(&self, name: &str) -> Result<File> {
         let path = self.path.join(name);
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let file = with_descriptor(|| openat(&self.folder, name, flags, Mode::empty())).map_err(Error::io(&path))?;
-        let file = File::from(file);
+        let open = || openat(&self.folder, name, flags, Mode::empty());
+        let file = File::from(with_descriptor(open).map_err(|error| self.error(name, error))?);
         let kind = file.metadata().map_err(Error::io(&path))?.file_type();
         if kind.is_file() {
             return Ok(file);
@@ -76,27 +89,36 @@ impl Directory {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub(crate) fn names(&self) -> Result<Vec<String>> {
-        let broken = |error: Errno| Error::io(&self.path)(error.into());
+    pub(crate) fn names(&self) -> Result<Vec<OsString>> {
+        let broken = |error| self.error("", error);
         let mut names = Vec::new();
         for entry in Dir::read_from(&self.folder).map_err(broken)? {
             let entry = entry.map_err(broken)?;
-            names.push(entry.file_name().to_string_lossy().into_owned());
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if name != "." && name != ".." {
+                names.push(name.to_owned());
+            }
         }
         Ok(names)
+    }
+
+    /// The error of something in the folder, or with an empty name of the folder itself.
+    fn error(&self, name: impl AsRef<OsStr>, error: Errno) -> Error {
+        let name = name.as_ref();
+        Error::io(&if name.is_empty() { self.path.clone() } else { self.path.join(name) })(error.into())
     }
 }
 
 /// Opens something. Where the process may have no more descriptors open, and the system allows it more than it asked
 /// for, it asks for them first: an engine keeps one open for each of its experts.
-fn with_descriptor(open: impl Fn() -> rustix::io::Result<OwnedFd>) -> io::Result<OwnedFd> {
+fn with_descriptor(open: impl Fn() -> rustix::io::Result<OwnedFd>) -> rustix::io::Result<OwnedFd> {
     match open() {
         Err(Errno::MFILE) => {
             let mut limit = getrlimit(Resource::Nofile);
             limit.current = limit.maximum;
             setrlimit(Resource::Nofile, limit)?;
-            Ok(open()?)
+            open()
         }
-        opened => Ok(opened?),
+        opened => opened,
     }
 }

@@ -8,16 +8,15 @@
 //! ```
 
 mod lock;
-mod open;
 mod target;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use self::lock::Lock;
-pub(crate) use self::open::OpenFolder;
 pub use self::target::Target;
 use crate::crash::crash_point;
+use crate::directory::Directory;
 use crate::error::Result;
 
 const INCOMPLETE: &str = "incomplete";
@@ -30,7 +29,7 @@ const LOCK: &str = "lock";
 pub struct Folder {
     /// Held until this is dropped.
     lock: Arc<Lock>,
-    files: OpenFolder,
+    files: Directory,
     leave: bool,
     committed: bool,
 }
@@ -64,7 +63,7 @@ impl Folder {
     }
 
     /// Where files are written.
-    pub(crate) fn files(&self) -> &OpenFolder {
+    pub(crate) fn files(&self) -> &Directory {
         &self.files
     }
 

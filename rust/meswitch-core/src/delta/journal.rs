@@ -11,9 +11,9 @@ use super::checksum;
 use super::manifest::{VERSION, json};
 use super::site::{SiteEntry, SiteFields};
 use crate::crash::crash_point;
+use crate::directory::Directory;
 use crate::error::{Error, Result};
 use crate::fingerprint::Digest;
-use crate::folder::OpenFolder;
 
 /// The journal's file name.
 pub(super) const JOURNAL: &str = ".journal";
@@ -58,7 +58,7 @@ impl Journal {
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Output`] where the journal cannot be read; the folder stays as it is.
-    pub(super) fn open(folder: &OpenFolder, key: &str) -> Result<(Self, Vec<Finished>)> {
+    pub(super) fn open(folder: &Directory, key: &str) -> Result<(Self, Vec<Finished>)> {
         let path = folder.path().join(JOURNAL);
         let text = folder.read_file(JOURNAL)?.unwrap_or_default();
         let mut lines = text.split_inclusive(|byte| *byte == b'\n');

@@ -64,7 +64,8 @@ impl Delta {
         let is_known = |name: &String| {
             name.starts_with('.') || name == MANIFEST || self.manifest().files.contains_key(name.as_str())
         };
-        match directory.names()?.iter().find(|name| !is_known(name)) {
+        let mut names = directory.names()?.into_iter().map(|name| name.to_string_lossy().into_owned());
+        match names.find(|name| !is_known(name)) {
             None => Ok(()),
             Some(name) => Err(Error::Format(format!("expected only files that {MANIFEST} names, found {name}"))),
         }

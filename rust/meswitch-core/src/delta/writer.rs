@@ -14,12 +14,12 @@ use super::tensor::TensorSpec;
 use super::{ALIGNMENT, PADDING, checksum};
 use crate::checkpoint::View;
 use crate::crash::crash_point;
+use crate::directory::Directory;
 use crate::error::{Error, Result};
-use crate::folder::OpenFolder;
 
 /// Writes the tensors, the copied files and the manifest of one delta directory.
 pub(crate) struct Writer {
-    folder: OpenFolder,
+    folder: Directory,
     /// The path of the tensors' file, for messages.
     path: PathBuf,
     file: BufWriter<File>,
@@ -37,7 +37,7 @@ impl Writer {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Output`].
-    pub(super) fn create(folder: &OpenFolder, specs: &[TensorSpec]) -> Result<Self> {
+    pub(super) fn create(folder: &Directory, specs: &[TensorSpec]) -> Result<Self> {
         let path = folder.path().join(TENSORS);
         let mut file = BufWriter::with_capacity(1 << 20, folder.open_file(TENSORS)?);
         let reserved = max_header_bytes(specs);

@@ -5,7 +5,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{LOCK, OpenFolder, Target};
+use super::{LOCK, Target};
+use crate::directory::Directory;
 use crate::error::{Error, Result};
 
 /// The right to write at a place, which one writer at a time has. [`super::Folder`] takes it for as long as one folder
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 /// Dropping the last handle gives it up. So does the end of the process.
 pub struct Lock {
     pub(super) target: Target,
-    pub(super) parent: OpenFolder,
+    pub(super) parent: Directory,
     _file: File,
 }
 
@@ -26,7 +27,7 @@ impl Lock {
     /// [`Error::Output`] where another writer has it, [`Error::Io`].
     pub fn take(target: Target) -> Result<Arc<Self>> {
         create_folders(&target.parent)?;
-        let parent = OpenFolder::open(&target.parent)?;
+        let parent = Directory::open(&target.parent)?;
         let file = lock(&parent, &target)?;
         Ok(Arc::new(Self { target, parent, _file: file }))
     }
@@ -46,7 +47,7 @@ impl Drop for Lock {
 }
 
 /// Locks `.NAME.lock`, which is removed by its holder.
-fn lock(parent: &OpenFolder, target: &Target) -> Result<File> {
+fn lock(parent: &Directory, target: &Target) -> Result<File> {
     let name = target.hidden(LOCK);
     loop {
         let file = parent.open_lock(&name)?;
@@ -77,5 +78,5 @@ fn create_folders(folder: &Path) -> Result<()> {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(Error::io(folder)(error)),
         _ => {}
     }
-    OpenFolder::open(above)?.sync()
+    Directory::open(above)?.sync()
 }

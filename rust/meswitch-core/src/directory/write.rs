@@ -1,42 +1,26 @@
-//! An open folder, whose files are reached by its descriptor.
+//! Writing in an open folder. Links in it are never followed.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, fsync, mkdirat, openat, renameat, statat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, fsync, mkdirat, openat, renameat, statat, unlinkat};
 use rustix::io::Errno;
 
+use super::{Directory, FOLDER, with_descriptor};
 use crate::error::{Error, Result};
 
-/// The mode of new files and folders, less the process's mask.
-const FILE: Mode = Mode::from_raw_mode(0o666);
-const FOLDER: Mode = Mode::from_raw_mode(0o777);
+/// The modes of new files and folders, less the process's mask.
+const NEW_FILE: Mode = Mode::from_raw_mode(0o666);
+const NEW_FOLDER: Mode = Mode::from_raw_mode(0o777);
 
-/// An open folder. What lies in it is reached by its descriptor, so that a folder which takes its path's place does not
-/// matter, and links in it are never followed.
-#[derive(Clone)]
-pub(crate) struct OpenFolder {
-    descriptor: Arc<OwnedFd>,
-    path: PathBuf,
-}
-
-impl OpenFolder {
-    /// Opens the folder at a path; links to it are followed.
-    pub(crate) fn open(path: &Path) -> Result<Self> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let descriptor = openat(CWD, path, flags, Mode::empty()).map_err(|error| io_error(path, error))?;
-        Ok(Self { descriptor: Arc::new(descriptor), path: path.to_owned() })
-    }
-
+impl Directory {
     /// Opens a folder of that name in this one, and creates it where there is none.
     pub(crate) fn subfolder(&self, name: &OsStr) -> Result<Self> {
-        match mkdirat(&*self.descriptor, name, FOLDER) {
+        match mkdirat(&self.folder, name, NEW_FOLDER) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => return Err(self.error(name, error)),
         }
@@ -44,9 +28,9 @@ impl OpenFolder {
     }
 
     fn existing_subfolder(&self, name: &OsStr) -> Result<Self> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let opened = openat(&*self.descriptor, name, flags, Mode::empty()).map_err(|error| self.error(name, error))?;
-        Ok(Self { descriptor: Arc::new(opened), path: self.path.join(name) })
+        let open = || openat(&self.folder, name, FOLDER | OFlags::NOFOLLOW, Mode::empty());
+        let folder = with_descriptor(open).map_err(|error| self.error(name, error))?;
+        Ok(Self { path: self.path.join(name), folder: Arc::new(folder) })
     }
 
     /// The folder's path when it was opened.
@@ -72,7 +56,7 @@ impl OpenFolder {
         let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let not_a_file =
             || Error::Output(format!("expected a file at {}, found something else", self.path.join(name).display()));
-        let file = match openat(&*self.descriptor, name, flags, FILE) {
+        let file = match with_descriptor(|| openat(&self.folder, name, flags, NEW_FILE)) {
             Ok(file) => File::from(file),
             Err(Errno::LOOP | Errno::ISDIR | Errno::NXIO) => return Err(not_a_file()),
             Err(error) => return Err(self.error(name, error)),
@@ -110,7 +94,7 @@ impl OpenFolder {
     /// Renames a file or folder in this folder.
     pub(crate) fn rename(&self, from: impl AsRef<OsStr>, to: impl AsRef<OsStr>) -> Result<()> {
         let (from, to) = (from.as_ref(), to.as_ref());
-        renameat(&*self.descriptor, from, &*self.descriptor, to).map_err(|error| self.error(to, error))
+        renameat(&self.folder, from, &self.folder, to).map_err(|error| self.error(to, error))
     }
 
     /// Exchanges the names of two files or folders, so that both exist at any time.
@@ -118,7 +102,7 @@ impl OpenFolder {
         #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
         let exchanged = {
             use rustix::fs::{RenameFlags, renameat_with};
-            renameat_with(&*self.descriptor, one, &*self.descriptor, other, RenameFlags::EXCHANGE)
+            renameat_with(&self.folder, one, &self.folder, other, RenameFlags::EXCHANGE)
         };
         #[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
         let exchanged: rustix::io::Result<()> = Err(Errno::NOSYS);
@@ -127,14 +111,14 @@ impl OpenFolder {
 
     /// Removes a file, a link or a folder with all that it holds, if there is one of that name.
     pub(crate) fn remove(&self, name: &OsStr) -> Result<()> {
-        match unlinkat(&*self.descriptor, name, AtFlags::empty()) {
+        match unlinkat(&self.folder, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => return Ok(()),
             // Linux says that it is a folder, others that folders are not unlinked.
             Err(Errno::ISDIR | Errno::PERM) => {}
             Err(error) => return Err(self.error(name, error)),
         }
         self.existing_subfolder(name)?.clear()?;
-        unlinkat(&*self.descriptor, name, AtFlags::REMOVEDIR).map_err(|error| self.error(name, error))
+        unlinkat(&self.folder, name, AtFlags::REMOVEDIR).map_err(|error| self.error(name, error))
     }
 
     /// Removes everything in the folder.
@@ -149,22 +133,9 @@ impl OpenFolder {
         others.into_iter().try_for_each(|name| self.remove(name))
     }
 
-    fn names(&self) -> Result<Vec<OsString>> {
-        let entries = Dir::read_from(&*self.descriptor).map_err(|error| io_error(&self.path, error))?;
-        let mut names = Vec::new();
-        for entry in entries {
-            let entry = entry.map_err(|error| io_error(&self.path, error))?;
-            let name = OsStr::from_bytes(entry.file_name().to_bytes());
-            if name != "." && name != ".." {
-                names.push(name.to_owned());
-            }
-        }
-        Ok(names)
-    }
-
     /// Whether there is anything of that name, a link to nothing included.
     pub(crate) fn has(&self, name: &OsStr) -> Result<bool> {
-        match statat(&*self.descriptor, name, AtFlags::SYMLINK_NOFOLLOW) {
+        match statat(&self.folder, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(_) => Ok(true),
             Err(Errno::NOENT) => Ok(false),
             Err(error) => Err(self.error(name, error)),
@@ -175,7 +146,7 @@ impl OpenFolder {
     pub(crate) fn is_at(&self, file: &File, name: &OsStr) -> Result<bool> {
         let path = self.path.join(name);
         let open = file.metadata().map_err(Error::io(&path))?;
-        match statat(&*self.descriptor, name, AtFlags::SYMLINK_NOFOLLOW) {
+        match statat(&self.folder, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(named) => Ok((named.st_dev, named.st_ino) == (open.dev(), open.ino())),
             Err(Errno::NOENT) => Ok(false),
             Err(error) => Err(self.error(name, error)),
@@ -184,7 +155,7 @@ impl OpenFolder {
 
     /// Flushes the folder's names to disk.
     pub(crate) fn sync(&self) -> Result<()> {
-        fsync(&*self.descriptor).map_err(|error| io_error(&self.path, error))
+        fsync(&self.folder).map_err(|error| self.error("", error))
     }
 
     /// Flushes the folder's files, and then its names, to disk.
@@ -195,12 +166,4 @@ impl OpenFolder {
         }
         self.sync()
     }
-
-    fn error(&self, name: &OsStr, error: Errno) -> Error {
-        io_error(&self.path.join(name), error)
-    }
-}
-
-fn io_error(path: &Path, error: Errno) -> Error {
-    Error::io(path)(error.into())
 }
