@@ -60,6 +60,7 @@
 
 mod ledger;
 pub mod policy;
+pub mod replay;
 mod shared;
 mod sync;
 #[cfg(test)]

@@ -1,9 +1,11 @@
 //! Which unit leaves first.
 
+mod lrfu;
 mod lru;
 
 use crate::error::{Error, Result};
 
+pub use lrfu::Lrfu;
 pub use lru::Lru;
 
 /// A unit of one residency: a small number that is used again once the unit is gone for good.
@@ -35,7 +37,7 @@ pub trait Policy: Send {
 }
 
 /// The names of all policies, the default first.
-pub const NAMES: [&str; 1] = ["lru"];
+pub const NAMES: [&str; 2] = ["lru", "lrfu"];
 
 /// A policy by its name, of no units yet.
 ///
@@ -45,6 +47,7 @@ pub const NAMES: [&str; 1] = ["lru"];
 pub fn by_name(name: &str) -> Result<Box<dyn Policy>> {
     match name {
         "lru" => Ok(Box::new(Lru::default())),
+        "lrfu" => Ok(Box::new(Lrfu::default())),
         _ => Err(Error::Argument(format!("expected one of {}, found {name:?}", NAMES.join(", ")))),
     }
 }
@@ -176,6 +179,6 @@ mod tests {
     #[test]
     fn an_unknown_name_is_refused_with_those_that_are_known() {
         let error = by_name("fifo").err().expect("an error");
-        assert_eq!(error.to_string(), "expected one of lru, found \"fifo\"");
+        assert_eq!(error.to_string(), "expected one of lru, lrfu, found \"fifo\"");
     }
 }
