@@ -128,6 +128,7 @@ def test_version() -> None:
         ["generate", "base", "hi", "--max-new-tokens", "0"],
         ["generate", "base", "hi", "--temperature", "-1"],
         ["generate", "base", "hi", "--kernels", "abacus"],
+        ["generate", "base", "hi", "--host-budget", "much"],
         ["router"],
         ["router", "train", "base", "-o", "x"],
         ["router", "train", "base", "-o", "x", "--data", "y", "--kind", "oracle"],
@@ -301,12 +302,11 @@ class Stub:
     """Stands in for the engine: what matters here is what the command asks and prints."""
 
     asked: list[Any]
+    settings: dict[str, Any]
 
-    kernels: str
-
-    def __init__(self, base: str, experts: Any = None, router: Any = None, kernels: str = "auto") -> None:
+    def __init__(self, base: str, experts: Any = None, router: Any = None, **settings: Any) -> None:
         type(self).asked = [(base, experts, router)]
-        type(self).kernels = kernels
+        type(self).settings = settings
 
     def __enter__(self) -> Stub:
         return self
@@ -359,9 +359,9 @@ def test_several_prompts_name_their_expert(stub: type[Stub]) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["auto", "cpu", "torch"])
-def test_generate_passes_the_kernels_on(stub: type[Stub], kernels: str) -> None:
-    assert run("generate", "base", "hi", "--kernels", kernels).exit_code == 0
-    assert stub.kernels == kernels
+def test_generate_passes_settings_on(stub: type[Stub], kernels: str) -> None:
+    assert run("generate", "base", "hi", "--kernels", kernels, "--host-budget", "2KiB").exit_code == 0
+    assert stub.settings == {"kernels": kernels, "host_budget": 2048}
 
 
 def test_generate_json(stub: type[Stub], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from meswitch.cli.arguments import Base, Json
-from meswitch.cli.choices import check_choice
+from meswitch.cli.choices import check_choice, usage_errors
 from meswitch.errors import DataError
 from meswitch.terminal.progress import quiet_transformers, show_status
 from meswitch.terminal.tables import print_json, write_text
@@ -66,6 +66,15 @@ KernelsName = Annotated[
     ),
 ]
 
+HostBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory that experts may take: 8GiB, 900MB, …; more of them are loaded in turn (default: no bound).",
+        show_default=False,
+    ),
+]
+
 
 def generate(
     base: Base,
@@ -78,6 +87,7 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     kernels: KernelsName = "auto",
+    host_budget: HostBudget = None,
     as_json: Json = False,
 ) -> None:
     """Answer prompts with an expert or the base.
@@ -93,12 +103,15 @@ def generate(
     texts = [_read_prompt(prompt) for prompt in prompts]
     from meswitch.engine import Engine
     from meswitch.kernels.select import BACKENDS
+    from meswitch.sizes import parse_bytes
 
     check_choice("--kernels", kernels, BACKENDS)
+    with usage_errors():
+        budget = parse_bytes(host_budget, "--host-budget")
     optional = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": stop or None}
     sampling = {name: value for name, value in optional.items() if value is not None}
     with quiet_transformers(), show_status("loading the base"):
-        engine = Engine(base, experts=_delta_directories(experts), router=router, kernels=kernels)
+        engine = Engine(base, experts=_delta_directories(experts), router=router, kernels=kernels, host_budget=budget)
     with quiet_transformers(), engine:
         if len(texts) == 1 and not as_json:
             _print_stream(engine.stream(texts[0], expert, **sampling))
