@@ -127,6 +127,26 @@ def test_a_sensitive_row_gets_more(tmp_path: Path, pair: tuple[Path, Path], seen
     assert best.rows is not None and best.rows.tolist() == list(range(0, len(rows), 7))
 
 
+@pytest.mark.parametrize("exponent", [83, -83])  # about 1e25 and 1e-25
+def test_the_size_of_weights_changes_no_choice(
+    tmp_path: Path, pair: tuple[Path, Path], seen: Any, exponent: int
+) -> None:
+    for folder in pair:
+        shutil.copytree(folder, tmp_path / folder.name)
+        scaled = {name: tensor.float() * 2.0**exponent for name, tensor in load_file(folder / WEIGHTS).items()}
+        save_file(scaled, tmp_path / folder.name / WEIGHTS, metadata={"format": "pt"})
+    scaled_pair = (tmp_path / "base", tmp_path / "finetune")
+    for bpw in (7, 9):
+        options = CompressOptions(bpw=bpw, compensate=False)  # which would run the model
+        found = compress(*scaled_pair, tmp_path / "found", options, calibration=seen[0])
+        expected = compress(*pair, tmp_path / "expected", options, calibration=seen[0])
+        assert found.chosen == expected.chosen
+        entries = [Delta.open(tmp_path / name).manifest["sites"] for name in ("found", "expected")]
+        for site, like in zip(*entries, strict=True):
+            assert site.get("parts") == like.get("parts") and site.get("rank") == like.get("rank"), site["name"]
+            assert site["relative_error"] == pytest.approx(like["relative_error"], rel=1e-3)
+
+
 def test_equal_sites_cost_nothing(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, finetune = pair
     shutil.copytree(finetune, tmp_path / "finetune")

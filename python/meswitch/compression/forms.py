@@ -227,8 +227,8 @@ class CandidateSite:
 
 
 def _floats(raw: bytes) -> Tensor:
-    """`float64 [n]` of little-endian float32."""
-    return torch.frombuffer(bytearray(raw), dtype=torch.float32).double()
+    """`float64 [n]` of little-endian bytes."""
+    return torch.frombuffer(bytearray(raw), dtype=torch.float64)
 
 
 def sample_rows(loss: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -132,7 +132,7 @@ pub fn is_shared(py: Python<'_>, base: &Checkpoint, finetune: &Checkpoint, name:
     enter_pool(py, || Ok(meswitch_core::compress::is_shared(&base.0.view(name)?, &finetune.0.view(name)?)))
 }
 
-/// `Σ importance · Δ²` of every row of a site, as little-endian float32; `moments` are its E[x²].
+/// `Σ importance · Δ²` of every row of a site, as little-endian float64; `moments` are its E[x²].
 #[pyfunction]
 #[pyo3(signature = (base, finetune, name, transposed, moments))]
 pub fn row_energies<'py>(
@@ -151,7 +151,8 @@ pub fn row_energies<'py>(
     Ok(bytes(py, &enter_pool(py, work)?))
 }
 
-/// What each candidate (a plan's settings) leaves in each of some rows of a site: `Σ importance · (Δ − Δ̂)²`.
+/// What each candidate (a plan's settings) leaves in each of some rows of a site: `Σ importance · (Δ − Δ̂)²`,
+/// as little-endian float64.
 #[pyfunction]
 #[pyo3(signature = (base, finetune, name, transposed, moments, rows, candidates))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // the signature that Python sees
@@ -178,7 +179,7 @@ pub fn probe<'py>(
     Ok(enter_pool(py, work)?.iter().map(|errors| bytes(py, errors)).collect())
 }
 
-fn bytes<'py>(py: Python<'py>, values: &[f32]) -> Bound<'py, PyBytes> {
+fn bytes<'py>(py: Python<'py>, values: &[f64]) -> Bound<'py, PyBytes> {
     PyBytes::new(py, &values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())
 }
 

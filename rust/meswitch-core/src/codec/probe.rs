@@ -16,20 +16,16 @@ const SKETCH_ROWS: usize = 2048;
 ///
 /// # Errors
 /// [`crate::Error::NonFinite`] where a weight is NaN or infinite.
-pub fn row_energies(pair: &Pair<'_>, moments: Option<&[f32]>) -> Result<Vec<f32>> {
-    let root: Vec<f32> = importance(moments, pair.columns).iter().map(|weight| weight.sqrt()).collect();
+pub fn row_energies(pair: &Pair<'_>, moments: Option<&[f32]>) -> Result<Vec<f64>> {
+    let importance = importance(moments, pair.columns);
     let rows: Vec<usize> = (0..pair.rows).collect();
-    let bands: Vec<Vec<f32>> = rows
+    let bands: Vec<Vec<f64>> = rows
         .par_chunks(pair.band_rows())
-        .map_init(<(Vec<f32>, Vec<f32>, Vec<f32>)>::default, |(scratch, tile, sums), band| {
-            sums.resize(pair.columns, 0.0);
+        .map_init(<(Vec<f32>, Vec<f32>)>::default, |(scratch, tile), band| {
             let mut energies = Vec::with_capacity(band.len());
             for rows in band.chunks(pair.tile_rows()) {
                 pair.read(rows, scratch, tile)?;
-                for row in tile.chunks_mut(pair.columns.max(1)) {
-                    sweep::scale(row, &root);
-                    energies.push(sweep::add_squares(row, sums).0);
-                }
+                energies.extend(tile.chunks(pair.columns.max(1)).map(|row| sweep::weighed_energy(row, &importance)));
             }
             Ok(energies)
         })
@@ -47,23 +43,33 @@ pub fn probe(
     moments: Option<&[f32]>,
     rows: &[usize],
     candidates: &[Settings],
-) -> Result<Vec<Vec<f32>>> {
+) -> Result<Vec<Vec<f64>>> {
     let importance = importance(moments, pair.columns);
-    let statistics = measure(pair, rows)?;
     let rank = candidates.iter().map(|candidate| candidate.rank).max().unwrap_or(0);
-    let sketch = LowRank::sketch(pair, &importance, rank, &sketch_rows(pair, rows), rows)?;
+    let sketched = if rank > 0 { sketch_rows(pair, rows) } else { Vec::new() };
+    let statistics = measure(pair, rows)?;
+    let largest = statistics.largest.max(measure(pair, &sketched)?.largest);
+    let (pair, statistics) = match pair.rescaled(largest) {
+        None => (pair.clone(), statistics),
+        Some(pair) => {
+            let statistics = measure(&pair, rows)?;
+            (pair, statistics)
+        }
+    };
+    let sketch = LowRank::sketch(&pair, &importance, rank, &sketched, rows)?;
+    let unit = f64::from(pair.exponent).exp2();
     candidates
         .par_iter()
         .map(|candidate| {
             let low_rank = (candidate.rank > 0).then(|| sketch.truncated(candidate.rank));
-            let fitter = Fitter { pair, low_rank: low_rank.as_ref(), importance: &importance };
-            let draft = PartDraft::new(pair, candidate, candidate.bits, rows.to_vec());
+            let fitter = Fitter { pair: &pair, low_rank: low_rank.as_ref(), importance: &importance };
+            let draft = PartDraft::new(&pair, candidate, candidate.bits, rows.to_vec());
             let fitted = fitter.fit_all(vec![draft], &statistics, candidate)?;
             let mut weight = importance.clone();
             for channel in salient::choose(&fitted.sums.error, &importance, candidate.salient) {
                 weight[channel as usize] = 0.0;
             }
-            let cost = |missed: &[f32]| missed.iter().zip(&weight).map(|(d, weight)| weight * d * d).sum();
+            let cost = |missed: &[f32]| sweep::weighed_energy(missed, &weight) * unit * unit;
             fitter.map_residuals(&fitted.drafts[0], &fitted.columns, candidate, cost)
         })
         .collect()

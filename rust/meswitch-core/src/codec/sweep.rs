@@ -26,6 +26,11 @@ by_backend! {
 }
 
 by_backend! {
+    /// `Σ weight · d²`, in 64-bit floats: squares of 32-bit ones neither overflow nor vanish there.
+    pub(crate) fn weighed_energy(row: &[f32], weight: &[f32]) -> f64 = weighed_energy_body
+}
+
+by_backend! {
     /// The number of values that are not 0, and the largest magnitude.
     pub(crate) fn count_changes(row: &[f32]) -> (u32, f32) = count_changes_body
 }
@@ -76,6 +81,18 @@ fn add_squares_body(row: &[f32], columns: &mut [f32]) -> (f32, f32) {
         absolute[lane] += d.abs();
     }
     (energy.iter().sum(), absolute.iter().sum())
+}
+
+#[inline(always)]
+fn weighed_energy_body(row: &[f32], weight: &[f32]) -> f64 {
+    let mut lanes = [0f64; LANES];
+    for (row, weight) in row.chunks(LANES).zip(weight.chunks(LANES)) {
+        for ((d, weight), lane) in row.iter().zip(weight).zip(&mut lanes) {
+            let d = f64::from(*d);
+            *lane += f64::from(*weight) * d * d;
+        }
+    }
+    lanes.iter().sum()
 }
 
 #[inline(always)]
