@@ -25,7 +25,19 @@ from meswitch.terminal.progress import progress_lines, show_progress
 from meswitch.terminal.tables import format_size, write_text
 from test_adapter import save_adapter
 
-COMMANDS = ("compress", "import", "inspect", "verify", "restore", "evaluate", "generate", "demo", "doctor", "router")
+COMMANDS = (
+    "compress",
+    "import",
+    "inspect",
+    "verify",
+    "restore",
+    "evaluate",
+    "generate",
+    "replay",
+    "demo",
+    "doctor",
+    "router",
+)
 
 
 def run(*args: object, stdin: str = "", stdout: io.StringIO | None = None) -> Any:

@@ -135,5 +135,9 @@ class BackendError(MeswitchError, ValueError):
     """Kernels, an instruction set (`MESWITCH_BACKEND`) or a device that is unknown, or that this machine lacks."""
 
 
+class MissingPackageError(MeswitchError, ImportError):
+    """Something that needs a package which is optional and not installed."""
+
+
 class CudaUnavailableError(MeswitchError):
     """`device="cuda"` where there is none."""

@@ -15,6 +15,8 @@ the commands that need them, so that help is quick.
     evaluate     evaluate
     router       router train, router evaluate
     generate     generate
+    replay       replay
+    plot         what replay draws
     demo         demo
     doctor       doctor
 

@@ -13,6 +13,7 @@ from meswitch.cli.demo import demo
 from meswitch.cli.doctor import doctor
 from meswitch.cli.evaluate import evaluate
 from meswitch.cli.generate import generate
+from meswitch.cli.replay import replay
 from meswitch.cli.router import router_app
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app.command()(upgrade)
 app.command()(evaluate)
 app.add_typer(router_app, name="router")
 app.command()(generate)
+app.command()(replay)
 app.command()(demo)
 app.command()(doctor)
 

@@ -73,14 +73,14 @@ def format_share(share: float | None) -> str:
 def format_size(count: float) -> str:
     """Bytes in units of 1000.
 
-    >>> format_size(999), format_size(1_500_000)
-    ('999 bytes', '1.5 MB')
+    >>> format_size(999), format_size(1_500_000), format_size(1.5e12)
+    ('999 bytes', '1.5 MB', '1.50 TB')
     """
-    for unit in ("bytes", "kB", "MB"):
+    for unit, decimals in (("bytes", 0), ("kB", 1), ("MB", 1), ("GB", 2)):
         if count < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+            return f"{count:.{decimals}f} {unit}"
         count /= 1000
-    return f"{count:.2f} GB"
+    return f"{count:.2f} TB"
 
 
 def shorten(text: str, width: int = 80, *, keep_end: bool = False) -> str:

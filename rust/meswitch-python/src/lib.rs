@@ -6,6 +6,7 @@ mod dlpack;
 mod errors;
 mod folder;
 mod matrix;
+mod replay;
 mod residency;
 mod table;
 mod tensor;
@@ -45,6 +46,8 @@ mod _native {
     use super::folder::{Folder, Lock, resolve_target};
     #[pymodule_export]
     use super::matrix::Matrix;
+    #[pymodule_export]
+    use super::replay::{Trace, policies};
     #[pymodule_export]
     use super::residency::{Lease, Residency};
     #[pymodule_export]
