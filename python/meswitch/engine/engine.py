@@ -43,8 +43,8 @@ class Engine:
     memory. `max_batch_tokens`: the tokens of one step; longer prompts are split.
     `max_waiting`: how many requests may wait for a place in the batch before further ones are refused (no bound
     without). `max_experts`: the most experts whose requests run at a time (no bound without). `eviction`: which idle
-    expert leaves first when another needs its room. `trace`: a file to write to what is asked for, loaded and evicted,
-    for `meswitch replay`.
+    expert leaves first when another needs its room, `"lru"` or `"lrfu"`. `trace`: a file to write to what is asked for,
+    loaded and evicted, for `meswitch replay`.
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong
