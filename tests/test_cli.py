@@ -382,11 +382,6 @@ def test_generate_json(stub: type[Stub], tmp_path: Path) -> None:
     assert found["route"] == {"expert": "math", "scores": {"math": 0.9, "base": 0.1}, "abstained": False}
 
 
-def test_a_delta_directory_stands_for_itself(stub: type[Stub], paths: dict[str, Path]) -> None:
-    assert run("generate", "base", "--experts", paths["delta"], "hi").exit_code == 0
-    assert stub.asked[0][1] == [paths["delta"]]
-
-
 @pytest.mark.parametrize(("prompt", "stdin", "where"), [("caf\udce9", "", "as a prompt"), ("-", "\udce9", "on stdin")])
 def test_a_prompt_that_is_not_utf_8_is_refused(stub: type[Stub], prompt: str, stdin: str, where: str) -> None:
     stub.asked = []

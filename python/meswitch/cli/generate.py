@@ -100,6 +100,8 @@ def generate(
     """
     if expert == "auto" and router is None:
         raise typer.BadParameter("auto needs --router", param_hint="--expert")
+    if experts is not None and not experts.is_dir():  # said before the base is loaded
+        raise FileNotFoundError(f"expected a folder of delta directories, found none: {experts}")
     texts = [_read_prompt(prompt) for prompt in prompts]
     from meswitch.engine import Engine
     from meswitch.kernels.select import BACKENDS
@@ -111,7 +113,7 @@ def generate(
     optional = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": stop or None}
     sampling = {name: value for name, value in optional.items() if value is not None}
     with quiet_transformers(), show_status("loading the base"):
-        engine = Engine(base, experts=_delta_directories(experts), router=router, kernels=kernels, host_budget=budget)
+        engine = Engine(base, experts=experts, router=router, kernels=kernels, host_budget=budget)
     with quiet_transformers(), engine:
         if len(texts) == 1 and not as_json:
             _print_stream(engine.stream(texts[0], expert, **sampling))
@@ -130,13 +132,6 @@ def _read_prompt(prompt: str) -> str:
     except UnicodeError as error:
         raise DataError(f"expected UTF-8 text {where}, found bytes that are not") from error
     return text
-
-
-def _delta_directories(folder: Path | None) -> Path | list[Path] | None:
-    """A delta directory given where a folder of them is expected stands for itself."""
-    if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"expected a folder of delta directories, found none: {folder}")
-    return [folder] if folder is not None and (folder / "meswitch.json").is_file() else folder
 
 
 def _print_stream(stream: Any) -> None:
