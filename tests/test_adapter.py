@@ -303,6 +303,56 @@ def test_the_tokenizer_is_the_bases_until_the_adapter_brings_one(tmp_path: Path)
         imported()
 
 
+@pytest.mark.parametrize("kept", ["folder", "config"])
+def test_a_tokenizer_of_its_own_loses_none_of_the_bases_templates(kept: str, tmp_path: Path) -> None:
+    base = save_random(tmp_path / "base", config_of("llama"))
+    if kept == "folder":
+        (base / "chat_template.jinja").write_text("base")
+        (base / "additional_chat_templates").mkdir()
+        (base / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+        expected: Any = {"default": "base", "tool_use": "tools"}
+    else:
+        config = json.loads((base / "tokenizer_config.json").read_text())
+        (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "base"}))
+        expected = "base"
+    assert AutoTokenizer.from_pretrained(base).chat_template == expected
+    adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=QV)
+    tokenizer = tokenizer_of()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(adapter)
+    import_adapter(base, adapter, tmp_path / "expert")
+    found = AutoTokenizer.from_pretrained(tmp_path / "expert")
+    assert found.chat_template == expected and len(found) == VOCABULARY + 1
+    (adapter / "chat_template.jinja").write_text("adapter")
+    import_adapter(base, adapter, tmp_path / "expert")
+    assert AutoTokenizer.from_pretrained(tmp_path / "expert").chat_template == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("named", "noted"),
+    [
+        ("someone/other-7b", True),
+        ("/home/someone/other", True),
+        ("someone/BASE", False),
+        ("/elsewhere/base", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_an_adapter_that_names_another_base_is_noted(made: Path, adapter: Path, named: Any, noted: bool) -> None:
+    assert not import_adapter(made / "base", adapter, adapter.parent / "expert").notes
+    configure(adapter, base_model_name_or_path=named)
+    notes = import_adapter(made / "base", adapter, adapter.parent / "expert").notes
+    assert len(notes) == noted and all(f"says that its base is {named}, found" in note for note in notes)
+
+
+def test_an_adapter_of_a_folder_that_is_here_is_of_that_folder(made: Path, adapter: Path, tmp_path: Path) -> None:
+    other = save_random(tmp_path / "elsewhere" / "base", config_of("llama"), seed=5)
+    configure(adapter, base_model_name_or_path=str(other))
+    [note] = import_adapter(made / "base", adapter, tmp_path / "expert").notes
+    assert f"says that its base is {other}" in note
+
+
 def test_only_a_head_of_its_own_unties_the_config(tmp_path: Path) -> None:
     base = save_random(tmp_path / "base", config_of("qwen2"))
     for name, targets in (("plain", QV), ("head", [*QV, "lm_head"])):

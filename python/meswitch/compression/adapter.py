@@ -121,13 +121,15 @@ class LoraFactors:
 class Adapter:
     """What an adapter changes, by the checkpoint's names of the base's parameters.
 
-    `settings`: the fields of its config that the manifest keeps. `trained_on`: values that the parameters had when the
-    adapter was trained, where it holds them. `replaced`: values after training, of `modules_to_save`. `factors`: LoRA.
+    `settings`: the fields of its config that the manifest keeps. `base_name`: what its config calls its base, a hub id
+    or a path; empty where it calls it nothing. `trained_on`: values that the parameters had when the adapter was
+    trained, where it holds them. `replaced`: values after training, of `modules_to_save`. `factors`: LoRA.
     `bias_changes`: what is added to a bias (`lora_bias`), float32. Tensors are mapped views.
     """
 
     folder: Path
     settings: dict[str, Any]
+    base_name: str = ""
     trained_on: dict[str, Tensor] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, LoraFactors] = field(default_factory=dict)
@@ -142,7 +144,8 @@ class Adapter:
         """
         config = _read_config(folder)
         tensors = _read_tensors(folder)
-        adapter = cls(folder, {name: config.get(name) for name in ("r", "lora_alpha", "use_rslora", "peft_version")})
+        settings = {name: config.get(name) for name in ("r", "lora_alpha", "use_rslora", "peft_version")}
+        adapter = cls(folder, settings, str(config.get("base_model_name_or_path") or ""))
         factors: dict[str, dict[str, Tensor]] = {}  # by module, then by role
         for key, tensor in tensors.items():
             if match := _FACTOR.fullmatch(key):

@@ -12,8 +12,10 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from meswitch.progress import Progress, ProgressCallback
 from meswitch.site import from_matrix
 from meswitch.target import resolve_target
 
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -89,12 +92,24 @@ def import_adapter(
     delta, kinds = Delta.open(target), [site.entry["kind"] for site in sites.values()]
     counts = {kind: kinds.count(kind) for kind in ("low_rank", "replaced", "shared")}
     counts["replaced"] += kinds.count("quantized")
-    notes = [
-        f"{file.name} is not read: rows of new tokens are those of the adapter itself"
-        for file in [opened.folder / "new_embeddings.safetensors"]
-        if file.is_file()
-    ]
-    return ImportReport(delta.nbytes, delta.bpw, time.perf_counter() - start, **counts, notes=tuple(notes))
+    notes = tuple(_notes(str(base), checkpoint, opened))
+    return ImportReport(delta.nbytes, delta.bpw, time.perf_counter() - start, **counts, notes=notes)
+
+
+def _notes(given: str, base: Checkpoint, adapter: Adapter) -> Iterator[str]:
+    """What an import's report has to say. `given`: the path or hub id that the base was opened by."""
+    if not _may_be(adapter.base_name, base, given):
+        yield f"the adapter says that its base is {adapter.base_name}, found {base.name}: it fits any of equal shapes"
+    if (adapter.folder / "new_embeddings.safetensors").is_file():
+        yield "new_embeddings.safetensors is not read: rows of new tokens are those of the adapter itself"
+
+
+def _may_be(name: str, base: Checkpoint, given: str) -> bool:
+    """Whether a hub id or a path may mean this base: a model keeps its own name in whichever folder it lies."""
+    if not name or os.path.isdir(name):  # a name may be no path at all, for which `Path.is_dir` raises
+        return not name or os.path.samefile(name, base.path)
+    ours = (given, base.path.absolute().name, base.name)
+    return Path(name).name.lower() in {Path(our).name.lower() for our in ours}
 
 
 @dataclass(frozen=True)
@@ -257,21 +272,29 @@ def _files(base: Path, adapter: Path, scratch: Path) -> dict[str, Path]:
     adapter_files.pop("config.json", None)  # if there is one, it is a copy of the base's
     templates = matches(base_files, TEMPLATE)
     tokenizer = [name for name in matches(base_files, TOKENIZER) if name not in templates]
-    dropped = tokenizer if matches(adapter_files, VOCABULARY) else []
-    dropped += templates if _has_template(adapter_files) else []
-    return {name: path for name, path in base_files.items() if name not in dropped} | adapter_files
+    own_tokenizer = bool(matches(adapter_files, VOCABULARY))
+    own_template = bool(matches(adapter_files, TEMPLATE) or _tokenizer_config(adapter_files).get("chat_template"))
+    dropped = (tokenizer if own_tokenizer else []) + (templates if own_template else [])
+    files = {name: path for name, path in base_files.items() if name not in dropped} | adapter_files
+    template = _tokenizer_config(base_files).get("chat_template")
+    if own_tokenizer and not own_template and not templates and template:  # in the base's file, which was dropped
+        config = _tokenizer_config(files) | {"chat_template": template}
+        files[_TOKENIZER_CONFIG] = scratch / _TOKENIZER_CONFIG
+        files[_TOKENIZER_CONFIG].write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return files
 
 
-def _has_template(files: dict[str, Path]) -> bool:
-    """Whether these files hold a chat template. Raises `CheckpointError` for a broken tokenizer_config.json."""
-    if matches(files, TEMPLATE):
-        return True
-    if "tokenizer_config.json" not in files:
-        return False
+def _tokenizer_config(files: dict[str, Path]) -> dict[str, Any]:
+    """The tokenizer_config.json among some files, if there is one. Raises `CheckpointError` where it is broken."""
+    if _TOKENIZER_CONFIG not in files:
+        return {}
     try:
-        return bool(parse_json(files["tokenizer_config.json"].read_text(encoding="utf-8")).get("chat_template"))
+        config = parse_json(files[_TOKENIZER_CONFIG].read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"expected JSON in {files['tokenizer_config.json']}, found otherwise: {error}") from error
+        raise CheckpointError(f"expected JSON in {files[_TOKENIZER_CONFIG]}, found otherwise: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"expected an object in {files[_TOKENIZER_CONFIG]}, found {type(config).__name__}")
+    return config
 
 
 def _bytes(tensor: Tensor) -> bytes:
