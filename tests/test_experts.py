@@ -366,6 +366,49 @@ def test_a_broken_expert_comes_back_when_its_files_are_sound(damage: str, deltas
     assert pool.describe()["a"]["error"] is None and pool.get("a") is not broken
 
 
+def test_files_that_are_sound_again_before_the_failure_is_known(deltas: Callable[..., Path]) -> None:
+    pool = pool_of()
+    folder = deltas("a")
+    pool.discover({"a": folder})
+    file = folder / "delta.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-9] + b"_" * 9)
+    pool.residency.want(pool.get("a"), 1)
+    until(pool, lambda: pool.residency.counters()["failed_loads"] == 1)
+    file.write_bytes(content)
+    until(pool, lambda: pool.catalogue["a"].failure is not None)
+    load(pool, "a")
+
+
+def test_those_who_ask_while_a_broken_expert_is_opened_again_wait_for_it(
+    deltas: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_of()
+    folder = deltas("a")
+    text = (folder / "meswitch.json").read_text()
+    (folder / "meswitch.json").write_text("{}")
+    pool.discover(folder.parent)
+    (folder / "meswitch.json").write_text(text)
+    found: list[Any] = []
+    started, go = threading.Event(), threading.Event()
+
+    def slow(path: Path) -> Delta:
+        started.set()
+        go.wait(30)
+        return Delta.open(path)
+
+    monkeypatch.setattr(pool, "open_delta", slow)
+    askers = [threading.Thread(target=lambda: found.append(pool.get("a")), daemon=True) for _ in range(3)]
+    for asker in askers:
+        asker.start()
+    started.wait(30)
+    askers[-1].join(0.05)  # they could fail now
+    go.set()
+    for asker in askers:
+        asker.join(30)
+    assert len(found) == 3 and len(set(found)) == 1 and pool.get("a") is found[0]
+
+
 @given(st.integers(0, 2**32), st.integers(5, 12))
 def test_budget_and_pins_hold_whatever_happens(seed: int, budget: int) -> None:
     chance = random.Random(seed)

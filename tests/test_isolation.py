@@ -147,7 +147,7 @@ def test_an_expert_that_cannot_be_installed_fails_its_requests_alone(
 ) -> None:
     expected = engine.generate(PROMPT, expert="b", max_new_tokens=5)
     engine.add_expert("wrong", folder / "experts" / "a")
-    wrong, right = requests_of(engine, ["wrong", "b"], max_new_tokens=5)
+    wrong, late, right = requests_of(engine, ["wrong", "wrong", "b"], max_new_tokens=5)
     layers = engine._worker.layers
     install = layers.install
 
@@ -161,6 +161,9 @@ def test_an_expert_that_cannot_be_installed_fails_its_requests_alone(
     with pytest.raises(MeswitchError, match="'wrong' could not be loaded: ValueError: codes of another shape"):
         wrong.result()
     assert right.result() == expected
+    engine._worker.submit([late])  # it has acquired the expert before
+    with pytest.raises(MeswitchError, match="'wrong' could not be loaded: ValueError: codes of another shape"):
+        late.result()
     with pytest.raises(ValueError, match="codes of another shape"):  # it is not tried again at once
         engine.generate(PROMPT, expert="wrong")
     assert "codes of another shape" in engine.experts["wrong"]["error"]

@@ -199,6 +199,10 @@ class Worker(threading.Thread):
             if request.expert is not None:
                 self.pool.residency.ask(request.expert)
         self.queue.add(accepted)
+        for request in accepted:
+            expert = request.expert
+            if expert is not None and expert.failure is not None:  # it went wrong since it was acquired
+                self._fail(request, _load_error(expert, expert.failure.error))
 
     def _update_residency(self) -> None:
         """Puts experts that were loaded into the layers, takes out those that were evicted, and fails requests whose
@@ -209,7 +213,7 @@ class Worker(threading.Thread):
         for expert, error in failed:
             self.pool.fail(expert, error)
             for request in self.queue.of(expert):
-                self._fail(request, _typed(f"expert {expert.name!r} could not be loaded", error))
+                self._fail(request, _load_error(expert, error))
 
     def _admit(self) -> None:
         """Fills the batch up to what one step takes, in the order of `queue`."""
@@ -341,6 +345,10 @@ class Worker(threading.Thread):
             if request in self.registry:
                 self._release(request)
                 self.registry.cancel(request)
+
+
+def _load_error(expert: Expert, error: BaseException) -> MeswitchError:
+    return _typed(f"expert {expert.name!r} could not be loaded", error)
 
 
 def _typed(what: str, error: BaseException) -> MeswitchError:

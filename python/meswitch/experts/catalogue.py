@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from meswitch.delta.directory import MANIFEST
 from meswitch.errors import ExpertNameError
 from meswitch.experts.counts import ExpertCounts
-from meswitch.experts.failure import Failure
+from meswitch.experts.failure import Failure, Stamp
 from meswitch.experts.settings import ModelSettings
 from meswitch.site import Site
 
@@ -41,11 +41,12 @@ class Expert:
     """One fine-tune that requests can name.
 
     It is opened (`delta`, `settings`; `nbytes`: the memory that it takes while resident, `bpw`: the delta's) or broken
-    (`failure`). `tied`: whether its lm_head is its embeddings. `vocabulary` and `outputs`: token ids that it reads, and
-    those it can answer with. `salt` keeps its prefix-cache pages apart from other experts' and earlier generations'.
-    `unit`: its number in the native residency. `slot`: its adapter slot while resident. `uses` counts requests that
-    have acquired it, `leases` keep it in memory, one for each request that runs on it. `pinned`: it is not evicted
-    once it is resident, by `kept`. `counts` go on when the expert is replaced.
+    (`failure`); `files` is the stamp of its directory from before it was opened. `tied`: whether its lm_head is its
+    embeddings. `vocabulary` and `outputs`: token ids that it reads, and those it can answer with. `salt` keeps its
+    prefix-cache pages apart from other experts' and earlier generations'. `unit`: its number in the native residency.
+    `slot`: its adapter slot while resident. `uses` counts requests that have acquired it, `leases` keep it in memory,
+    one for each request that runs on it. `pinned`: it is not evicted once it is resident, by `kept`. `counts` go on
+    when the expert is replaced.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Expert:
     delta: Any = None
     settings: ModelSettings | None = None
     failure: Failure | None = None
+    files: Stamp | None = None
     nbytes: int = 0
     bpw: float | None = None
     tied: bool = True

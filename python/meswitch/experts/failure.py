@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import TypeAlias
@@ -29,12 +30,21 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 class Failure:
-    """What went wrong with an expert, and how its files were then."""
+    """What went wrong with an expert, and how its files were before.
 
-    def __init__(self, error: BaseException, path: Path | None) -> None:
-        self.error = fresh(error)
+    `files`: their stamp from before they were opened, so that whatever was written since counts as a change.
+    `trying` is held by who opens the expert again; others wait for what comes of that.
+    """
+
+    def __init__(self, error: BaseException, path: Path | None, files: Stamp | None) -> None:
         self._path = path
-        self._stamp = None if path is None else stamp(path)
+        self.trying = threading.Lock()
+        self.note(error, files)
+
+    def note(self, error: BaseException, files: Stamp | None) -> None:
+        """Something went wrong again."""
+        self.error = fresh(error)
+        self._files = files
         self._again = time.monotonic() + RETRY_SECONDS
 
     @property
@@ -42,7 +52,7 @@ class Failure:
         """Whether the files have changed since, or enough time has passed."""
         if self._path is None:
             return False
-        return time.monotonic() >= self._again or stamp(self._path) != self._stamp
+        return time.monotonic() >= self._again or stamp(self._path) != self._files
 
     def __str__(self) -> str:
         return f"{type(self.error).__name__}: {self.error}"

@@ -25,7 +25,7 @@ from meswitch.errors import (
 )
 from meswitch.expert_name import check_name
 from meswitch.experts.catalogue import Expert, check_folder, expert_folders, is_folder_of_experts
-from meswitch.experts.failure import Failure
+from meswitch.experts.failure import Failure, stamp
 from meswitch.experts.residency import Residency
 from meswitch.experts.settings import SettingsReader
 from meswitch.huggingface.checkpoint import Checkpoint
@@ -83,10 +83,11 @@ class ExpertPool:
 
     def _discover_folder(self, folder: Path) -> None:
         for path in expert_folders(folder):
+            files = stamp(path)
             try:
                 self.add_found(path)
             except (MeswitchError, OSError, ValueError) as error:
-                self.catalogue[path.name] = Expert(path.name, path, failure=Failure(error, path))
+                self.catalogue[path.name] = Expert(path.name, path, failure=Failure(error, path, files))
 
     def add_found(self, path: Path) -> Expert:
         """`add` of a folder that was found where experts are, under its own name."""
@@ -116,13 +117,13 @@ class ExpertPool:
     def open(self, name: str, path: Path) -> Expert:
         """An expert that can be served, not yet in the catalogue. Raises what is wrong with its name or its delta."""
         check_name(name)
+        files = stamp(path)
         layers, delta = self.layers, self.open_delta(path)
         try:
             if self.base is not None:
                 delta.check_base(self.base)
-            expert = Expert(
-                name, path, delta, nbytes=int(delta.memory_bytes), bpw=float(delta.bpw), salt=next(self._salts)
-            )
+            expert = Expert(name, path, delta, files=files, salt=next(self._salts))
+            expert.nbytes, expert.bpw = int(delta.memory_bytes), float(delta.bpw)
             tied = layers.tied
             if self._settings is not None:
                 expert.settings = self._settings.read(name, delta)
@@ -151,9 +152,11 @@ class ExpertPool:
         """Takes no more requests for an expert until its files have changed, or some time has passed."""
         if isinstance(error, BudgetError):  # the budget was lowered: nothing is wrong with the expert
             return
+        failure = Failure(error, expert.path, expert.files)
         with self._lock:
+            expert.failure = failure  # for requests that have acquired it and are still on their way
             if self.catalogue.get(expert.name) is expert:
-                broken = Expert(expert.name, expert.path, failure=Failure(error, expert.path), counts=expert.counts)
+                broken = Expert(expert.name, expert.path, failure=failure, counts=expert.counts)
                 broken.pinned = expert.pinned
                 self.catalogue[expert.name] = broken
         self._retire(expert)
@@ -176,7 +179,7 @@ class ExpertPool:
         return self._get(name, uses=1)
 
     def _get(self, name: str, uses: int) -> Expert:
-        for _ in range(2):
+        while True:  # it may be replaced, or go wrong again, between two look-ups
             with self._lock:
                 expert = self.catalogue.get(name)
                 if expert is not None and expert.failure is None:
@@ -185,27 +188,25 @@ class ExpertPool:
             if expert is None:
                 raise self._not_found(name)
             self._reopen(expert)
-        raise self._not_found(name)  # it was removed, or went wrong again, between two look-ups
 
     def _reopen(self, broken: Expert) -> None:
-        """Opens a broken expert again, if that may help. Raises what is wrong with it."""
+        """Opens a broken expert again, if that may help, unless it has been replaced. Raises what is wrong with it."""
         assert broken.failure is not None
-        with self._lock:
-            due = broken.failure.may_be_over
-            if due:  # others are told of the old failure meanwhile
-                broken.failure = Failure(broken.failure.error, broken.path)
-        if not due:
-            raise fresh(broken.failure.error)
-        assert broken.path is not None
-        try:
-            expert = self.open(broken.name, check_folder(broken.path))
-        except Exception as error:
-            broken.failure = Failure(error, broken.path)
-            raise
-        with self._lock:
-            current = self.catalogue.get(broken.name) is broken
-            if current:
-                self.put(expert)
+        with broken.failure.trying:
+            if self.catalogue.get(broken.name) is not broken:
+                return
+            if broken.path is None or not broken.failure.may_be_over:
+                raise fresh(broken.failure.error)
+            files = stamp(broken.path)
+            try:
+                expert = self.open(broken.name, check_folder(broken.path))
+            except Exception as error:
+                broken.failure.note(error, files)
+                raise
+            with self._lock:
+                current = self.catalogue.get(broken.name) is broken
+                if current:
+                    self.put(expert)
         if not current:  # it was removed or replaced meanwhile
             self._retire(expert)
 
