@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from families import config_of, save_random
-from meswitch import CompressOptions, Delta, compress, import_adapter, restore
+from families import config_of, save_random, tokenizer_of
+from meswitch import (
+    CompressOptions,
+    Delta,
+    calibrate,
+    compress,
+    import_adapter,
+    measure_sensitivity,
+    restore,
+)
 from meswitch.errors import ArchitectureError, CheckpointError, UnsupportedModelError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.models import load_model
@@ -179,6 +188,44 @@ def test_a_bare_decoder_is_the_whole_of_a_tied_model(tmp_path: Path) -> None:
     assert near(loaded(restored(base, finetune)), wanted)
 
 
+def measured(finetune: Path, base: Path, out: Path, options: CompressOptions) -> list[dict[str, Any]]:
+    """The sites of a delta for which calibration and sensitivity were measured on the fine-tune."""
+    text = out.parent / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog; " * 20)
+    calibration = calibrate(finetune, text, max_tokens=256, window=64)
+    sensitivity = measure_sensitivity(finetune, text, calibration, max_tokens=128, window=64)
+    compress(base, finetune, out, options, calibration=calibration, sensitivity=sensitivity)
+    sites: list[dict[str, Any]] = Delta.open(out).manifest["sites"]
+    return sites
+
+
+@pytest.mark.parametrize(
+    ("side", "options"),
+    # The base's names are stored, and of other length they leave method auto other bytes.
+    [("base", CompressOptions()), ("finetune", CompressOptions()), ("finetune", CompressOptions(bpw=9))],
+    ids=["base", "finetune", "finetune-auto"],
+)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+def test_what_is_measured_counts_under_other_names(
+    family: str, side: str, options: CompressOptions, tmp_path: Path
+) -> None:
+    config = None if family == "gemma3" else config_of(family, tie_word_embeddings=True)
+    save = vision_language if config is None else lambda seed, folder: save_random(folder, config, seed)
+    base, finetune = (save(seed, tmp_path / name) for seed, name in enumerate(("base", "finetune")))
+    if config is None:
+        tokenizer_of().save_pretrained(finetune)
+    expected = measured(finetune, base, tmp_path / "expected", options)
+
+    def changed(name: str) -> str:
+        return newer_vision_language_name(name) if config is None else name.partition(".")[2]
+
+    rename(tmp_path / side, changed)
+    found = measured(finetune, base, tmp_path / "found", options)
+    for site, like in zip(found, expected, strict=True):
+        assert site.pop("name") == (changed(like["name"]) if side == "base" else like["name"])
+        assert site == {name: value for name, value in like.items() if name != "name"}
+
+
 def test_stacked_moe_experts_of_a_base_that_has_them_one_by_one(tmp_path: Path) -> None:
     config = config_of("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     base, finetune = (save_random(tmp_path / name, config, seed) for seed, name in enumerate(("base", "finetune")))
@@ -188,6 +235,12 @@ def test_stacked_moe_experts_of_a_base_that_has_them_one_by_one(tmp_path: Path) 
     single, stacked = (Delta.open(tmp_path / name) for name in ("single-delta", "stacked-delta"))
     assert single.manifest["sites"] == stacked.manifest["sites"]
     assert any(".experts.3.up_proj." in name for name in stacked.sites)
+    tokenizer_of().save_pretrained(tmp_path / "stacked")
+    sites = [
+        measured(folder, base, tmp_path / f"{folder.name}-measured", CompressOptions())
+        for folder in (finetune, tmp_path / "stacked")
+    ]
+    assert sites[0] == sites[1] != single.manifest["sites"]
     with pytest.raises(ArchitectureError, match=r"layout of the base, which has .*down_proj, found .*\.0\."):
         compress(tmp_path / "stacked", finetune, tmp_path / "none")
 
