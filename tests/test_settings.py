@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import json
 import logging
@@ -229,6 +230,43 @@ def test_a_tokenizer_that_does_not_load_names_its_expert(base: Path, make: Make,
 
 
 # shared by content
+
+
+def tekken(*special: str) -> dict[str, Any]:
+    """Mistral's own file of a tokenizer: these special tokens, every byte, and two words."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"he", b"hello"]
+    coded = [base64.b64encode(token).decode() for token in tokens]
+    return {
+        "config": {
+            "pattern": r"[^\s]+|\s+",
+            "num_vocab_tokens": len(tokens),
+            "default_vocab_size": len(special) + len(tokens),
+            "default_num_special_tokens": len(special),
+            "version": "v3",
+        },
+        "vocab": [{"rank": rank, "token_bytes": token, "token_str": None} for rank, token in enumerate(coded)],
+        "special_tokens": [{"rank": r, "token_str": text, "is_control": True} for r, text in enumerate(special)],
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_tekken_alone_is_a_tokenizer(family: str, tmp_path: Path) -> None:
+    """Also where the package mistral-common is installed, whose tokenizer transformers would take."""
+    special = {"base": ["<unk>", "<s>", "</s>"], "finetune": ["<unk>", "<s>", "</s>", "[A]", "[B]"]}
+    base = save_random(tmp_path / "base", config_of(family))
+    save_finetune(tmp_path / "finetune", base, 1)
+    for name, tokens in special.items():
+        for file in (tmp_path / name).glob("*token*"):
+            file.unlink()
+        (tmp_path / name / "tekken.json").write_text(json.dumps(tekken(*tokens)))
+    compress(base, tmp_path / "finetune", tmp_path / "expert")
+    restore(base, tmp_path / "expert", tmp_path / "restored")
+    with engine_of(base, experts={"math": tmp_path / "expert"}) as engine:
+        for expert, folder, count in (("base", base, 3), ("math", tmp_path / "restored", 5)):
+            answer = engine.generate("hello", expert=expert, max_new_tokens=4, temperature=0)
+            assert (folder / "tekken.json").is_file() and not list(folder.glob("tokenizer*"))
+            assert answer.prompt_tokens == 1
+            assert answer.token_ids == greedy(folder, [count + 257], max_new_tokens=4, do_sample=False)
 
 
 def test_equal_tokenizers_are_one(base: Path, make: Make, tuned: Path) -> None:

@@ -24,9 +24,12 @@ _CHARACTERS_PER_TOKEN = 4  # roughly; sets the length of passages
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in the folder `path`. Raises `CheckpointError` if there is none that loads."""
+    """The tokenizer in the folder `path`. Raises `CheckpointError` if there is none that loads.
+
+    Mistral's tekken.json becomes a tokenizer of transformers too, whether or not the package mistral-common is there.
+    """
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, mistral_format=False)
     except Exception as error:  # a broken file may raise anything in a tokenizer's class
         raise CheckpointError(
             f"expected a tokenizer, found none that loads: {path}: {type(error).__name__}",
