@@ -223,6 +223,7 @@ mod tests {
         #![proptest_config(cases())]
 
         #[test]
+        #[cfg_attr(miri, ignore)] // rounds at random
         fn evicts_what_its_definition_says(happenings in happenings()) {
             let victims = check(&mut Lrfu::default(), &happenings, false)?;
             prop_assert_eq!(victims, check(&mut Naive::default(), &happenings, false)?);
@@ -253,6 +254,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore)] // too slow
     fn requests_choose_the_half_life() {
         // Unit 0 every other time, and 40 others in turn: how often they came is all there is to know.
         let mut policy = Lrfu::default();
