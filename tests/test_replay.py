@@ -61,6 +61,11 @@ def test_without_budgets_there_is_a_series(trace: Path) -> None:
     assert {row["policy"] for row in report["replays"]} == {"lru", "optimal"}
 
 
+def test_sizes_may_be_beyond_any_machine(tmp_path: Path) -> None:
+    report = read("replay", write(tmp_path / "trace.jsonl", "aba", a=2**64 - 1, b=2**64 - 2))
+    assert [row["hits"] for row in report["replays"] if row["budget"] == 2**64 - 1] == [0, 0, 0]
+
+
 def test_the_table_is_for_people(tmp_path: Path) -> None:
     path = write(tmp_path / "trace.jsonl", "abcabbc", c=40_000_000)
     said = run("replay", path, "--budget", "20MB", "--policy", "lru").stdout.splitlines()

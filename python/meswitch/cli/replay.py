@@ -95,9 +95,9 @@ def budget_series(largest: int, total: int) -> list[int]:
     ([5], [1])
     """
     least = max(largest, 1)
-    factor = max(total / least, 1.0)
-    series = {round(least * factor ** (step / (_BUDGETS - 1))) for step in range(_BUDGETS - 1)}
-    return sorted(series | {max(total, least)})
+    most = max(total, least)
+    steps = [(most / least) ** (step / (_BUDGETS - 1)) for step in range(_BUDGETS)]
+    return sorted({min(round(least * step), most) for step in steps} | {most})
 
 
 def _replay(trace: Trace, budgets: list[int], policies: list[str]) -> list[dict[str, Any]]:
