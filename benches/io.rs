@@ -9,7 +9,7 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use meswitch_core::checkpoint::Checkpoint;
 use meswitch_core::codec::{Settings, Zero};
 use meswitch_core::compress::{Job, Plan};
-use meswitch_core::delta::{Delta, TENSORS, checksum};
+use meswitch_core::delta::{Delta, Kind, TENSORS, checksum};
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 
 const SITES: usize = 16;
@@ -52,6 +52,7 @@ fn delta(root: &Path) -> Delta {
         })
         .collect();
     let job = Job {
+        kind: Kind::Delta,
         base: &base,
         finetune: &finetune,
         plans: &plans,

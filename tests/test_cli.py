@@ -28,6 +28,7 @@ from test_adapter import save_adapter
 COMMANDS = (
     "compress",
     "import",
+    "quantize",
     "inspect",
     "verify",
     "restore",
@@ -135,6 +136,10 @@ def test_version() -> None:
         ["restore", "base", "delta"],
         ["evaluate", "base", "delta"],
         ["evaluate", "base", "delta", "--against", "x", "--data", "y", "--window", "1"],
+        ["quantize", "base"],
+        ["quantize", "base", "-o", "x", "--bits", "5"],
+        ["quantize", "base", "-o", "x", "--bits", "4", "--bpw", "3"],
+        ["restore", "a", "b", "c", "-o", "x"],
         ["generate", "base"],
         ["generate", "base", "hi", "--expert", "auto"],
         ["generate", "base", "hi", "--max-new-tokens", "0"],

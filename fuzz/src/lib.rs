@@ -163,6 +163,7 @@ impl Family {
             moments: None,
         };
         let job = Job {
+            kind: meswitch_core::delta::Kind::Delta,
             base: &base,
             finetune: &finetune,
             plans: &["a.weight", "b.weight"].map(plan),

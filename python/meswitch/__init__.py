@@ -1,6 +1,7 @@
 """Many full fine-tunes of one language model, from one machine.
 
     compress, distill, import_adapter    a fine-tune, or a LoRA adapter, as a delta directory
+    quantize, evaluate_quantized         a whole model in a few bits a weight, and what that costs
     calibrate, measure_sensitivity       what a fine-tune sees, and what errors cost it
     Delta, restore, evaluate             look into a delta, turn it back, measure what it keeps
     train_router, evaluate_router        which expert a prompt should go to
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
     from meswitch.compression.calibration import Calibration, calibrate
     from meswitch.compression.distillation.job import distill
     from meswitch.compression.distillation.options import DistillOptions
-    from meswitch.compression.evaluation import evaluate
-    from meswitch.compression.job import compress
+    from meswitch.compression.evaluation import evaluate, evaluate_quantized
+    from meswitch.compression.job import compress, quantize
     from meswitch.compression.lora import import_adapter
     from meswitch.compression.options import CompressOptions
     from meswitch.compression.sensitivity import measure_sensitivity
@@ -70,10 +71,12 @@ _HOMES = {
     "compress": "compression.job",
     "distill": "compression.distillation.job",
     "evaluate": "compression.evaluation",
+    "evaluate_quantized": "compression.evaluation",
     "evaluate_router": "router.routers",
     "import_adapter": "compression.lora",
     "load_router": "router.routers",
     "measure_sensitivity": "compression.sensitivity",
+    "quantize": "compression.job",
     "restore": "delta.restoration",
     "train_router": "router.routers",
 }
@@ -111,10 +114,12 @@ __all__ = [
     "compress",
     "distill",
     "evaluate",
+    "evaluate_quantized",
     "evaluate_router",
     "import_adapter",
     "load_router",
     "measure_sensitivity",
+    "quantize",
     "restore",
     "train_router",
 ]

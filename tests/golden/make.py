@@ -1,5 +1,6 @@
-"""Made `v1/` to `v4/` once, with the format versions of their names. Never run it again over a folder that
-stands: every later version must read what is there. A new format version gets a folder of its own.
+"""Made `v1/` to `v4/` once, with the format versions of their names, and `v4-base/`, a quantized model. Never run it
+again over a folder that stands: every later version must read what is there. A new format version gets a folder of its
+own.
 
     python tests/golden/make.py v4
 """
@@ -18,7 +19,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from families import config_of, save_finetune, save_random  # noqa: E402
-from meswitch.compression.job import compress  # noqa: E402
+from meswitch.compression.job import compress, quantize  # noqa: E402
 from meswitch.compression.options import CompressOptions  # noqa: E402
 from meswitch.delta.restoration import restore  # noqa: E402
 
@@ -30,6 +31,7 @@ MADE: dict[str, dict[str, dict[str, Any]]] = {
     "v2": {"sparse": {"preset": "default"}},
     "v3": {"default": {"preset": "default"}, "small": {"preset": "small"}, "wide": {"preset": "small", "bits": 8}},
     "v4": {"default": {"preset": "default"}, "small": {"preset": "small"}, "wide": {"preset": "small", "bits": 8}},
+    "v4-base": {"quantized": {"bits": 4}},
 }
 
 
@@ -60,8 +62,12 @@ def main(version: str) -> None:
     for checkpoint, tensors in ((base, ours), (finetune, theirs)):
         save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     for name, settings in MADE[version].items():
-        compress(base, finetune, folder / name, CompressOptions(**settings))
-        restore(base, folder / name, folder / "restored")
+        if version == "v4-base":
+            quantize(base, folder / name, CompressOptions(**settings))
+            restore(None, folder / name, folder / "restored")
+        else:
+            compress(base, finetune, folder / name, CompressOptions(**settings))
+            restore(base, folder / name, folder / "restored")
         (folder / "restored" / "model.safetensors").rename(folder / f"{name}.safetensors")
         for left in (folder / "restored").iterdir():
             left.unlink()

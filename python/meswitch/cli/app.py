@@ -13,6 +13,7 @@ from meswitch.cli.demo import demo
 from meswitch.cli.doctor import doctor
 from meswitch.cli.evaluate import evaluate
 from meswitch.cli.generate import generate
+from meswitch.cli.quantize import quantize
 from meswitch.cli.replay import replay
 from meswitch.cli.router import router_app
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command()(compress)
 app.command("import")(import_)
+app.command()(quantize)
 app.command()(inspect)
 app.command()(verify)
 app.command()(restore)

@@ -118,9 +118,9 @@ def compress(
     """
     with show_imports():
         _check_distillation(distill, distill_method, calibrate)
-        options = _options(preset, bits, embedding_bits, method, bpw, target_size)
-        _check_output(out)
-    calibration, sensitivity = _measure(finetune, calibrate, options)
+        options = options_of(preset, bits, embedding_bits, method, bpw, target_size)
+        check_output(out)
+    calibration, sensitivity = measure(finetune, calibrate, options)
     with show_progress(first="compressing") as progress:
         from meswitch.compression import job
 
@@ -135,11 +135,12 @@ def compress(
     if as_json:
         print_json(result)
     else:
-        _print_choice(report.chosen)
+        print_choice(report.chosen)
         typer.echo(f"{out}: {format_size(report.bytes)}, {report.bpw:.2f} bits a weight, in {report.seconds:.1f} s")
 
 
-def _check_output(out: Path) -> None:
+def check_output(out: Path) -> None:
+    """Refuses a place where no delta directory can be written, before any work."""
     from meswitch.delta.directory import MANIFEST
     from meswitch.target import resolve_target
 
@@ -155,7 +156,7 @@ def _check_distillation(distill: bool, method: str, data: Path | None) -> None:
         check_choice("--distill-method", method, METHODS)
 
 
-def _options(
+def options_of(
     preset: str,
     bits: int | None,
     embedding_bits: int | None,
@@ -172,7 +173,7 @@ def _options(
         return CompressOptions(preset, bits, embedding_bits, method, bpw, target_bytes)  # type: ignore[arg-type]
 
 
-def _measure(
+def measure(
     finetune: str, data: Path | None, options: CompressOptions
 ) -> tuple[Calibration | None, dict[str, Tensor] | None]:
     """What the fine-tune sees in the text, and what errors cost it, as far as the options need them."""
@@ -216,7 +217,7 @@ def _print_notes(notes: tuple[str, ...]) -> None:
         typer.echo(f"note: {note}", err=True)
 
 
-def _print_choice(rows: list[dict[str, Any]] | None) -> None:
+def print_choice(rows: list[dict[str, Any]] | None) -> None:
     """The forms that method auto chose, on stderr."""
     if not rows:
         return

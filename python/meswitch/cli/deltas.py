@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from meswitch.cli.arguments import Base, DeltaDirectory, Json
+from meswitch.cli.arguments import DeltaDirectory, Json
 from meswitch.cli.message import say_error
 from meswitch.errors import MeswitchError
 from meswitch.terminal.progress import show_progress, show_status
@@ -57,7 +57,7 @@ def _print_sums(summary: dict[str, Any]) -> None:
         f" {format_size(summary['bytes'])}; 16-bit copies weigh {format_size(copies)},"
         f" {copies / max(summary['bytes'], 1):.1f} times as much"
     )
-    typer.echo(f"base: {summary['base_fingerprint']}")
+    typer.echo(f"{'made of' if summary['kind'] == 'base' else 'base'}: {summary['base_fingerprint']}")
 
 
 def verify(
@@ -116,17 +116,27 @@ def upgrade(
 
 
 def restore(
-    base: Base,
-    delta: DeltaDirectory,
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[BASE] DIR",
+            help="The base, a folder or a hub id, and a delta directory; or a quantized model alone.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="The checkpoint folder to write.")],
 ) -> None:
-    """Rebuild an ordinary checkpoint from base and delta.
+    """Rebuild an ordinary checkpoint from base and delta, or from a quantized model.
 
     \b
       meswitch restore base/ experts/math -o merged/
+      meswitch restore base-4bit/ -o base-again/
     """
+    if len(paths) > 2:
+        raise typer.BadParameter(f"expected a base and a delta directory, found {len(paths)} paths")
+    *base, delta = paths
     with show_progress(first="restoring") as progress:
         from meswitch.delta import restoration
 
-        restoration.restore(base, delta, out, progress=progress)
+        restoration.restore(base[0] if base else None, delta, out, progress=progress)
     typer.echo(str(out))

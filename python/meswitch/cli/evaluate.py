@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 def evaluate(
     base: Base,
     delta: DeltaDirectory,
-    against: Annotated[
-        str, typer.Option(metavar="FINETUNE", help="The fine-tune the delta was made of: a folder or a hub id.")
-    ],
     data: Annotated[Path, typer.Option(metavar="FILE", help="Held-out text: .txt or .jsonl.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FINETUNE",
+            help="The fine-tune the delta was made of: a folder or a hub id (default: none, for a quantized model).",
+            show_default=False,
+        ),
+    ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=2, help="Stop after so many tokens (default: all of the text).", show_default=False),
@@ -38,11 +43,15 @@ def evaluate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure how much of the fine-tune a delta keeps.
+    """Measure how much of the fine-tune a delta keeps, or a quantized model of the model.
 
     \b
       meswitch evaluate base/ experts/math --against math-finetune/ --data heldout.jsonl
+      meswitch evaluate base/ base-4bit/ --data heldout.jsonl
     """
+    if against is None:
+        _evaluate_quantized(base, delta, data, max_tokens, window, as_json=as_json)
+        return
     with show_progress(first="evaluating") as progress:
         from meswitch.compression import evaluation
 
@@ -57,6 +66,38 @@ def evaluate(
         _print_scores(scores)
 
 
+def _evaluate_quantized(
+    model: str, quantized: Path, data: Path, max_tokens: int | None, window: int, *, as_json: bool
+) -> None:
+    from meswitch.delta.directory import Delta
+
+    if Delta.open(quantized).kind == "delta":
+        raise typer.BadParameter("a delta needs the fine-tune that it was made of", param_hint="--against")
+    with show_progress(first="evaluating") as progress:
+        from meswitch.compression import evaluation
+
+        found = evaluation.evaluate_quantized(
+            model, quantized, data, max_tokens=max_tokens, window=window, progress=progress
+        )
+    scores = found.to_json()
+    if as_json:
+        print_json(scores)
+        return
+    _print_models(scores, ("model", "quantized"))
+    typer.echo(
+        f"KL(model, quantized) {found.kl:.5f} nats a token, top-1 agreement {found.top1_agreement:.2%}"
+        f" over {found.tokens:,} tokens"
+    )
+
+
+def _print_models(scores: dict[str, Any], names: tuple[str, ...]) -> None:
+    table = make_table("model", "nll >", "perplexity >")
+    for name in names:
+        if score := scores.get(name):
+            table.add_row(name, format_number(score["nll"], "{:.4f}"), format_number(score["perplexity"], "{:.3f}"))
+    stdout_console().print(table)
+
+
 def _explain_no_share(found: Evaluation) -> None:
     """Why there is no recovered share, on stderr."""
     if found.recovered_share is not None:
@@ -69,11 +110,7 @@ def _explain_no_share(found: Evaluation) -> None:
 
 
 def _print_scores(scores: dict[str, Any]) -> None:
-    table = make_table("model", "nll >", "perplexity >")
-    for name in ("base", "finetune", "expert", "svd"):
-        if score := scores.get(name):
-            table.add_row(name, format_number(score["nll"], "{:.4f}"), format_number(score["perplexity"], "{:.3f}"))
-    stdout_console().print(table)
+    _print_models(scores, ("base", "finetune", "expert", "svd"))
     expert, svd = scores["expert"], scores.get("svd")
     typer.echo(f"KL(fine-tune, expert) {expert['kl']:.5f} nats a token, top-1 agreement {expert['top1_agreement']:.2%}")
     typer.echo(f"recovered share {format_number(scores['recovered_share'], '{:.2%}')} over {scores['tokens']:,} tokens")

@@ -167,19 +167,70 @@ def evaluate(
     >>> evaluation.tokens, evaluation.kl < 1, 0 <= evaluation.top1_agreement <= 1
     (40, True, True)
     """
-    if window < 2 or (max_tokens is not None and max_tokens < 2):
-        raise ValueError(f"expected at least 2 tokens and a window of at least 2, found {max_tokens}, {window}")
+    _check_window(window, max_tokens)
     checkpoint, finetuned = Checkpoint.open(base), Checkpoint.open(against)
     windows = _windows(data, load_tokenizer(finetuned.path), window, max_tokens)
     run = _Run(windows, progress, models=5 if svd else 3)
     with closing(Delta.open(delta)) as opened:
         opened.check_base(checkpoint)
+        if opened.kind == "base":
+            raise FormatError(
+                f"expected a delta, found a quantized model: {opened.path}", hint="evaluate it without --against"
+            )
         finetune = load_model(finetuned, torch.float32)
         finetune_score, score, kl, agreement = _compare(run, finetune, expert_model(checkpoint, opened), data)
         comparison = _compare_svd(run, opened, pair(checkpoint, finetuned), finetune, data) if svd else None
         del finetune  # before another model is loaded
     base_score = _score_base(run, load_model(checkpoint, torch.float32))
     return Evaluation(run.scored, base_score, finetune_score, score, kl, agreement, comparison)
+
+
+@dataclass(frozen=True)
+class QuantizedEvaluation:
+    """Scores of a model and of the same model quantized, over `tokens` scored tokens.
+
+    `kl`: KL(model ‖ quantized) in nats a token. `top1_agreement`: as in `Evaluation`.
+    """
+
+    tokens: int
+    model: Score
+    quantized: Score
+    kl: float
+    top1_agreement: float
+
+    def to_json(self) -> dict[str, Any]:
+        """`{tokens, model, quantized}`."""
+        scores = {**self.quantized.to_json(), "kl": self.kl, "top1_agreement": self.top1_agreement}
+        return {"tokens": self.tokens, "model": self.model.to_json(), "quantized": scores}
+
+
+def evaluate_quantized(
+    model: str | Path,
+    quantized: str | Path,
+    data: str | Path,
+    *,
+    max_tokens: int | None = None,
+    window: int = 512,
+    progress: ProgressCallback | None = None,
+) -> QuantizedEvaluation:
+    """Scores a model and what `quantize` made of it on held-out text.
+
+    Arguments, memory and errors as in `evaluate`; `BaseMismatchError` where it was made of another model.
+
+    >>> from meswitch import quantize
+    >>> report = quantize("base/", "base-4bit")
+    >>> evaluate_quantized("base/", "base-4bit", "heldout.jsonl", window=16).kl < 0.1
+    True
+    """
+    _check_window(window, max_tokens)
+    checkpoint = Checkpoint.open(model)
+    run = _Run(_windows(data, load_tokenizer(checkpoint.path), window, max_tokens), progress, models=2)
+    with closing(Delta.open(quantized)) as opened:
+        if opened.kind != "base":
+            raise FormatError(f"expected a quantized model, found a delta: {opened.path}")
+        opened.check_base(checkpoint)
+        scores = _compare(run, load_model(checkpoint, torch.float32), expert_model(None, opened), data)
+    return QuantizedEvaluation(run.scored, *scores)
 
 
 class _Run:
@@ -199,6 +250,11 @@ class _Run:
         if not math.isfinite(total):
             raise NonFiniteError(f"expected finite log-likelihoods of {model}, found {total}")
         return total / self.scored
+
+
+def _check_window(window: int, max_tokens: int | None) -> None:
+    if window < 2 or (max_tokens is not None and max_tokens < 2):
+        raise ValueError(f"expected at least 2 tokens and a window of at least 2, found {max_tokens}, {window}")
 
 
 def _windows(data: str | Path, tokenizer: Any, window: int, max_tokens: int | None) -> list[Tensor]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -37,6 +37,9 @@ from meswitch.huggingface.pairing import pair
 from meswitch.huggingface.quantization import refuse_quantized
 from meswitch.progress import ProgressCallback, ProgressMeter
 from meswitch.target import resolve_target
+
+Kind: TypeAlias = Literal["delta", "base"]
+"""What a directory holds."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,47 @@ def compress(
     ('default', True)
     """
     options = CompressOptions(options) if isinstance(options, str) else options
+    checkpoints = Checkpoint.open(base), Checkpoint.open(finetune)
+    report = _run("delta", *checkpoints, out, options, calibration, sensitivity, progress)
+    return replace(report, notes=tuple(_notes(*checkpoints, Delta.open(out), report.config_changes)))
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    calibration: Calibration | None = None,
+    sensitivity: dict[str, Tensor] | None = None,
+    progress: ProgressCallback | None = None,
+) -> CompressReport:
+    """Writes a whole model in a few bits a weight: a directory as `compress` makes it, against a model of zeros.
+
+    Experts can be compressed against the result instead of the model itself, and then repair what quantizing it broke.
+    `model` is a folder or hub id. `options`: without, 4 bits for every matrix. The rest is as in `compress`, and so are
+    what is raised, interruptions, and memory.
+
+    >>> quantize("base/", "base-4bit").bpw < quantize("base/", "base-8bit", CompressOptions(bits=8)).bpw
+    True
+    """
+    source = Checkpoint.open(model)
+    options = CompressOptions(bits=4) if options is None else options
+    return _run("base", source.zeros(), source, out, options, calibration, sensitivity, progress)
+
+
+def _run(
+    kind: Kind,
+    base: Checkpoint,
+    finetune: Checkpoint,
+    out: str | Path,
+    options: CompressOptions,
+    calibration: Calibration | None,
+    sensitivity: dict[str, Tensor] | None,
+    progress: ProgressCallback | None,
+) -> CompressReport:
     start, target = time.perf_counter(), resolve_target(out, replaces=MANIFEST)
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoints = Checkpoint.open(base), Checkpoint.open(finetune)
-        job = _Job(*checkpoints, options, calibration, Path(scratch))
+        job = _Job(kind, base, finetune, options, calibration, Path(scratch))
         resumed, allocation = job.run(target, sensitivity or {}, progress)
     seconds, delta = time.perf_counter() - start, Delta.open(target)
     return CompressReport(
@@ -119,7 +159,6 @@ def compress(
         compensated=job.settings["compensated"],
         chosen=allocation.summary() if allocation else None,
         predicted_kl=allocation.loss if allocation and sensitivity else None,
-        notes=tuple(_notes(*checkpoints, delta, job.settings["config_changes"])),
     )
 
 
@@ -145,13 +184,14 @@ def _config_changes(base: Checkpoint, finetune: Checkpoint) -> dict[str, tuple[A
 
 
 class _Job:
-    """One compress: the arguments of the native half, and what comes before it.
+    """One compress, or one `quantize` against zeros: the arguments of the native half, and what comes before it.
 
     `settings` go into the manifest. `scratch`: a folder for files that are written before they are carried.
     """
 
     def __init__(
         self,
+        kind: Kind,
         base: Checkpoint,
         finetune: Checkpoint,
         options: CompressOptions,
@@ -160,6 +200,7 @@ class _Job:
     ) -> None:
         refuse_quantized(base, "base")
         refuse_quantized(finetune, "fine-tune")
+        self._kind = kind
         paired = pair(base, finetune)
         self._base, self._finetune, self._options = paired.base, paired.finetune, options
         self._pair = paired.base.native, paired.finetune.native
@@ -214,7 +255,7 @@ class _Job:
         self.settings["compensated"] = factor is not None
         settings, native = json_text(self.settings), [plan.to_native() for plan in plans]
         _native.compress(
-            *self._pair, out, native, self._moments(plans), self._files, settings, self._name, step, factor
+            self._kind, *self._pair, out, native, self._moments(plans), self._files, settings, self._name, step, factor
         )
         return resumed or 0
 

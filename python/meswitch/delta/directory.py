@@ -93,6 +93,11 @@ class Delta:
         return {name: _site(_entry(native, name), tensors, memory) for name in native.names()}
 
     @property
+    def kind(self) -> str:
+        """`"delta"`, or `"base"` for a whole model in a few bits (`quantize`)."""
+        return self.native.kind
+
+    @property
     def fingerprint(self) -> str:
         """The hash of the base that the delta was made against."""
         return self.native.fingerprint
@@ -185,6 +190,7 @@ class Delta:
             kind["bytes"] += site.nbytes
         return {
             "format_version": manifest["format_version"],
+            "kind": self.kind,
             "base_fingerprint": self.fingerprint,
             "base": manifest["base"]["name"],
             "settings": manifest["settings"],

@@ -19,7 +19,7 @@ from meswitch.site import Site
 class _LazyWeight:
     """A site's weight, rebuilt when transformers reads it (by `[...]`, as from a safetensors slice)."""
 
-    def __init__(self, base: Checkpoint, site: Site) -> None:
+    def __init__(self, base: Checkpoint | None, site: Site) -> None:
         self._base, self._site = base, site
 
     def __getitem__(self, _: object) -> Tensor:
@@ -27,10 +27,11 @@ class _LazyWeight:
         return rebuild(self._site, self._base, rounded=False).to(torch.float32, copy=True)
 
 
-def expert_model(base: Checkpoint, delta: Delta, sites: Mapping[str, Site] | None = None) -> Any:
+def expert_model(base: Checkpoint | None, delta: Delta, sites: Mapping[str, Site] | None = None) -> Any:
     """The expert in float32, base plus delta as exact arithmetic serves it, built one weight at a time.
 
-    `sites` replace the delta's. Raises `FormatError` if weights of the model are missing.
+    `base` is `None` for a quantized model. `sites` replace the delta's. Raises `FormatError` if weights of the model
+    are missing.
     """
     sites = delta.load() if sites is None else sites
     state = {name: _LazyWeight(base, site) for name, site in sites.items()}

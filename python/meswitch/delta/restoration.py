@@ -11,25 +11,27 @@ from torch import Tensor
 
 from meswitch import reference
 from meswitch.delta.directory import TENSORS, Delta
+from meswitch.errors import BaseMismatchError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.progress import ProgressCallback, ProgressMeter
 from meswitch.site import ReplacedSite, Site
 from meswitch.target import new_folder, resolve_target
 
 
-def rebuild(site: Site, base: Checkpoint, *, rounded: bool = True) -> Tensor:
+def rebuild(site: Site, base: Checkpoint | None, *, rounded: bool = True) -> Tensor:
     """The parameter of a site: `reference.restored` in the fine-tune's dtype, or `reference.served` unless `rounded`.
 
-    May be a view of a mapped file, which must not be written to.
+    Without a base it is that of a quantized model, whose base is zeros. May be a view of a mapped file, which must not
+    be written to.
     """
     if isinstance(site, ReplacedSite):
         return site.value
-    parameter = base.tensor(site.name)
+    parameter = torch.zeros(site.shape, dtype=site.dtype) if base is None else base.tensor(site.name)
     return reference.restored(site, parameter) if rounded else reference.served(site, parameter)
 
 
 def restore(
-    base: str | Path,
+    base: str | Path | None,
     delta: str | Path,
     out: str | Path,
     *,
@@ -38,19 +40,20 @@ def restore(
 ) -> None:
     """Writes an ordinary checkpoint: base plus delta, in the fine-tune's shapes and dtypes, with its tokenizer.
 
-    `base`: a folder or hub id. `shard_bytes`: the size of a safetensors file, unless one parameter is larger; memory
-    holds one file's tensors at a time. `progress` counts weights. An interrupted run leaves nothing at `out`.
+    `base`: a folder or hub id, `None` where `delta` is a whole model (`quantize`). `shard_bytes`: the size of a
+    safetensors file, unless one parameter is larger; memory holds one file's tensors at a time. `progress` counts
+    weights. An interrupted run leaves nothing at `out`.
 
-    Raises `BaseMismatchError` for another base, `OutputError` if `out` is a file or a folder with something in it,
-    `CheckpointError`, and `OSError` if files cannot be written.
+    Raises `BaseMismatchError` for another base, or one too many or too few; `OutputError` if `out` is a file or a
+    folder with something in it, `CheckpointError`, and `OSError` if files cannot be written.
 
     >>> restore("base/", "experts/math", "merged/")
     >>> Checkpoint.open("merged/").names() == Checkpoint.open("base/").names()
     True
     """
     target = resolve_target(out, replaces=None)
-    opened, checkpoint = Delta.open(delta), Checkpoint.open(base)
-    opened.check_base(checkpoint)
+    opened = Delta.open(delta)
+    checkpoint = base_of(opened, base)
     meter = ProgressMeter(progress, "restoring", opened.parameters)
     with new_folder(target, replaces=None) as folder:
         for file in opened.manifest["files"]:
@@ -59,7 +62,20 @@ def restore(
         _write_shards(folder, opened, checkpoint, shard_bytes, meter)
 
 
-def _write_shards(folder: Path, delta: Delta, base: Checkpoint, shard_bytes: int, meter: ProgressMeter) -> None:
+def base_of(delta: Delta, base: str | Path | None) -> Checkpoint | None:
+    """What an opened directory is added to: its base, or nothing for a whole model. Raises `BaseMismatchError`."""
+    if delta.kind == "base":
+        if base is not None:
+            raise BaseMismatchError(f"expected no base for a quantized model, found {base}: {delta.path}")
+        return None
+    if base is None:
+        raise BaseMismatchError(f"expected the base of a delta, found none: {delta.path}")
+    checkpoint = Checkpoint.open(base)
+    delta.check_base(checkpoint)
+    return checkpoint
+
+
+def _write_shards(folder: Path, delta: Delta, base: Checkpoint | None, shard_bytes: int, meter: ProgressMeter) -> None:
     shards = _shards(delta, shard_bytes)
     index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):

@@ -20,6 +20,7 @@ from meswitch.errors import (
     BudgetError,
     ExpertNameError,
     ExpertNotFoundError,
+    FormatError,
     MeswitchError,
     fresh,
 )
@@ -120,6 +121,8 @@ class ExpertPool:
         files = stamp(path)
         layers, delta = self.layers, self.open_delta(path)
         try:
+            if delta.kind != "delta":
+                raise FormatError(f"expected the delta of an expert, found a quantized model: {path}")
             if self.base is not None:
                 delta.check_base(self.base)
             expert = Expert(name, path, delta, files=files, salt=next(self._salts))

@@ -92,6 +92,7 @@ class Checkpoint:
         self._files, file_of = weight_files(path)
         self.native = _native.Checkpoint(path, self._files)
         self._open: dict[Path, Any] = {}
+        self._zeros = False
         stored = self.native.stored_names()
         missing = sorted(file_of.keys() - set(stored))
         if missing:
@@ -114,6 +115,13 @@ class Checkpoint:
         other = copy(self)
         aliases = {HEAD: self.source(HEAD)} if HEAD in self and HEAD not in sources else {}
         other.native = self.native.with_parameters(dict(sources), aliases)
+        return other
+
+    def zeros(self) -> Checkpoint:
+        """The same parameters, all of zeros, which take no memory while they are only read: what a whole model is
+        compared with when it is quantized."""
+        other = copy(self)
+        other.native, other._zeros = self.native.zeros(), True
         return other
 
     @cached_property
@@ -163,6 +171,8 @@ class Checkpoint:
 
         It must not be written to. Raises `CheckpointError` if there is none of that name.
         """
+        if self._zeros:
+            return torch.zeros((), dtype=self.dtype(name)).expand(self.shape(name))
         file, on_disk, part = self._find(name)
         tensor: Tensor = self._mapped(file).get_tensor(on_disk)
         if part is None:

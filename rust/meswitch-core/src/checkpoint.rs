@@ -10,6 +10,7 @@ use safetensors::Dtype;
 use crate::error::{Error, Result};
 use crate::fingerprint;
 use crate::kernels::{widen_bf16, widen_f16};
+use crate::memory::Region;
 
 /// A mapped checkpoint: some safetensors files, and the parameters that lie in them. The files must not be changed while
 /// this lives.
@@ -25,6 +26,8 @@ pub struct Checkpoint {
     sources: BTreeMap<String, Source>,
     /// [`Checkpoint::sample`], once it was asked for.
     sample: Arc<OnceLock<String>>,
+    /// What stands in for the content of every tensor, as long as the longest of them.
+    zeros: Option<Arc<Region>>,
 }
 
 /// Where a parameter lies: in a tensor on disk, or in a part of one.
@@ -153,7 +156,22 @@ impl Checkpoint {
         let names = stored.keys().cloned().collect();
         let (maps, stored) = (maps.into(), Arc::new(stored));
         let (path, sources, sample) = (folder.to_owned(), BTreeMap::new(), Arc::default());
-        Ok(Self { path, files, maps, stored, names, sources, sample })
+        Ok(Self { path, files, maps, stored, names, sources, sample, zeros: None })
+    }
+
+    /// The same tensors, all of zeros, which take no memory as long as they are only read.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where there are not enough addresses.
+    pub fn zeros(&self) -> Result<Self> {
+        let mut longest = 0;
+        for name in self.stored_names() {
+            longest = longest.max(self.stored_view(name)?.data.len());
+        }
+        let zeros = Some(Arc::new(Region::new(longest).map_err(Error::io(&self.path))?));
+        let (path, files, names) = (self.path.clone(), self.files.clone(), self.names.clone());
+        let (maps, stored, sources) = (Arc::clone(&self.maps), Arc::clone(&self.stored), self.sources.clone());
+        Ok(Self { path, files, maps, stored, names, sources, sample: Arc::default(), zeros })
     }
 
     /// The same files with these parameters instead. `aliases` are answered for, and are no parameters.
@@ -174,7 +192,7 @@ impl Checkpoint {
         sources.retain(|name, source| source.part.is_some() || source.tensor != *name);
         let (path, files) = (self.path.clone(), self.files.clone());
         let (maps, stored, sample) = (Arc::clone(&self.maps), Arc::clone(&self.stored), Arc::clone(&self.sample));
-        Ok(Self { path, files, maps, stored, names, sources, sample })
+        Ok(Self { path, files, maps, stored, names, sources, sample, zeros: self.zeros.clone() })
     }
 
     /// The folder.
@@ -225,7 +243,9 @@ impl Checkpoint {
     pub fn stored_view(&self, name: &str) -> Result<View<'_>> {
         let file = self.stored.get(name).ok_or_else(|| self.missing(name))?;
         let view = self.maps[*file].get(name).map_err(|_| self.missing(name))?;
-        Ok(View { dtype: view.dtype(), shape: view.shape().to_vec(), data: view.data() })
+        let data = view.data();
+        let data = self.zeros.as_ref().map_or(data, |zeros| &zeros[..data.len()]);
+        Ok(View { dtype: view.dtype(), shape: view.shape().to_vec(), data })
     }
 
     /// Where a parameter or an alias lies, and its file. `None` where there is none of that name.

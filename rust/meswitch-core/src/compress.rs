@@ -15,7 +15,7 @@ use self::site::{quantized_entry, quantized_site, shared_entry};
 use crate::checkpoint::{Checkpoint, View};
 use crate::codec::{Pair, Settings, quantize};
 use crate::delta::{
-    Assembly, BaseEntry, Delta, FileEntry, Owner, Progress, Role, SiteEntry, SiteKind, TensorSpec, Writer,
+    Assembly, BaseEntry, Delta, FileEntry, Kind, Owner, Progress, Role, SiteEntry, SiteKind, TensorSpec, Writer,
     check_copied_files, check_site_name, checksum, estimated_bytes, hex,
 };
 use crate::error::{Error, Result};
@@ -39,11 +39,13 @@ pub struct Plan {
 /// with H⁻¹ = UᵀU, where H = E\[x xᵀ\] of the input channels, row by row. `None` for no compensation.
 pub type FactorFn<'a> = dyn FnMut(&str) -> Result<Option<Vec<f32>>> + 'a;
 
-/// A fine-tune to be compressed into a delta directory.
+/// A fine-tune to be compressed into a delta directory, or a whole model to be quantized.
 pub struct Job<'a> {
-    /// The base.
+    /// What is written.
+    pub kind: Kind,
+    /// The base. Where a base is written, zeros ([`Checkpoint::zeros`]).
     pub base: &'a Checkpoint,
-    /// The fine-tune.
+    /// The fine-tune, or the model.
     pub finetune: &'a Checkpoint,
     /// Every parameter of the fine-tune, in execution order.
     pub plans: &'a [Plan],
@@ -88,6 +90,7 @@ impl Job<'_> {
         };
         add(env!("CARGO_PKG_VERSION").as_bytes());
         add(self.base_name.as_bytes());
+        add(self.kind.to_string().as_bytes());
         add(self.settings.to_string().as_bytes());
         for checkpoint in [self.base, self.finetune] {
             add(checkpoint.sample()?.as_bytes());
@@ -190,7 +193,8 @@ impl Job<'_> {
 
     fn assembly(&self) -> Assembly<'_> {
         Assembly {
-            base: self.base,
+            kind: self.kind,
+            base: if self.kind == Kind::Base { self.finetune } else { self.base },
             out: self.out,
             files: self.files,
             settings: self.settings.clone(),

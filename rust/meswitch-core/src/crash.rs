@@ -42,7 +42,7 @@ mod tests {
     use crate::checkpoint::Checkpoint;
     use crate::codec::Settings;
     use crate::compress::{Job, Plan};
-    use crate::delta::{Delta, rewrite};
+    use crate::delta::{Delta, Kind, rewrite};
     use crate::error::Result;
 
     const ROOT: &str = "MESWITCH_TEST_CRASH_ROOT";
@@ -74,6 +74,7 @@ mod tests {
             moments: None,
         };
         let job = Job {
+            kind: Kind::Delta,
             base: &base,
             finetune: &finetune,
             plans: &NAMES.map(plan),

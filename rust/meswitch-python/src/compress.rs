@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use meswitch_core::Error;
 use meswitch_core::codec::{self, Class, Pair, Settings, Zero};
 use meswitch_core::compress::{Job, Plan};
-use meswitch_core::delta::{Assembly, Owner, Progress, SiteEntry};
+use meswitch_core::delta::{Assembly, Kind, Owner, Progress, SiteEntry};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -17,17 +17,19 @@ use crate::delta::Checkpoint;
 use crate::enter_pool;
 use crate::errors::to_python;
 
-/// Compresses a fine-tune into a delta directory.
+/// Compresses a fine-tune into a delta directory. With the kind "base" a whole model is written, `finetune`, and `base`
+/// are its `zeros`.
 ///
 /// `plans` is a list of dicts, one a parameter in execution order; `moments` maps names to little-endian float32
 /// E[x²]; `progress(site, done, total)` is called before every site, first with the weights that an interrupted call
 /// of the same arguments had done. `factor(site)` gives, as little-endian float32, U of H⁻¹ = UᵀU with H = E[x xᵀ] for
 /// error compensation, or `None`; it is asked in the order of the plans.
 #[pyfunction]
-#[pyo3(signature = (base, finetune, out, plans, moments, files, settings, base_name, progress, factor=None))]
+#[pyo3(signature = (kind, base, finetune, out, plans, moments, files, settings, base_name, progress, factor=None))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // the signature that Python sees
 pub fn compress(
     py: Python<'_>,
+    kind: &str,
     base: &Checkpoint,
     finetune: &Checkpoint,
     out: PathBuf,
@@ -40,11 +42,11 @@ pub fn compress(
     factor: Option<Py<PyAny>>,
 ) -> PyResult<()> {
     let plans = plans.iter().map(|plan| read_plan(plan, &moments)).collect::<PyResult<Vec<_>>>()?;
-    let settings = read_json(settings)?;
+    let (kind, settings) = (read_kind(kind)?, read_json(settings)?);
     let (base, finetune) = (&base.0, &finetune.0);
     let (mut raised, mut refused) = (None, None);
     let outcome = enter_pool(py, || {
-        let job = Job { base, finetune, plans: &plans, out: &out, files: &files, settings, base_name };
+        let job = Job { kind, base, finetune, plans: &plans, out: &out, files: &files, settings, base_name };
         job.run(&mut |step| report_progress(&progress, step, &mut raised), &mut |site| {
             let Some(factor) = &factor else { return Ok(None) };
             let given = Python::attach(|py| {
@@ -85,7 +87,7 @@ pub fn write(
     let base = &base.0;
     let (mut raised, mut refused) = (None, None);
     let outcome = enter_pool(py, || {
-        let assembly = Assembly { base, out: &out, files: &files, settings, base_name };
+        let assembly = Assembly { kind: Kind::Delta, base, out: &out, files: &files, settings, base_name };
         assembly.write_given(&entries, &mut |step| report_progress(&progress, step, &mut raised), &mut |entry| {
             let given = Python::attach(|py| tensors.call1(py, (&entry.name,))?.extract(py));
             given.map_err(|error| {
@@ -95,6 +97,14 @@ pub fn write(
         })
     });
     raised.or(refused).map_or_else(|| outcome.map(drop), Err)
+}
+
+fn read_kind(kind: &str) -> PyResult<Kind> {
+    match kind {
+        "delta" => Ok(Kind::Delta),
+        "base" => Ok(Kind::Base),
+        _ => Err(PyValueError::new_err(format!("expected kind delta or base, found {kind}"))),
+    }
 }
 
 /// Calls Python's `progress`; false where it raised, or a signal did.
@@ -122,7 +132,9 @@ pub fn estimate_bytes(
 ) -> PyResult<u64> {
     let plans = plans.iter().map(|plan| read_plan(plan, &HashMap::new())).collect::<PyResult<Vec<_>>>()?;
     let (settings, out) = (read_json(settings)?, Path::new(""));
-    let job = Job { base: &base.0, finetune: &finetune.0, plans: &plans, out, files: &files, settings, base_name };
+    let kind = Kind::Delta;
+    let job =
+        Job { kind, base: &base.0, finetune: &finetune.0, plans: &plans, out, files: &files, settings, base_name };
     job.estimated_bytes(&shared).map_err(to_python)
 }
 

@@ -43,6 +43,11 @@ impl Checkpoint {
         self.0.with_parameters(sources(parameters), sources(aliases)).map(Self).map_err(to_python)
     }
 
+    /// The same tensors, all of zeros.
+    fn zeros(&self) -> PyResult<Self> {
+        self.0.zeros().map(Self).map_err(to_python)
+    }
+
     /// A hash of names, dtypes, shapes and three kilobytes of each tensor.
     fn sample(&self, py: Python<'_>) -> PyResult<String> {
         enter(py, || self.0.sample())
@@ -107,6 +112,12 @@ impl Delta {
     #[getter]
     fn format_version(&self) -> u32 {
         self.0.manifest().format_version
+    }
+
+    /// What the directory holds: "delta" or "base".
+    #[getter]
+    fn kind(&self) -> String {
+        self.0.manifest().kind.to_string()
     }
 
     /// The hash of the base that the delta was made against.

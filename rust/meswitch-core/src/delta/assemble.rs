@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::journal::{Finished, JOURNAL, Journal};
-use super::manifest::{BaseEntry, FileEntry, MANIFEST, Manifest, TENSORS, VERSION, raw};
+use super::manifest::{BaseEntry, FileEntry, Kind, MANIFEST, Manifest, TENSORS, VERSION, raw};
 use super::site::{SiteEntry, SiteKind};
 use super::tensor::TensorSpec;
 use super::writer::{check_copied_files, check_site_name, check_tensors, full_specs};
@@ -20,7 +20,9 @@ use crate::folder::{Folder, Lock, Target};
 
 /// A delta directory to be written, without its sites.
 pub struct Assembly<'a> {
-    /// The base.
+    /// What it holds.
+    pub kind: Kind,
+    /// The base of a delta; of a base, the checkpoint that it was made of.
     pub base: &'a Checkpoint,
     /// The path of the delta directory.
     pub out: &'a Path,
@@ -110,6 +112,7 @@ impl Assembly<'_> {
     ) -> Manifest {
         Manifest {
             format_version: VERSION,
+            kind: self.kind,
             binding: None,
             writer: format!("meswitch {}", env!("CARGO_PKG_VERSION")),
             base,

@@ -1,6 +1,7 @@
 //! The manifest, `meswitch.json`: what every site is, and the checksum of every byte.
 
 use std::collections::{BTreeMap, HashSet};
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -23,16 +24,29 @@ pub(super) const MAX_BYTES: u64 = 64 << 20;
 /// The longest text of settings, in bytes, and how deeply its JSON may be nested.
 const MAX_SETTINGS: (usize, usize) = (1 << 20, 64);
 
-/// The kind of directories that this crate writes and reads.
-const KIND: &str = "delta";
-/// A kind that later versions may give to whole models.
-const RESERVED_KIND: &str = "base";
+/// What a directory holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// What a fine-tune changes of a base.
+    Delta,
+    /// A whole model: what it changes of a model of zeros.
+    Base,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if *self == Self::Delta { "delta" } else { "base" })
+    }
+}
 
 /// What a delta directory says of itself.
 #[derive(Clone, Debug, Serialize)]
 pub struct Manifest {
     /// The format's version, of a directory that was read; what is written has [`VERSION`].
     pub format_version: u32,
+    /// What the directory holds; before format version 4 always a delta.
+    pub kind: Kind,
     /// What ties the tensors to the sites, in a directory that was read; none before format version 4.
     pub binding: Option<Checksum>,
     /// The program that wrote the directory.
@@ -60,7 +74,7 @@ struct ManifestFields<'a> {
     #[serde(rename = "checksum")]
     _checksum: Checksum,
     format_version: u32,
-    kind: Option<String>,
+    kind: Option<Kind>,
     binding: Option<Checksum>,
     writer: String,
     base: BaseEntry,
@@ -98,8 +112,9 @@ impl Manifest {
     pub fn to_text(&self) -> String {
         let sites = self.sites_text();
         let body = format!(
-            "\"format_version\": {VERSION},\n\"kind\": \"{KIND}\",\n\"binding\": \"{}\",\n\"writer\": {},\n\"base\": {},\n\
+            "\"format_version\": {VERSION},\n\"kind\": \"{}\",\n\"binding\": \"{}\",\n\"writer\": {},\n\"base\": {},\n\
             \"settings\": {},\n\"files\": {},\n\"sites\": {sites}}}\n",
+            self.kind,
             checksum(sites.as_bytes()),
             json(&self.writer),
             json(&self.base),
@@ -139,12 +154,9 @@ impl Manifest {
             .map_err(|error| broken(&format!("the fields of version {version}"), &error.to_string()))?;
         let ManifestFields { format_version, kind, binding: stated, writer, base, settings, files, sites, .. } = fields;
         let binding = (version >= 4).then(|| checksum(sites.get().as_bytes()));
-        let expected = (version >= 4).then_some(KIND);
-        if kind.as_deref() == Some(RESERVED_KIND) && expected.is_some() {
-            return Err(broken("a delta", "a base, a kind that this version does not read"));
-        }
-        if kind.as_deref() != expected {
-            return Err(broken(&format!("kind {}", expected.unwrap_or("none")), &kind.unwrap_or("none".into())));
+        if kind.is_some() != (version >= 4) {
+            let (expected, found) = if version >= 4 { ("a kind", "none") } else { ("no kind", "one") };
+            return Err(broken(expected, found));
         }
         if stated != binding {
             let text = |binding: Option<Checksum>| binding.map_or("none".to_owned(), |binding| binding.to_string());
@@ -153,7 +165,8 @@ impl Manifest {
         let sites: Vec<SiteFields> = serde_json::from_str(sites.get())
             .map_err(|error| broken(&format!("the fields of version {version}"), &error.to_string()))?;
         let sites = sites.into_iter().map(|fields| fields.entry(format_version)).collect::<Result<_>>()?;
-        let manifest = Self { format_version, binding, writer, base, settings, files, sites };
+        let kind = kind.unwrap_or(Kind::Delta);
+        let manifest = Self { format_version, kind, binding, writer, base, settings, files, sites };
         manifest.check()?;
         Ok(manifest)
     }
@@ -180,6 +193,9 @@ impl Manifest {
         let mut names = HashSet::with_capacity(self.sites.len());
         for site in &self.sites {
             site.check()?;
+            if self.kind == Kind::Base && site.added() > 0 {
+                return Err(broken("no added rows in a base", &format!("{} in {}", site.added(), site.name)));
+            }
             if !names.insert(site.name.as_str()) {
                 return Err(broken("one site of each name", &format!("two of {}", site.name)));
             }

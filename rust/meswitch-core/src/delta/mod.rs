@@ -29,7 +29,7 @@ pub(crate) use checksum::hex;
 pub use checksum::{Checksum, checksum};
 #[cfg(feature = "compress")]
 pub(crate) use estimate::estimated_bytes;
-pub use manifest::{BaseEntry, FileEntry, MANIFEST, Manifest, TENSORS, VERSION};
+pub use manifest::{BaseEntry, FileEntry, Kind, MANIFEST, Manifest, TENSORS, VERSION};
 pub use reader::Delta;
 #[cfg(feature = "compress")]
 pub use rewrite::{rewrite, rewrite_at, upgrade};

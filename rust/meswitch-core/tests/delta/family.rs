@@ -8,7 +8,7 @@ use half::bf16;
 use meswitch_core::checkpoint::Checkpoint;
 use meswitch_core::codec::{Class, Settings};
 use meswitch_core::compress::{Job, Plan};
-use meswitch_core::delta::{Delta, MANIFEST, checksum};
+use meswitch_core::delta::{Delta, Kind, MANIFEST, checksum};
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -83,6 +83,7 @@ impl Family {
             Checkpoint::open(&self.path("finetune"), &["model.safetensors".to_owned()])?,
         );
         Job {
+            kind: Kind::Delta,
             base: &base,
             finetune: &finetune,
             plans: &plans(),

@@ -7,7 +7,7 @@ use std::path::Path;
 use meswitch_core::Error;
 use meswitch_core::checkpoint::Checkpoint;
 use meswitch_core::compress::Job;
-use meswitch_core::delta::{Delta, MANIFEST, Progress, TENSORS, rewrite};
+use meswitch_core::delta::{Delta, Kind, MANIFEST, Progress, TENSORS, rewrite};
 use serde_json::{Value, json};
 
 use crate::family::{Family, IN, OUT, content, plans, save};
@@ -26,6 +26,7 @@ fn run(
     let open = |name: &str| Checkpoint::open(&family.path(name), &["model.safetensors".to_owned()]).unwrap();
     let (base, finetune) = (open("base"), open("finetune"));
     let job = Job {
+        kind: Kind::Delta,
         base: &base,
         finetune: &finetune,
         plans: &plans(),

@@ -7,7 +7,7 @@ use half::bf16;
 use meswitch_core::Error;
 use meswitch_core::checkpoint::Checkpoint;
 use meswitch_core::compress::Job;
-use meswitch_core::delta::{MANIFEST, SiteKind, TENSORS};
+use meswitch_core::delta::{Kind, MANIFEST, SiteKind, TENSORS};
 use meswitch_core::kernels;
 use serde_json::json;
 
@@ -131,8 +131,16 @@ fn names_that_a_reader_refuses_are_refused_before_any_work() {
         let mut plans = plans();
         plans.last_mut().unwrap().name = name.into();
         let (out, settings) = (family.path("delta"), json!({}));
-        let job =
-            Job { base: &base, finetune: &finetune, plans: &plans, out: &out, files, settings, base_name: "test base" };
+        let job = Job {
+            kind: Kind::Delta,
+            base: &base,
+            finetune: &finetune,
+            plans: &plans,
+            out: &out,
+            files,
+            settings,
+            base_name: "test base",
+        };
         job.run(&mut |_| panic!("worked"), &mut |_| Ok(None)).err().unwrap()
     };
     for name in [".hidden", "new\nline", MANIFEST, TENSORS] {
@@ -165,6 +173,7 @@ fn names_full_of_what_json_escapes_have_room_in_the_header() {
     let mut plans = plans();
     plans[2].name = long.clone();
     let delta = Job {
+        kind: Kind::Delta,
         base: &open("base"),
         finetune: &open("finetune"),
         plans: &plans,
