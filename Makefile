@@ -16,7 +16,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-models miri lint lint-aarch64 bench docs wheel wheel-check clean
+.PHONY: help venv demo test test-models interleavings miri lint lint-aarch64 bench docs wheel wheel-check clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,12 +39,17 @@ demo: $(BUILT) ## train a tiny base and three fine-tunes, compress, route and se
 
 test: $(BUILT) ## run the tests of both languages, Rust's with checked arithmetic
 	cargo test --release $(CHECKED) -p meswitch-core
+	$(MAKE) --no-print-directory interleavings
 	$(BIN)/python -m pytest
 
 test-models: $(BUILT) ## serve a tiny model of every class of transformers, and compare it with the class alone
 	$(BIN)/python -m pytest -m slow tests/test_causal_models.py
 
-miri: ## run layout and scalar kernels under Miri, which nightly Rust must have
+interleavings: ## play the threads of a residency in thousands of orders
+	RUSTFLAGS='--cfg shuttle -D warnings' cargo test --profile interleavings --target-dir target/shuttle \
+		-p meswitch-core --no-default-features --lib interleavings
+
+miri: ## run layout, residency and scalar kernels under Miri, which nightly Rust must have
 	@cargo +nightly miri --version >/dev/null 2>&1 || { echo 'Miri is missing: rustup toolchain install nightly -c miri -c rust-src'; exit 1; }
 	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p meswitch-core
 

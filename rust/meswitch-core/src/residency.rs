@@ -55,8 +55,8 @@
 //! # Threads
 //! Every method may be called from any thread. None but [`Residency::wait_for_events`] waits for a load or for memory to
 //! be given back; dropping the residency waits for its threads. One lock is held for the time of a few look-ups; of what
-//! the caller gave, only the policy is called while it is held. So a source and a value, and a clone of a room, may be
-//! dropped wherever it is convenient, and may use this or another residency meanwhile.
+//! the caller gave, only the policy and [`Source::name`] are called while it is held. So a source and a value, and a clone
+//! of a room, may be dropped wherever it is convenient, and may use this or another residency meanwhile.
 
 mod ledger;
 pub mod policy;
@@ -85,7 +85,7 @@ pub trait Source<V>: Send + Sync {
     /// The memory that the value takes, known before any of it is read. It is asked for once.
     fn bytes(&self) -> u64;
 
-    /// What a trace calls the unit.
+    /// What a trace calls the unit. It must not use the residency, which asks for it under its lock.
     fn name(&self) -> &str {
         ""
     }
@@ -257,8 +257,8 @@ pub struct Snapshot {
 }
 
 impl<V: Send + Sync + 'static> Drop for Residency<V> {
-    /// Stops loads that are under way, and waits for their end and until all values without a lease are dropped. Leases
-    /// may outlive the residency.
+    /// Stops loads that are under way, and waits for their end, until all values without a lease are dropped, and until
+    /// the trace is written. Leases may outlive the residency.
     fn drop(&mut self) {
         self.shared.close();
         for thread in self.threads.drain(..) {

@@ -242,7 +242,7 @@ impl Ledger {
     /// A unit will not be asked for again: it leaves once nothing has it pinned, and is forgotten.
     pub(super) fn retire(&mut self, unit: Unit) {
         let Some(place) = self.place(unit) else { return };
-        self.update(unit.id, |entry| (entry.retired, entry.rank, entry.hint) = (true, None, None));
+        self.update(unit.id, |entry| (entry.retired, entry.rank) = (true, None));
         if place == Place::Absent {
             self.vacate(unit.id);
         }

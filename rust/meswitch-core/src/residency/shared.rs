@@ -148,19 +148,20 @@ impl<V> Shared<V> {
         result
     }
 
-    /// Says that nothing is decided any more, stops what is under way, and discards what nobody uses.
+    /// Says that nothing is decided any more, stops what is under way, discards what nobody uses, and ends the trace.
     pub(super) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
         for content in state.units.values() {
             content.stop();
         }
-        let units = mem::take(&mut state.units);
+        let (units, trace) = (mem::take(&mut state.units), state.trace.take());
         state.discard.extend(units.into_values().map(Discarded::Content));
         drop(state);
         for condition in [&self.work, &self.happened, &self.discarded] {
             condition.notify_all();
         }
+        drop(trace); // which writes what is left
     }
 }
 

@@ -2,8 +2,13 @@
 //! an owner that lets callers wait for a unit.
 
 mod desk;
+#[cfg(not(shuttle))]
 mod faults;
+#[cfg(shuttle)]
+mod interleavings;
+#[cfg(not(shuttle))]
 mod stress;
+#[cfg(not(shuttle))]
 mod tiers;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,45 +19,47 @@ use super::sync::AtomicBool;
 use super::{Event, Residency, Room, Source, Unit};
 use crate::error::Result;
 
-/// The units that a policy holds resident, the one asked for longest ago first.
-pub(super) type Recency = Arc<Mutex<Vec<UnitId>>>;
-
-/// Evicts what was asked for longest ago, and says what it holds resident.
-pub(super) struct LeastRecent(Recency);
-
-impl LeastRecent {
-    pub(super) fn new() -> (Self, Recency) {
-        let recency = Recency::default();
-        (Self(recency.clone()), recency)
-    }
+/// What a policy was told.
+#[derive(Default)]
+pub(super) struct Told {
+    /// The resident units, the one asked for longest ago first.
+    pub(super) recency: Vec<UnitId>,
+    /// Units that are gone for good.
+    pub(super) forgotten: Vec<UnitId>,
 }
+
+/// Evicts what was asked for longest ago, and shows what it was told.
+#[derive(Default)]
+pub(super) struct LeastRecent(pub(super) Arc<Mutex<Told>>);
 
 impl Policy for LeastRecent {
     fn requested(&mut self, unit: UnitId) {
-        if self.0.lock().unwrap().contains(&unit) {
-            self.removed(unit);
-            self.admitted(unit, 0);
+        let recency = &mut self.0.lock().unwrap().recency;
+        if let Some(index) = recency.iter().position(|other| *other == unit) {
+            recency[index..].rotate_left(1);
         }
     }
 
     fn admitted(&mut self, unit: UnitId, _bytes: u64) {
-        let mut recency = self.0.lock().unwrap();
+        let recency = &mut self.0.lock().unwrap().recency;
         assert!(!recency.contains(&unit), "expected a unit that was not resident");
         recency.push(unit);
     }
 
     fn removed(&mut self, unit: UnitId) {
-        let mut recency = self.0.lock().unwrap();
+        let recency = &mut self.0.lock().unwrap().recency;
         let index = recency.iter().position(|other| *other == unit).expect("a resident unit");
         recency.remove(index);
     }
 
     fn forgotten(&mut self, unit: UnitId) {
-        assert!(!self.0.lock().unwrap().contains(&unit), "expected a unit that is not resident");
+        let told = &mut self.0.lock().unwrap();
+        assert!(!told.recency.contains(&unit), "expected a unit that is not resident");
+        told.forgotten.push(unit);
     }
 
     fn victim(&mut self, may: &mut dyn FnMut(UnitId) -> bool) -> Option<UnitId> {
-        self.0.lock().unwrap().iter().copied().find(|unit| may(*unit))
+        self.0.lock().unwrap().recency.iter().copied().find(|unit| may(*unit))
     }
 }
 
@@ -116,7 +123,7 @@ impl<V, F: Fn(Room, &AtomicBool) -> Result<V> + Send + Sync> Source<V> for Scrip
 
 /// A residency with an eviction policy and nobody to be notified.
 pub(super) fn residency<V: Send + Sync + 'static>(budget: u64) -> Residency<V> {
-    Residency::new(Some(budget), Box::new(LeastRecent::new().0), || {})
+    Residency::new(Some(budget), Box::<LeastRecent>::default(), || {})
 }
 
 /// A unit whose source does what a function says.

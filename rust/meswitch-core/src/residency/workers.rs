@@ -101,7 +101,7 @@ impl<V: Send + Sync + 'static> Job<V> {
     fn finish(&self, shared: &Shared<V>, loaded: Result<Loaded<V>>, seconds: f64) {
         let unit = self.unit;
         let unwanted = shared.change(|state| {
-            let Some(content) = state.units.get_mut(&unit).filter(|_| !state.closed) else { return Some(loaded) };
+            let Some(content) = state.units.get_mut(&unit) else { return Some(loaded) }; // it is closed
             content.stop = None;
             match loaded {
                 Ok(loaded) if state.ledger.loaded(unit) => {

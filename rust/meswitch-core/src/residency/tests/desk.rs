@@ -1,10 +1,11 @@
 //! An owner of a residency that lets callers wait for a unit, as an engine does.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::sync::{Arc, Weak};
 
 use crate::error::Result;
 use crate::residency::policy::Lru;
+use crate::residency::sync::{Condvar, Mutex};
 use crate::residency::{Event, Lease, Rank, Residency, Source, Unit};
 
 pub(super) struct Desk<V: Send + Sync + 'static> {
@@ -68,6 +69,16 @@ impl<V: Send + Sync + 'static> Desk<V> {
 
     pub(super) fn add(&self, source: impl Source<V> + 'static) -> Result<Unit> {
         self.residency.add(Arc::new(source))
+    }
+
+    /// Drops the residency here, once the thread that notifies does not hold the last of it.
+    #[cfg(not(shuttle))]
+    pub(super) fn end(self: Arc<Self>) {
+        let mut desk = self;
+        while let Err(shared) = Arc::try_unwrap(desk) {
+            desk = shared;
+            std::thread::yield_now();
+        }
     }
 
     /// Tells the residency which of a unit's requests is the first.

@@ -199,6 +199,23 @@ fn dropping_a_residency_stops_loads_and_leaves_leases() {
     meter.check();
 }
 
+#[test]
+fn a_trace_ends_with_its_residency_whatever_leases_there_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("trace.jsonl");
+    let (residency, meter) = (residency(BUDGET), Meter::new(BUDGET));
+    residency.start_trace(&path, "of a test").unwrap();
+    let unit = add_plain(&residency, 10, &meter);
+    residency.ask(unit);
+    residency.want(unit, Some(0));
+    wait_for(&residency, unit);
+    let lease = residency.pin(unit).unwrap();
+    drop(residency);
+    assert_eq!(std::fs::read_to_string(path).unwrap().lines().count(), 3); // start, request, load
+    drop(lease);
+    meter.check();
+}
+
 /// Does something when it is dropped.
 struct OnDrop(Box<dyn Fn() + Send + Sync>);
 
@@ -279,7 +296,7 @@ fn a_residency_may_be_dropped_by_its_own_threads() {
     drops.recv().unwrap();
 
     // By the one that notifies.
-    let owner = Arc::new(Residency::new(Some(BUDGET), Box::new(LeastRecent::new().0), let_go));
+    let owner = Arc::new(Residency::new(Some(BUDGET), Box::<LeastRecent>::default(), let_go));
     let unit = add(&owner, 10, |_room, _stop| Ok(OnDrop(Box::new(|| {}))));
     let mut slot = last.lock().unwrap();
     owner.want(unit, Some(0));

@@ -111,7 +111,7 @@ impl Model {
 
     pub(super) fn want(&mut self, unit: Unit, rank: Option<Rank>) {
         if let Some(known) = self.units.get_mut(&unit).filter(|known| !known.retired) {
-            known.rank = rank;
+            known.rank = rank.map(|rank| rank.min(Rank::MAX - 1));
         }
     }
 
@@ -134,7 +134,7 @@ impl Model {
 
     pub(super) fn retire(&mut self, unit: Unit) {
         if let Some(known) = self.units.get_mut(&unit) {
-            (known.retired, known.rank, known.hint) = (true, None, None);
+            (known.retired, known.rank) = (true, None);
             if known.place == Place::Absent {
                 self.vacate(unit);
             }
