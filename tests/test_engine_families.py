@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import VOCABULARY, config_of, save_finetune, save_random
 from meswitch.compression.job import compress
@@ -127,6 +127,18 @@ def test_requests_of_equal_and_of_very_different_lengths(family: str, tmp_path: 
     experts, models = serve(tmp_path, base, {"a": save_finetune(tmp_path / "tuned", base, 10)})
     for lengths in ((9, 9, 9, 9), (100, 2, 3, 90), (1, 1, 30, 25)):
         assert_alike(base, experts, models, ["a", "base", "a", "a"], prompts_of(*lengths))
+
+
+def test_one_token_runs_first_in_every_module(tmp_path: Path) -> None:
+    """By which tokens are told from as many heads."""
+    base = save_random(tmp_path / "base", config_of("qwen3"))
+    with Engine(base) as engine:
+        inputs = engine._worker.layers._first_inputs
+        shapes = {name.partition("layers.0.")[2]: first.shape for name, first in inputs.items()}
+        assert all(first.shape is not None for name, first in inputs.items() if name.endswith("norm"))
+        config = AutoConfig.from_pretrained(base)
+        assert shapes["input_layernorm"] == (1, 1, config.hidden_size)
+        assert shapes["self_attn.q_norm"] == (1, 1, config.num_attention_heads, config.head_dim)
 
 
 @pytest.mark.parametrize("base_tied", [True, False])

@@ -203,6 +203,26 @@ def test_norm_of_heads(heads: int) -> None:
     assert_rows_are_their_own(norm(LlamaRMSNorm, 8), x.transpose(1, 2), axis=2)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_tokens_are_told_from_as_many_heads_by_what_the_module_read_first(axis: int, exact: bool) -> None:
+    """However they lie in memory."""
+    module, slots = norm(LlamaRMSNorm, 8), [1, -1, 0, 1, -1]
+    layers = ExpertLayers(Toy(module), CpuKernels(exact=exact))
+    experts = {slot: sites_of(module, slot) for slot in (0, 1)}
+    inputs = torch.randn(1, 5, 5, 8)
+    module(inputs.narrow(axis, 0, 1))  # as one token does when an engine starts
+    for x in (inputs, inputs.transpose(1, 2).contiguous().transpose(1, 2)):
+        layers.step.end()
+        expected = {slot: tuned_output(module, sites, x) for slot, sites in experts.items()} | {-1: module(x).clone()}
+        for slot, sites in experts.items():
+            layers.install(slot, sites, tied=False)
+        layers.step.begin(slots, [])
+        y = module(x)
+        for row, slot in enumerate(slots):
+            torch.testing.assert_close(y.select(axis, row), expected[slot].select(axis, row), atol=1e-5, rtol=1e-5)
+
+
 class Scaled(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 3.0

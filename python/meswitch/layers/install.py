@@ -13,12 +13,15 @@ from meswitch.errors import UnsupportedModelError
 from meswitch.huggingface.names import ParameterNames
 from meswitch.kernels.protocol import Kernels
 from meswitch.layers.embedding import EmbeddingWrapper
+from meswitch.layers.first_input import FirstInput
 from meswitch.layers.head import HeadWrapper
 from meswitch.layers.linear import LinearWrapper
 from meswitch.layers.step import Step
 from meswitch.layers.vector import VectorWrapper
 from meswitch.layers.wrapper import Wrapper
 from meswitch.site import SharedSite, Site
+
+_MATRICES = (nn.Embedding, nn.Linear, Conv1D)  # modules that have a wrapper of their own
 
 
 class ExpertLayers:
@@ -41,6 +44,11 @@ class ExpertLayers:
         self._names = {id(module): name for name, module in reversed(self._modules.items())}
         self._parameter_names = ParameterNames(model)
         self._wrappers: dict[str, Wrapper] = {}
+        self._first_inputs = {
+            name: FirstInput(module)
+            for name, module in self._modules.items()
+            if module._parameters and module is not self.head and not isinstance(module, _MATRICES)
+        }
         # Noted once: within a step, vectors stand in their modules with other shapes.
         self._shapes = {
             name: {
@@ -172,6 +180,6 @@ class ExpertLayers:
             return HeadWrapper(name, module, self.step, self.kernels, self.embedding, kept=self.kept)
         if isinstance(module, nn.Embedding):
             return EmbeddingWrapper(name, module, self.step, self.kernels)
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, _MATRICES):
             return LinearWrapper(name, module, self.step, self.kernels)
-        return VectorWrapper(name, module, self.step, self.kernels, self._shapes[name])
+        return VectorWrapper(name, module, self.step, self.kernels, self._shapes[name], self._first_inputs[name])

@@ -13,6 +13,7 @@ from meswitch.errors import UnsupportedModelError
 from meswitch.kernels.protocol import Kernels
 from meswitch.kernels.rows import Rows
 from meswitch.layers.bank import Bank
+from meswitch.layers.first_input import FirstInput
 from meswitch.layers.step import Step
 from meswitch.layers.wrapper import Wrapper
 from meswitch.reference import restored
@@ -27,11 +28,17 @@ class VectorWrapper(Wrapper):
     """
 
     def __init__(
-        self, name: str, module: nn.Module, step: Step, kernels: Kernels, shapes: Mapping[str, tuple[int, ...]]
+        self,
+        name: str,
+        module: nn.Module,
+        step: Step,
+        kernels: Kernels,
+        shapes: Mapping[str, tuple[int, ...]],
+        first_input: FirstInput,
     ) -> None:
-        """`shapes`: of the base's parameters."""
+        """`shapes`: of the base's parameters. `first_input`: of the module."""
         super().__init__(name, module, step, kernels)
-        self.shapes = shapes
+        self.shapes, self.first_input = shapes, first_input
         self.banks: dict[str, Bank] = {}
 
     def check(self, leaf: str, site: Site) -> None:
@@ -130,7 +137,9 @@ class VectorWrapper(Wrapper):
         axes = [axis for axis, size in enumerate(x.shape[: x.dim() - own]) if size == tokens]
         if not axes:
             self.expect_rows(x[..., 0].numel() if x.dim() else 0, self.step.tokens)
-        return max(axes or [0], key=x.stride)  # tokens lie outermost in memory, heads within them
+        if len(axes) > 1:  # as many heads as tokens
+            axes = [axis for axis in axes if axis in self.first_input.other_axes(x)] or axes
+        return max(axes or [0], key=x.stride)  # in a module that has not run yet: tokens lie outermost in memory
 
     def probe(self, leaf: str) -> bool:
         """Whether the module, given one value per token, computes what it would with each value in turn.
