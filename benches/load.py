@@ -1,16 +1,17 @@
 """More experts than memory, asked by many clients while experts and their files change: is every answer right?
 
     python benches/load.py [--experts 64] [--room 8] [--clients 32] [--requests 10000 | --seconds N] [--quiet 600]
-                           [--eviction lru] [--seed 0] [--folder DIR] [--json]
+                           [--eviction lru --eviction lrfu] [--seed 0] [--folder DIR] [--json]
 
 Mixtures of the tiny family's three fine-tunes are compressed into a folder (kept in the cache, or in `--folder`); the
 host budget holds so many of them (`--room`). Clients that each wait for their answer ask experts by Zipf's law, greedy,
 in float32. First every expert answers alone, in an engine that has no other; then
 
-    quiet     --quiet requests, and the same from whole models: the restored checkpoints under transformers, as many in
-              memory as the bytes of base and budget hold, least recently used, all who wait for a model in one batch
-    churn     --requests requests, or those of --seconds, while a thread replaces, removes and adds experts, damages
-              their files in place and repairs them, pins, prefetches, and changes the budget
+    quiet     --quiet requests under each eviction policy, and the same from whole models: restored checkpoints under
+              transformers, as many in memory as the bytes of base and budget hold, least recently used, all who wait
+              for a model in one batch
+    churn     --requests requests, or those of --seconds, under the first policy, while a thread replaces, removes and
+              adds experts, damages their files in place and repairs them, pins, prefetches, and changes the budget
 
 An answer is right if it is that of an expert that the name stood for while the request ran. An error is right if the
 expert was away or its files were damaged then. The bench ends with status 1 unless every answer and error is right and
@@ -73,12 +74,7 @@ class Load:
 
     def quiet(self) -> dict[str, Any]:
         """The same requests to the engine and to whole models."""
-        truth = Truth(self.alone)
-        for name, number in self.numbers.items():
-            truth.begins(name, number)
-        with self._engine({name: self.made.delta(number) for name, number in self.numbers.items()}) as engine:
-            ours = self._run(asking(engine), truth.fault, count=self.arguments.quiet)
-            stats = engine.stats()
+        engines = {policy: self._quiet_engine(policy) for policy in self.arguments.eviction}
         base = sum(path.stat().st_size for path in self.made.family.base.glob("*.safetensors"))
         room = (2 * base + self.budget) // base  # our base is in float32, their models are in bfloat16
         wholes = {name: self.made.whole(number) for name, number in self.numbers.items()}
@@ -86,11 +82,21 @@ class Load:
         theirs = self._run(models.generate, failed, count=self.arguments.quiet)
         models.close()
         return {
-            "engine": outcome_of(ours) | described(stats),
+            **{policy: outcome_of(ours) | described(stats) for policy, (ours, stats) in engines.items()},
             "restored": outcome_of(theirs) | {"models": room, "loads": models.loads, "batches": models.batches},
-            "requests a second, engine / restored": round(ours.rate / theirs.rate, 2),
-            "faults": ours.faults + theirs.faults,
+            "requests a second / restored's": {
+                policy: round(ours.rate / theirs.rate, 2) for policy, (ours, _) in engines.items()
+            },
+            "faults": [*theirs.faults, *(fault for ours, _ in engines.values() for fault in ours.faults)],
         }
+
+    def _quiet_engine(self, policy: str) -> tuple[Outcome, dict[str, Any]]:
+        truth = Truth(self.alone)
+        for name, number in self.numbers.items():
+            truth.begins(name, number)
+        experts = {name: self.made.delta(number) for name, number in self.numbers.items()}
+        with self._engine(experts, policy) as engine:
+            return self._run(asking(engine), truth.fault, count=self.arguments.quiet), engine.stats()
 
     def churn(self) -> dict[str, Any]:
         """Requests while all changes."""
@@ -99,7 +105,8 @@ class Load:
         truth = Truth(self.alone)
         with tempfile.TemporaryDirectory() as folder, MemoryWatch() as memory:
             churn = Churn(Path(folder), truth, self.numbers, self.made.delta, self.siblings, budgets)
-            with self._engine(churn.paths) as engine, BudgetWatch(engine, self.budget, churn.changes) as held:
+            policy = self.arguments.eviction[0]
+            with self._engine(churn.paths, policy) as engine, BudgetWatch(engine, self.budget, churn.changes) as held:
                 churn.begin(engine)
                 outcome = self._run(asking(engine), truth.fault, count=count, seconds=self.arguments.seconds)
                 churn.finish()
@@ -112,8 +119,8 @@ class Load:
             "faults": [*outcome.faults, *churn.faults, *held.faults],
         }
 
-    def _engine(self, experts: Mapping[str, Path]) -> Engine:
-        settings = SETTINGS | {"host_budget": self.budget, "eviction": self.arguments.eviction}
+    def _engine(self, experts: Mapping[str, Path], policy: str) -> Engine:
+        settings = SETTINGS | {"host_budget": self.budget, "eviction": policy}
         return Engine(self.made.family.base, experts, **settings)
 
     def _run(self, ask: Any, fault: Any, **until: Any) -> Outcome:
@@ -162,11 +169,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, help="instead of so many requests")
     parser.add_argument("--quiet", type=int, default=600, help="requests to the engine and to whole models; 0: none")
-    parser.add_argument("--eviction", default="lru")
+    parser.add_argument("--eviction", action="append", help="may be given more than once (default: lru and lrfu)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where the experts are kept (default: the cache)")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     arguments = parser.parse_args()
+    arguments.eviction = arguments.eviction or ["lru", "lrfu"]
     logging.disable_progress_bar()
     load = Load(mixtures(arguments.folder or cache_folder() / "mixtures", arguments.experts + SPARE), arguments)
     result: dict[str, Any] = {"experts_of_a_domain_that_differ": round(load.different(), 3)}

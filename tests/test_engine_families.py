@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from families import VOCABULARY, config_of, save_finetune, save_random
@@ -37,7 +38,9 @@ def watch(engine: Engine) -> dict[str, list[torch.Tensor]]:
 
 
 def in_order(seen: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
-    return [torch.stack(rows) for _, rows in sorted(seen.items(), key=lambda item: int(item[0].split("-")[1]))]
+    """A step's rows are as wide as the largest vocabulary in it; which requests it has depends on what is loaded."""
+    requests = sorted(seen.items(), key=lambda item: int(item[0].split("-")[1]))
+    return [pad_sequence(rows, batch_first=True, padding_value=-torch.inf) for _, rows in requests]
 
 
 def alone(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
