@@ -198,12 +198,13 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def write_delta(path: Path, *, pages: int = 1, fill: float = 1.0, files: Sequence[Path] = ()) -> Path:
     """A delta directory of one vector, which takes so many pages of 4 KiB in memory."""
+    count = 1024 * pages - 512  # memory begins where the tensors do in a page of the file
     with TemporaryDirectory() as folder:
-        save_file({"w": torch.zeros(1024 * pages)}, f"{folder}/model.safetensors")
+        save_file({"w": torch.zeros(count)}, f"{folder}/model.safetensors")
         base = _native.Checkpoint(folder, ["model.safetensors"])
-    entry = {"name": "w", "kind": "replaced", "shape": [1024 * pages], "dtype": "F32", "bytes": 0, "bpw": 0.0}
+    entry = {"name": "w", "kind": "replaced", "shape": [count], "dtype": "F32", "bytes": 0, "bpw": 0.0}
     entry |= {"relative_error": 0.0, "tensors": {}}
-    value = torch.full((1024 * pages,), fill).numpy().tobytes()
+    value = torch.full((count,), fill).numpy().tobytes()
     _native.write(base, path, [json.dumps(entry)], lambda _: [value], files, "{}", "", lambda *_: None)
     return path
 

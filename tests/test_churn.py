@@ -59,7 +59,7 @@ def test_every_answer_is_right_whatever_changes(made: Path, alone: Answers, tmp_
         lambda number: made / f"{number}",
         lambda number: [other for other in alone if other != number],
         (size, ROOM * size),
-        every=0.005,
+        every=0.02,
         pins=1,
     )
     requests = arrivals(list(numbers), dict.fromkeys(numbers, PROMPTS))
@@ -80,6 +80,6 @@ def test_every_answer_is_right_whatever_changes(made: Path, alone: Answers, tmp_
         stats = engine.stats()
     assert outcome.faults == churn.faults == held.faults == []
     assert held.largest <= ROOM * size and held.samples and churn.counts
-    assert outcome.kinds["answered"] > 50 and sum(outcome.kinds.values()) == 100
+    assert outcome.kinds["answered"] > 20 and sum(outcome.kinds.values()) == 100
     assert stats["requests"]["running"] == stats["requests"]["waiting"] == 0
     assert all(expert["uses"] == 0 for expert in stats["experts"].values())
