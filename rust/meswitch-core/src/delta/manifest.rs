@@ -192,10 +192,10 @@ impl Manifest {
         }
         let mut names = HashSet::with_capacity(self.sites.len());
         for site in &self.sites {
-            site.check()?;
             if self.kind == Kind::Base && site.added() > 0 {
                 return Err(broken("no added rows in a base", &format!("{} in {}", site.added(), site.name)));
             }
+            site.check()?;
             if !names.insert(site.name.as_str()) {
                 return Err(broken("one site of each name", &format!("two of {}", site.name)));
             }

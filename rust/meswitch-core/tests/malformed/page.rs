@@ -38,7 +38,14 @@ fn cases() -> Vec<(&'static str, Change, &'static str)> {
             In(|directory| directory.manifest = Some(directory.manifest_text() + "]")), "expected checksum"),
         ("A reader refuses versions it does not know", Field("/format_version", json!(9)), "version 1 to 4 in meswitch.json, found 9"),
         ("`delta`: what a fine-tune changes of a base", Field("/kind", json!("house")), "unknown variant `house`"),
-        ("no site has added rows", Field("/kind", json!("base")), "no added rows in a base"),
+        ("no site has added rows",
+            In(|directory| {
+                directory.change_manifest(|manifest| {
+                    manifest["kind"] = json!("base");
+                    let site = &mut manifest["sites"][0];
+                    (site["added"], site["tensors"]["added"]) = (json!(1), json!("0".repeat(32)));
+                });
+            }), "no added rows in a base"),
         ("the checksum of the text of `sites`, from its `[` to its `]`", Field("/binding", json!("0".repeat(32))), "expected binding"),
         ("The header of `delta.safetensors` repeats it",
             In(|directory| directory.change_header(|header| header["__metadata__"]["binding"] = json!("0".repeat(32)))), "bound by"),
