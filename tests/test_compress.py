@@ -386,7 +386,7 @@ def test_a_killed_writer_loses_one_site_at_most(tmp_path: Path) -> None:
     script = (
         "import os, sys\nfrom meswitch._native import Checkpoint, compress\n"
         f"base, finetune = (Checkpoint(name, ['{WEIGHTS}']) for name in ('base', 'finetune'))\n"
-        f"compress(base, finetune, sys.argv[1], {plans!r}, {{}}, [], '{{}}', 'base',"
+        f"compress('delta', base, finetune, sys.argv[1], {plans!r}, {{}}, [], '{{}}', 'base',"
         " lambda site, done, total: os.write(1, b'%d\\n' % done))"
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from families import config_of, save_finetune, save_random
-from meswitch import Delta, compress, distill, import_adapter, restore, train_router
+from meswitch import Delta, compress, distill, import_adapter, quantize, restore, train_router
 from meswitch.cli.guard import REFUSED, run
 from meswitch.errors import OutputError
 from meswitch.router.folder import MANIFEST, read_manifest, write_folder
@@ -18,6 +18,7 @@ NOWHERE = "nowhere"
 # With inputs that do not exist: only what is decided first can refuse the output.
 WRITERS: dict[str, Callable[[Path], object]] = {
     "compress": lambda out: compress(NOWHERE, NOWHERE, out),
+    "quantize": lambda out: quantize(NOWHERE, out),
     "import": lambda out: import_adapter(NOWHERE, NOWHERE, out),
     "restore": lambda out: restore(NOWHERE, NOWHERE, out),
     "distill": lambda out: distill(NOWHERE, NOWHERE, NOWHERE, out, NOWHERE),
@@ -25,6 +26,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }
 COMMANDS = (
     "compress nowhere nowhere --calibrate nowhere",
+    "quantize nowhere --calibrate nowhere",
     "import nowhere nowhere",
     "restore nowhere nowhere",
     "router train nowhere --data nowhere",

@@ -104,9 +104,10 @@ def compress(
     ('default', True)
     """
     options = CompressOptions(options) if isinstance(options, str) else options
+    target = resolve_target(out, replaces=MANIFEST)
     checkpoints = Checkpoint.open(base), Checkpoint.open(finetune)
-    report = _run("delta", *checkpoints, out, options, calibration, sensitivity, progress)
-    return replace(report, notes=tuple(_notes(*checkpoints, Delta.open(out), report.config_changes)))
+    report = _run("delta", *checkpoints, target, options, calibration, sensitivity, progress)
+    return replace(report, notes=tuple(_notes(*checkpoints, Delta.open(target), report.config_changes)))
 
 
 def quantize(
@@ -127,22 +128,22 @@ def quantize(
     >>> quantize("base/", "base-4bit").bpw < quantize("base/", "base-8bit", CompressOptions(bits=8)).bpw
     True
     """
-    source = Checkpoint.open(model)
+    target, source = resolve_target(out, replaces=MANIFEST), Checkpoint.open(model)
     options = CompressOptions(bits=4) if options is None else options
-    return _run("base", source.zeros(), source, out, options, calibration, sensitivity, progress)
+    return _run("base", source.zeros(), source, target, options, calibration, sensitivity, progress)
 
 
 def _run(
     kind: Kind,
     base: Checkpoint,
     finetune: Checkpoint,
-    out: str | Path,
+    target: Path,
     options: CompressOptions,
     calibration: Calibration | None,
     sensitivity: dict[str, Tensor] | None,
     progress: ProgressCallback | None,
 ) -> CompressReport:
-    start, target = time.perf_counter(), resolve_target(out, replaces=MANIFEST)
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         job = _Job(kind, base, finetune, options, calibration, Path(scratch))
         resumed, allocation = job.run(target, sensitivity or {}, progress)
