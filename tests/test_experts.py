@@ -334,6 +334,37 @@ def test_pinned_experts_stay_and_those_that_replace_them(deltas: Callable[..., P
         pool.pin("zzz")
 
 
+def test_an_expert_that_is_pinned_while_it_is_opened_again_holds_up_nobody(deltas: Callable[..., Path]) -> None:
+    pool = pool_of()
+    folder, other = deltas("a"), deltas("other")
+    manifest = (folder / "meswitch.json").read_bytes()
+    (folder / "meswitch.json").write_text("{}")
+    pool.discover(folder.parent)
+    (folder / "meswitch.json").write_bytes(manifest)
+    opening, go, open_delta = threading.Event(), threading.Event(), pool.open_delta
+
+    def slow(path: Path) -> Any:
+        opening.set()
+        assert go.wait(30)
+        return open_delta(path)
+
+    pool.open_delta = slow
+    threads = [threading.Thread(target=call, args=("a",), daemon=True) for call in (pool.get, pool.pin)]
+    threads[0].start()
+    assert opening.wait(30)
+    threads[1].start()
+    time.sleep(0.1)  # until it waits for the first
+    asking = threading.Thread(target=pool.get, args=(other.name,), daemon=True)
+    asking.start()
+    asking.join(10)
+    assert not asking.is_alive()
+    go.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert pool.describe()["a"]["pinned"]
+
+
 def test_prefetched_experts_are_there_when_they_are_asked_for(deltas: Callable[..., Path]) -> None:
     pool = pool_of(2)
     pool.discover([deltas(name) for name in "abc"])

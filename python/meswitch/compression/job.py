@@ -121,9 +121,9 @@ def quantize(
 ) -> CompressReport:
     """Writes a whole model in a few bits a weight: a directory as `compress` makes it, against a model of zeros.
 
-    Experts can be compressed against the result instead of the model itself, and then repair what quantizing it broke.
-    `model` is a folder or hub id. `options`: without, 4 bits for every matrix. The rest is as in `compress`, and so are
-    what is raised, interruptions, and memory.
+    `restore` turns it back and `evaluate_quantized` scores it. The engine does not serve it yet, and deltas cannot be
+    made against it. `model` is a folder or hub id. `options`: without, 4 bits for every matrix. The rest is as in
+    `compress`, and so are what is raised, interruptions, and memory.
 
     >>> quantize("base/", "base-4bit").bpw < quantize("base/", "base-8bit", CompressOptions(bits=8)).bpw
     True

@@ -46,9 +46,6 @@ class _Group:
     def __bool__(self) -> bool:
         return bool(self.urgent or self.later)
 
-    def __len__(self) -> int:
-        return len(self.urgent) + len(self.later)
-
     @property
     def first(self) -> Request:
         return next(iter((self.urgent or self.later).values()))
@@ -127,7 +124,7 @@ class AdmissionQueue:
         """The next request that can run now, where `running` are the experts of those that do. It stays here until it
         is discarded."""
         self._promote()
-        last = self._last_rank(running)
+        last = self._last_rank()
         full = self._max_experts is not None and len(running) >= self._max_experts
         passed = []
         found: _Group | None = None
@@ -143,7 +140,7 @@ class AdmissionQueue:
             heapq.heappush(self._ready, entry)
         return None if found is None else found.first
 
-    def _last_rank(self, running: Collection[Expert]) -> int:
+    def _last_rank(self) -> int:
         """No request for an expert goes on whose rank is above this one's: somebody has waited long enough."""
         passed = []
         last = 2 * _LATER

@@ -267,16 +267,22 @@ class ExpertPool:
 
         Raises `BudgetError` where the pinned experts would not fit together.
         """
-        with self._lock:
-            expert = self.get(name)
-            others = sum(other.nbytes for other in self.catalogue.values() if other.pinned and other is not expert)
-            budget = self.residency.counters()["budget"]
-            if budget is not None and others + expert.nbytes > budget:
-                raise BudgetError(
-                    f"pinned experts would need {others + expert.nbytes} bytes, host_budget is {budget} bytes",
-                    hint="raise host_budget, or unpin others",
-                )
-            self.residency.keep(expert)
+        while True:  # it may be replaced between two look-ups
+            expert = self.get(name)  # without the lock, since it may have to be opened again
+            with self._lock:
+                if self.catalogue.get(name) is expert:
+                    self._check_pinned_room(expert)
+                    self.residency.keep(expert)
+                    return
+
+    def _check_pinned_room(self, expert: Expert) -> None:
+        others = sum(other.nbytes for other in self.catalogue.values() if other.pinned and other is not expert)
+        budget = self.residency.counters()["budget"]
+        if budget is not None and others + expert.nbytes > budget:
+            raise BudgetError(
+                f"pinned experts would need {others + expert.nbytes} bytes, host_budget is {budget} bytes",
+                hint="raise host_budget, or unpin others",
+            )
 
     def unpin(self, name: str) -> None:
         """Ends what `pin` began."""
