@@ -4,7 +4,7 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
-use meswitch_core::checkpoint::View;
+use meswitch_core::checkpoint::{Content, View};
 use meswitch_core::codec::{Pair, Settings, fit, quantize};
 use meswitch_core::layout;
 use safetensors::tensor::Dtype;
@@ -25,7 +25,7 @@ fn weights(seed: u32) -> Vec<u8> {
 }
 
 fn view(data: &[u8]) -> View<'_> {
-    View { dtype: Dtype::BF16, shape: vec![OUT, IN], data }
+    View { dtype: Dtype::BF16, shape: vec![OUT, IN], data: Content::Borrowed(data) }
 }
 
 fn rows(c: &mut Criterion) {

@@ -42,7 +42,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from meswitch import Delta, compress, reference
 from meswitch._native import checksum
 from meswitch.errors import MeswitchError
-from meswitch.kernels.cpu import native_matrix
+from meswitch.kernels.products import native_matrix
 from meswitch.site import ReplacedSite, SharedSite
 
 MANIFEST, TENSORS = "meswitch.json", "delta.safetensors"

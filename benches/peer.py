@@ -176,7 +176,7 @@ class Ours(Side):
     def check(self, table: Any) -> None:
         import torch
 
-        from meswitch.kernels import cpu as ops
+        from meswitch.kernels import products as ops
 
         dense = torch.empty(CHECKED, table.in_features)
         table.matrix(0).dense(0, dense)
@@ -188,7 +188,7 @@ def table(bits: int, group: int, columns: int, codes: Any, scales: Any) -> Any:
     """A table with one delta of these codes in its slot 0."""
     import torch
 
-    from meswitch.kernels import cpu as ops
+    from meswitch.kernels import products as ops
     from meswitch.site import Part
 
     part = Part(bits, (2**bits - 1) / 2, codes, scales, group)

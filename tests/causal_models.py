@@ -251,6 +251,42 @@ every weight of a fine-tune can be served is checked when its delta is opened.
 
 `python tests/causal_models.py` writes this page.
 
+## Quantized checkpoints
+
+A delta belongs to the very weights that it was made against, so base and fine-tune are given in 16 or 32 bits. For a
+base in few bits, `meswitch quantize` the 16-bit one.
+
+What another quantizer made is refused by name, wherever a checkpoint is given and before its weights are read:
+bitsandbytes, GPTQ, AWQ, torchao, fp8, compressed-tensors, MXFP4, MLX, and any other that stores codes, float8 or scales
+beside the weights. BitNet is refused in 16 bits too, since its weights are rounded in every product. A config that
+names a method over plain 16-bit weights, as merged adapters leave it, changes nothing.
+
+Where a model is published in few bits alone, transformers writes a 16-bit checkpoint of it, and the error says how:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
+
+model = AutoModelForCausalLM.from_pretrained("base", quantization_config=Mxfp4Config(dequantize=True))
+model.save_pretrained("base-16bit")
+AutoTokenizer.from_pretrained("base").save_pretrained("base-16bit")
+```
+
+`FineGrainedFP8Config` does that for fp8 and `CompressedTensorsConfig` for compressed-tensors. GGUF files, which need
+`pip install gguf accelerate`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+undone = GgufConfig(dequantize=True)
+model = AutoModelForCausalLM.from_pretrained("folder", gguf_file="model.gguf", quantization_config=undone)
+model.save_pretrained("base-16bit")
+AutoTokenizer.from_pretrained("folder", gguf_file="model.gguf").save_pretrained("base-16bit")
+```
+
+Such a checkpoint is a base of its own: deltas that were made against the original 16-bit weights do not fit it.
+
+## Classes
+
 | model type | class | |
 |---|---|---|
 """

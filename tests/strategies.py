@@ -10,10 +10,13 @@ from meswitch.site import LowRank, Part, QuantizedSite, Salient, Sparse
 
 
 @st.composite
-def sites(draw: st.DrawFn) -> QuantizedSite:
-    """A quantized site of any shape, with any of the codec's parts."""
-    out = draw(st.integers(1, 70) | st.integers(200, 600))  # a block of packed rows has 256, a line 64
-    columns = draw(st.integers(1, 700))
+def sites(draw: st.DrawFn, like: QuantizedSite | None = None) -> QuantizedSite:
+    """A quantized site of any shape, or of the shape of another, with any of the codec's parts."""
+    if like is None:
+        out = draw(st.integers(1, 70) | st.integers(200, 600))  # a block of packed rows has 256, a line 64
+        columns = draw(st.integers(1, 700))
+    else:
+        out, columns = like.shape
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     halves = lambda *shape: torch.randn(*shape, generator=generator).half()  # noqa: E731
     widths = draw(st.lists(st.sampled_from(reference.BITS), min_size=0, max_size=3, unique=True))

@@ -178,7 +178,7 @@ def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
 
 def test_numbers_below_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        calibrate(tmp_path, tmp_path / "a.txt", max_tokens=0)
+        calibrate(save_random(tmp_path / "model", config_of("llama")), tmp_path / "a.txt", max_tokens=0)
 
 
 def test_a_real_models_channels_differ(family: Any) -> None:

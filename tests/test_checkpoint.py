@@ -312,53 +312,6 @@ def test_weights_that_were_only_cast_are_shared(ours: torch.dtype, theirs: torch
     assert not torch.equal(back[NAME], tensors[NAME].to(theirs))
 
 
-# --- what cannot be an input ---------------------------------------------------------------------------------------
-
-
-def packed(folder: Path, dtype: torch.dtype, **config: object) -> Path:
-    """A copy with the weights of its linears as another dtype, and fields in its config."""
-    copy = shutil.copytree(folder, folder.with_name(f"{folder.name}-packed"))
-    tensors = load_file(copy / WEIGHTS)
-    changed = {
-        name: tensor.to(dtype) if dtype.is_floating_point else torch.zeros(len(tensor), 4, dtype=dtype)
-        for name, tensor in tensors.items()
-        if "proj" in name
-    }
-    write_tensors(copy / WEIGHTS, tensors | changed)
-    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | config))
-    return copy
-
-
-@pytest.mark.parametrize(
-    ("dtype", "config", "match"),
-    [
-        (torch.float8_e4m3fn, {}, r"proj.weight in F8_E4M3"),
-        (torch.uint32, {"quantization": {"group_size": 64, "bits": 4}}, r"quantization: 4 bits, .* in U32"),
-        (torch.int32, {"quantization_config": {"quant_method": "gptq"}}, r"quantization_config: gptq, .* in I32"),
-        (torch.uint8, {"quantization_config": {"quant_method": "bitsandbytes"}}, r"bitsandbytes, .* in U8"),
-    ],
-)
-def test_quantized_weights_are_refused_on_their_own_side(
-    dtype: torch.dtype, config: dict[str, object], match: str, tmp_path: Path
-) -> None:
-    base, finetune = (save_random(tmp_path / x, config_of("llama"), s) for s, x in enumerate(("base", "finetune")))
-    quantized_base, quantized_finetune = packed(base, dtype, **config), packed(finetune, dtype, **config)
-    with pytest.raises(UnsupportedModelError, match=f"in the base, found quantized ones .*{match}"):
-        compress(quantized_base, finetune, tmp_path / "delta")
-    with pytest.raises(UnsupportedModelError, match=f"in the fine-tune, found quantized ones .*{match}"):
-        compress(base, quantized_finetune, tmp_path / "delta")
-    adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
-    with pytest.raises(UnsupportedModelError, match=f"in the base, found quantized ones .*{match}"):
-        import_adapter(quantized_base, adapter, tmp_path / "delta")
-
-
-def test_sixteen_bit_weights_are_taken_whatever_their_config_says(tmp_path: Path) -> None:
-    base, finetune = (save_random(tmp_path / x, config_of("llama"), s) for s, x in enumerate(("base", "finetune")))
-    config = json.loads((finetune / "config.json").read_text()) | {"quantization_config": {"quant_method": "nf4"}}
-    (finetune / "config.json").write_text(json.dumps(config))
-    assert compress(base, finetune, tmp_path / "delta").config_changes == {}
-
-
 # --- files that are carried ----------------------------------------------------------------------------------------
 
 

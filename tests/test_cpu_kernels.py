@@ -17,7 +17,7 @@ from torch import Tensor
 from forks import forked
 from meswitch import reference
 from meswitch.errors import FormatError
-from meswitch.kernels import cpu
+from meswitch.kernels import products
 from meswitch.kernels.rows import Rows
 from meswitch.site import Part, QuantizedSite, Sparse
 from strategies import sites, sparse_sites
@@ -33,23 +33,23 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
 @given(site=sites() | sparse_sites())
 def test_unpacked_rows_are_the_reference(site: QuantizedSite) -> None:
     tile = torch.full((site.out_features, site.in_features), 7.0)
-    cpu.native_matrix(site).dense(0, tile)
+    products.native_matrix(site).dense(0, tile)
     assert close(tile, reference.dense(site))
 
 
 @settings(max_examples=60)
 @given(site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 2), max_size=40), seed=st.integers(0, 99))
 def test_linear_is_the_reference(site: QuantizedSite, slots: list[int], seed: int) -> None:
-    table = cpu.DeltaTable(site.out_features, site.in_features)
+    table = products.DeltaTable(site.out_features, site.in_features)
     table.set(1, site)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(slots), site.in_features, generator=generator)
     y = torch.randn(len(slots), site.out_features, generator=generator)
     expected, rounded = y.clone(), y.clone()
     reference.delta_linear(expected, x, slots, {1: site})
-    cpu.delta_linear(y, x, Rows(slots), table, exact=True)
+    products.delta_linear(y, x, Rows(slots), table, exact=True)
     assert close(y, expected)
-    cpu.delta_linear(rounded, x, Rows(slots), table)
+    products.delta_linear(rounded, x, Rows(slots), table)
     # No activation is further than half a step from its own, and no step larger than a 127th of the largest.
     scaled = x if site.column_scales is None else x * site.column_scales.float()
     levels = reference.dense(replace(site, column_scales=None, salient=None, low_rank=None))
@@ -76,7 +76,7 @@ def test_base_and_delta_together_are_the_reference(
     own = torch.randn(site.out_features, generator=generator).to(dtype) if bias else None
     restored = (weight.float() + reference.dense(site)).to(dtype).float()
     expected = x.float() @ restored.T + (0 if own is None else own.float())
-    found = cpu.merged_linear(x, weight, cpu.native_matrix(site), own)
+    found = products.merged_linear(x, weight, products.native_matrix(site), own)
     assert found.dtype == dtype
     assert close(found.float(), expected, 1e-5 if dtype == torch.float32 else 1e-2)
 
@@ -90,7 +90,7 @@ def test_rounding_costs_less_than_a_hundredth(bits: int, group_size: int | None,
     scales = torch.rand(-(-columns // (group_size or columns)), 256, generator=generator).half()
     part = Part(bits, (2**bits - 1) / 2, reference.pack(codes, bits), scales, group_size)
     site = QuantizedSite(name="plain", shape=(256, columns), dtype=torch.float32, parts=(part,))
-    table = cpu.DeltaTable(256, columns)
+    table = products.DeltaTable(256, columns)
     table.set(0, site)
     x = torch.randn(6, columns, generator=generator)
     x[1, 7] *= 50  # one channel
@@ -98,7 +98,7 @@ def test_rounding_costs_less_than_a_hundredth(bits: int, group_size: int | None,
     x[3] *= torch.randn(columns, generator=generator)  # heavy tails
     x[4, 5:9] *= 1000
     y = torch.zeros(6, 256)
-    cpu.delta_linear(y, x, Rows([0] * 6), table)
+    products.delta_linear(y, x, Rows([0] * 6), table)
     expected = x @ reference.dense(site).T
     assert bool(((y - expected).norm(dim=1) < 0.01 * expected.norm(dim=1)).all())
 
@@ -108,12 +108,12 @@ def test_rounding_costs_less_than_a_hundredth(bits: int, group_size: int | None,
 def test_embedding_is_the_reference(site: QuantizedSite, slots: list[int], data: st.DataObject) -> None:
     id_ = st.integers(0, 80) | st.integers(0, 620)
     ids = torch.tensor(data.draw(st.lists(id_, min_size=len(slots), max_size=len(slots))))
-    table = cpu.DeltaTable(site.out_features, site.in_features)
+    table = products.DeltaTable(site.out_features, site.in_features)
     table.set(0, site)
     y = torch.zeros(len(slots), site.in_features)
     expected = y.clone()
     reference.delta_embedding(expected, ids, slots, {0: site}, scale=2.5)
-    cpu.delta_embedding(y, ids, Rows(slots), table, scale=2.5)
+    products.delta_embedding(y, ids, Rows(slots), table, scale=2.5)
     assert close(y, expected)
 
 
@@ -126,44 +126,44 @@ def plain_site(out: int = 8, columns: int = 40, bits: int = 2) -> QuantizedSite:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_activations(dtype: torch.dtype) -> None:
     site = plain_site()
-    table = cpu.DeltaTable(8, 40)
+    table = products.DeltaTable(8, 40)
     table.set(0, site)
     x, y = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(dtype), torch.zeros(3, 8, dtype=dtype)
-    cpu.delta_linear(y, x, Rows([0, -1, 0]), table)
+    products.delta_linear(y, x, Rows([0, -1, 0]), table)
     expected = (x.float() @ reference.dense(site).T).to(dtype)
     assert torch.allclose(y[0], expected[0], atol=0.05, rtol=0.02)
     assert not y[1].any()
 
 
 def test_a_wider_output_keeps_its_other_columns() -> None:
-    table = cpu.DeltaTable(8, 40)
+    table = products.DeltaTable(8, 40)
     table.set(0, plain_site())
     y = torch.full((2, 11), 5.0)
-    cpu.delta_linear(y, torch.randn(2, 40), Rows([0, 0]), table)
+    products.delta_linear(y, torch.randn(2, 40), Rows([0, 0]), table)
     assert bool((y[:, 8:] == 5).all())
 
 
-def linear(x: Tensor, weight: Tensor, table: cpu.DeltaTable, rows: Rows | None = None) -> Tensor:
-    return cpu.fused_linear(x, [(weight, table, rows)])[0]
+def linear(x: Tensor, weight: Tensor, table: products.DeltaTable, rows: Rows | None = None) -> Tensor:
+    return products.fused_linear(x, [(weight, table, rows)])[0]
 
 
-@pytest.mark.skipif(cpu.FUSED_TOKENS == 0, reason="no kernel for this processor")
+@pytest.mark.skipif(products.FUSED_TOKENS == 0, reason="no kernel for this processor")
 @given(
     site=sites() | sparse_sites(),
-    slots=st.lists(st.integers(-1, 2), min_size=1, max_size=cpu.FUSED_TOKENS),
+    slots=st.lists(st.integers(-1, 2), min_size=1, max_size=products.FUSED_TOKENS),
     seed=st.integers(0, 2**31),
 )
 def test_a_base_of_16_bits_and_the_deltas_on_it(site: QuantizedSite, slots: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    table, rows = cpu.DeltaTable(site.out_features, site.in_features), Rows(slots)
+    table, rows = products.DeltaTable(site.out_features, site.in_features), Rows(slots)
     table.set(1, site)
     # Not at the start of its memory.
     weight = torch.randn(site.out_features + 1, site.in_features, generator=generator).bfloat16()[1:]
     x = torch.randn(len(slots), site.in_features, generator=generator).bfloat16()
-    assert cpu.has_fused_kernel(weight) and not cpu.has_fused_kernel(weight.float())
+    assert products.has_fused_kernel(weight) and not products.has_fused_kernel(weight.float())
     base = (x.double() @ weight.T.double()).float()
     added = torch.zeros_like(base)
-    cpu.delta_linear(added, x, rows, table)
+    products.delta_linear(added, x, rows, table)
     room = (x.double().abs() @ weight.T.double().abs()).float() * 1e-6 + added.abs() * 1e-5
     alone = linear(x, weight, table)
     assert bool(((alone.float() - base).abs() <= room + base.abs() * 2**-8).all())
@@ -175,7 +175,7 @@ def test_a_base_of_16_bits_and_the_deltas_on_it(site: QuantizedSite, slots: list
         assert torch.equal(linear(one, weight, table, Rows([slot])), together[token : token + 1])
 
 
-@pytest.mark.skipif(cpu.FUSED_TOKENS == 0, reason="no kernel for this processor")
+@pytest.mark.skipif(products.FUSED_TOKENS == 0, reason="no kernel for this processor")
 @given(
     site=sites() | sparse_sites(), slots=st.lists(st.integers(-1, 2), min_size=1, max_size=6), seed=st.integers(0, 99)
 )
@@ -185,25 +185,25 @@ def test_weights_with_the_same_input_give_the_same_bits_together(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(slots), site.in_features, generator=generator).bfloat16()
     other = replace(site, column_scales=None if site.column_scales is None else site.column_scales * 1.5)
-    asked: list[tuple[Tensor, cpu.DeltaTable, Rows | None]] = []
+    asked: list[tuple[Tensor, products.DeltaTable, Rows | None]] = []
     for own in (site, site, other, None):
-        table = cpu.DeltaTable(site.out_features, site.in_features)
+        table = products.DeltaTable(site.out_features, site.in_features)
         table.set(1, own)
         table.set(2, None if own is site else own)
         weight = torch.randn(site.out_features, site.in_features, generator=generator).bfloat16()
         asked.append((weight, table, None if own is None else Rows(slots)))
-    for found, alone in zip(cpu.fused_linear(x, asked), asked, strict=True):
+    for found, alone in zip(products.fused_linear(x, asked), asked, strict=True):
         assert torch.equal(found, linear(x, *alone))
-    assert cpu.fused_linear(x, []) == []
+    assert products.fused_linear(x, []) == []
 
 
-@pytest.mark.skipif(cpu.FUSED_TOKENS == 0, reason="no kernel for this processor")
+@pytest.mark.skipif(products.FUSED_TOKENS == 0, reason="no kernel for this processor")
 @pytest.mark.parametrize("columns", [2048, 2600])
 def test_a_token_gives_the_same_bits_in_long_rows(columns: int) -> None:
     generator = torch.Generator().manual_seed(columns)
-    weight, x = (torch.randn(rows, columns, generator=generator).bfloat16() for rows in (301, cpu.FUSED_TOKENS))
-    table = cpu.DeltaTable(301, columns)
-    for tokens in range(1, cpu.FUSED_TOKENS + 1):
+    weight, x = (torch.randn(rows, columns, generator=generator).bfloat16() for rows in (301, products.FUSED_TOKENS))
+    table = products.DeltaTable(301, columns)
+    for tokens in range(1, products.FUSED_TOKENS + 1):
         found = linear(x[:tokens], weight, table)
         assert torch.equal(found[-1:], linear(x[tokens - 1 : tokens], weight, table))
 
@@ -213,11 +213,11 @@ def test_rows_beyond_a_delta_are_not_merged() -> None:
         name="drawn", shape=(3, 8), dtype=torch.float32, sparse=Sparse(*map(torch.tensor, ([0] * 4, [], [])))
     )
     with pytest.raises((ValueError, FormatError)):
-        cpu.merged_linear(torch.zeros(1, 8), torch.zeros(4, 8), cpu.native_matrix(site))
+        products.merged_linear(torch.zeros(1, 8), torch.zeros(4, 8), products.native_matrix(site))
 
 
 def test_a_base_product_refuses_too_many_tokens_and_other_shapes() -> None:
-    weight, table = torch.zeros(4, 8, dtype=torch.bfloat16), cpu.DeltaTable(4, 8)
+    weight, table = torch.zeros(4, 8, dtype=torch.bfloat16), products.DeltaTable(4, 8)
     x = torch.zeros(1, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"17 tokens, at most \d+, found"):
         linear(x.repeat(17, 1), weight, table)
@@ -226,37 +226,37 @@ def test_a_base_product_refuses_too_many_tokens_and_other_shapes() -> None:
     with pytest.raises(ValueError, match=r"1 tokens, .* found \(8, 32, 2\)"):
         linear(x, weight, table, Rows([0, 0]))
     with pytest.raises(ValueError, match="8 columns"):
-        cpu.fused_linear(
-            x, [(weight, table, None), (torch.zeros(4, 9, dtype=torch.bfloat16), cpu.DeltaTable(4, 9), None)]
+        products.fused_linear(
+            x, [(weight, table, None), (torch.zeros(4, 9, dtype=torch.bfloat16), products.DeltaTable(4, 9), None)]
         )
     with pytest.raises(ValueError, match="rows of at least 8 elements, found 7"):
         linear(x[:, :7], weight, table)
 
 
 def test_wrong_shapes_are_refused() -> None:
-    table = cpu.DeltaTable(8, 40)
+    table = products.DeltaTable(8, 40)
     table.set(0, plain_site())
     with pytest.raises(ValueError, match="expected rows of at least 40 elements, found 39"):
-        cpu.delta_linear(torch.zeros(2, 8), torch.zeros(2, 39), Rows([0, 0]), table)
+        products.delta_linear(torch.zeros(2, 8), torch.zeros(2, 39), Rows([0, 0]), table)
     with pytest.raises(ValueError, match="expected 3 rows, found 2"):
-        cpu.delta_linear(torch.zeros(2, 8), torch.zeros(2, 40), Rows([0, 0, 0]), table)
+        products.delta_linear(torch.zeros(2, 8), torch.zeros(2, 40), Rows([0, 0, 0]), table)
     with pytest.raises(ValueError, match="neighbouring"):
-        cpu.delta_linear(torch.zeros(8, 2).T, torch.zeros(2, 40), Rows([0, 0]), table)
+        products.delta_linear(torch.zeros(8, 2).T, torch.zeros(2, 40), Rows([0, 0]), table)
     with pytest.raises(ValueError, match="float32"):
-        cpu.delta_linear(torch.zeros(1, 8, dtype=torch.float64), torch.zeros(1, 40), Rows([0]), table)
+        products.delta_linear(torch.zeros(1, 8, dtype=torch.float64), torch.zeros(1, 40), Rows([0]), table)
 
 
 def test_a_forked_process_works_alone() -> None:
-    table = cpu.DeltaTable(1024, 1024)
+    table = products.DeltaTable(1024, 1024)
     codes = torch.randint(0, 4, (1024, 1024)).to(torch.uint8)
     part = Part(2, 1.5, reference.pack(codes, 2), torch.ones(1, 1024).half())
     table.set(0, QuantizedSite(name="big", shape=(1024, 1024), dtype=torch.float32, parts=(part,)))
     x, rows = torch.randn(1, 1024), Rows([0])
     y, again = torch.zeros(1, 1024), torch.zeros(1, 1024)
-    cpu.delta_linear(y, x, rows, table)
+    products.delta_linear(y, x, rows, table)
 
     def work() -> None:
-        cpu.delta_linear(again, x, rows, table)
+        products.delta_linear(again, x, rows, table)
         assert again.numpy().tobytes() == y.numpy().tobytes()
 
     assert forked(work) == 0
@@ -265,17 +265,17 @@ def test_a_forked_process_works_alone() -> None:
 TEAM = """
 import os, torch
 from meswitch import reference
-from meswitch.kernels import cpu
+from meswitch.kernels import products
 from meswitch.site import Part, QuantizedSite
 
 rows = torch.arange(1024).int()
 codes = torch.randint(0, 4, (1024, 1024)).to(torch.uint8)
 part = Part(2, 1.5, reference.pack(codes, 2), torch.ones(1, 1024).half(), rows=rows)
-table = cpu.DeltaTable(2048, 1024)
+table = products.DeltaTable(2048, 1024)
 table.set(0, QuantizedSite(name="big", shape=(2048, 1024), dtype=torch.float32, parts=(part,)))
 
 def multiply():
-    cpu.delta_linear(torch.zeros(1, 2048), torch.ones(1, 1024), cpu.Rows([0]), table)
+    products.delta_linear(torch.zeros(1, 2048), torch.ones(1, 1024), products.Rows([0]), table)
 
 torch.ones(1 << 22).exp()
 threads = len(os.listdir("/proc/self/task"))
@@ -314,7 +314,7 @@ def test_a_site_whose_tensors_do_not_fit_is_refused() -> None:
     for starts in ([0, 1, 2], [0, 2, 1, 3], [0, 1, 1, 4]):
         sparse = Sparse(torch.tensor(starts).int(), gaps, values)
         with pytest.raises(FormatError, match="rows of sparse entries"):
-            cpu.native_matrix(QuantizedSite(name="broken", shape=(3, 40), dtype=torch.float32, sparse=sparse))
+            products.native_matrix(QuantizedSite(name="broken", shape=(3, 40), dtype=torch.float32, sparse=sparse))
     some = Part(2, 1.5, site.parts[0].codes, site.parts[0].scales, rows=torch.arange(8).int())
     for parts, what in (
         ((short,), "bytes of codes"),
@@ -322,4 +322,4 @@ def test_a_site_whose_tensors_do_not_fit_is_refused() -> None:
         ((site.parts[0], some), "row 0 in two"),
     ):
         with pytest.raises(FormatError, match=what):
-            cpu.native_matrix(QuantizedSite(name="broken", shape=(8, 40), dtype=torch.float32, parts=parts))
+            products.native_matrix(QuantizedSite(name="broken", shape=(8, 40), dtype=torch.float32, parts=parts))

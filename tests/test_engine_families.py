@@ -187,17 +187,22 @@ def test_changed_moe_experts_are_refused_by_name(tmp_path: Path, family: str) ->
         Engine(base, experts={"expert": tmp_path / "expert"}, max_batch_tokens=64)
 
 
-@pytest.mark.parametrize("base_tied", [True, False])
-def test_fine_tune_that_ties_otherwise(base_tied: bool, tmp_path: Path) -> None:
-    base = save_random(tmp_path / "base", config_of("llama", tie_word_embeddings=base_tied))
+def save_tied_otherwise(folder: Path, base: Path, *, base_tied: bool) -> Path:
+    """A fine-tune of a Llama base that ties its head where the base does not, or the other way round."""
     model = AutoModelForCausalLM.from_pretrained(base)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if not base_tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     other = AutoModelForCausalLM.from_config(config_of("llama", tie_word_embeddings=not base_tied))
     other.load_state_dict(state)
-    other.save_pretrained(tmp_path / "other")
-    tuned = {"other": save_finetune(tmp_path / "tuned", tmp_path / "other", 5)}
+    other.save_pretrained(folder / "other")
+    return save_finetune(folder / "tuned", folder / "other", 5)
+
+
+@pytest.mark.parametrize("base_tied", [True, False])
+def test_fine_tune_that_ties_otherwise(base_tied: bool, tmp_path: Path) -> None:
+    base = save_random(tmp_path / "base", config_of("llama", tie_word_embeddings=base_tied))
+    tuned = {"other": save_tied_otherwise(tmp_path, base, base_tied=base_tied)}
     experts, models = serve(tmp_path, base, tuned)
     assert_alike(base, experts, models, ["other", "base", "other"], prompts_of(5, 9, 20))
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from families import quantize, sparse
 from meswitch import reference
 from meswitch.errors import ArchitectureError, UnsupportedModelError
-from meswitch.kernels import cpu
+from meswitch.kernels import products
 from meswitch.kernels.cpu import CpuKernels
 from meswitch.layers.bank import Bank
 from meswitch.layers.install import ExpertLayers
@@ -132,11 +132,11 @@ def test_a_linear_of_16_bits(tokens: int) -> None:
         assert (y[0, row].float() - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
-@pytest.mark.skipif(cpu.FUSED_TOKENS == 0, reason="no kernel for this processor")
+@pytest.mark.skipif(products.FUSED_TOKENS == 0, reason="no kernel for this processor")
 def test_modules_that_take_the_same_input_are_asked_together(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    product = cpu.fused_linear
+    product = products.fused_linear
 
     def counted(x: Tensor, sites: Any) -> list[Tensor]:
         asked.append(len(sites))

@@ -13,7 +13,7 @@ from meswitch.huggingface.checkpoint import resolve
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ids that the hub is asked for, in a folder that has `models/` and `file.safetensors`."""
+    """The ids that the hub is asked for, in a folder that has `models/` and two files."""
     ids: list[str] = []
 
     def snapshot_download(source: str, **_: Any) -> str:
@@ -23,7 +23,8 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return str(tmp_path / "models")
 
     (tmp_path / "models").mkdir()
-    (tmp_path / "file.safetensors").touch()
+    for file in ("file.safetensors", "file.gguf"):
+        (tmp_path / file).touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     return ids
@@ -44,6 +45,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("a b/c", "found nothing: ", "organisation/model"),
         ("~nobody-of-this-name/x", "found nothing: ", "organisation/model"),
         ("file.safetensors", "found a file: {here}/file.safetensors", "the folder that it lies in"),
+        ("file.gguf", "found a GGUF file: {here}/file.gguf", 'from_pretrained(".", gguf_file="file.gguf"'),
         ("file.safetensors/x", "found nothing: ", "with file.safetensors here"),
         (Path("org/model"), "found nothing: {here}/org/model", "organisation/model"),
     ],
@@ -61,3 +63,13 @@ def test_a_hub_id_is_asked_for(asked: list[str], tmp_path: Path) -> None:
     assert resolve("models") == Path("models") and len(asked) == 1
     with pytest.raises(CheckpointError, match=f"no {tmp_path}/nobody/model; cannot reach the hub"):
         resolve("nobody/model")
+
+
+def test_a_hub_id_of_gguf_files_is_refused(asked: list[str], tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match="expected safetensors files on the hub, found none: org/Model-GGUF"
+    ) as caught:
+        resolve("org/Model-GGUF")
+    assert caught.value.hint and 'from_pretrained("org/Model-GGUF", gguf_file="FILE.gguf"' in caught.value.hint
+    (tmp_path / "models" / "model.safetensors").touch()
+    assert resolve("org/Model-GGUF") == tmp_path / "models"

@@ -9,11 +9,22 @@ import typer
 
 from meswitch.terminal.tables import json_alone
 
-Base = Annotated[str, typer.Argument(metavar="BASE", help="The base model: a folder or a hub id.")]
+Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="The base model: a folder or a hub id, or a quantized model.")
+]
 DeltaDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="A delta directory.")]
 DeltaOutput = Annotated[
     Path,
     typer.Option("-o", "--out", metavar="DIR", help="The delta directory to write; one that is there is replaced."),
+]
+
+
+AllowQuantizedBase = Annotated[
+    bool,
+    typer.Option(
+        "--allow-quantized-base",
+        help="Put deltas on a quantized form of the base that they were made against (default: refused).",
+    ),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from meswitch.cli.arguments import DeltaDirectory, Json
+from meswitch.cli.arguments import AllowQuantizedBase, DeltaDirectory, Json
 from meswitch.cli.message import say_error
 from meswitch.errors import MeswitchError
 from meswitch.terminal.progress import show_progress, show_status
@@ -125,6 +125,7 @@ def restore(
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="The checkpoint folder to write.")],
+    allow_quantized_base: AllowQuantizedBase = False,
 ) -> None:
     """Rebuild an ordinary checkpoint from base and delta, or from a quantized model.
 
@@ -138,5 +139,7 @@ def restore(
     with show_progress(first="restoring") as progress:
         from meswitch.delta import restoration
 
-        restoration.restore(base[0] if base else None, delta, out, progress=progress)
+        restoration.restore(
+            base[0] if base else None, delta, out, allow_quantized_base=allow_quantized_base, progress=progress
+        )
     typer.echo(str(out))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meswitch.cli.arguments import Base, DeltaDirectory, Json
+from meswitch.cli.arguments import AllowQuantizedBase, Base, DeltaDirectory, Json
 from meswitch.terminal.progress import show_progress
 from meswitch.terminal.tables import format_number, format_size, make_table, print_json, stdout_console
 
@@ -27,6 +27,15 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="What the gain is measured from, such as the 16-bit model of a quantized base (default: the base).",
+            show_default=False,
+        ),
+    ] = None,
+    allow_quantized_base: AllowQuantizedBase = False,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=2, help="Stop after so many tokens (default: all of the text).", show_default=False),
@@ -48,6 +57,7 @@ def evaluate(
     \b
       meswitch evaluate base/ experts/math --against math-finetune/ --data heldout.jsonl
       meswitch evaluate base/ base-4bit/ --data heldout.jsonl
+      meswitch evaluate base-4bit/ experts/math --baseline base/ --against math-finetune/ --data heldout.jsonl
     """
     if against is None:
         _evaluate_quantized(base, delta, data, max_tokens, window, as_json=as_json)
@@ -56,7 +66,16 @@ def evaluate(
         from meswitch.compression import evaluation
 
         found = evaluation.evaluate(
-            base, delta, against, data, max_tokens=max_tokens, window=window, svd=svd, progress=progress
+            base,
+            delta,
+            against,
+            data,
+            baseline=baseline,
+            allow_quantized_base=allow_quantized_base,
+            max_tokens=max_tokens,
+            window=window,
+            svd=svd,
+            progress=progress,
         )
     _explain_no_share(found)
     scores = found.to_json()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from meswitch.cli.arguments import Base, Json
+from meswitch.cli.arguments import AllowQuantizedBase, Base, Json
 from meswitch.cli.choices import check_choice, usage_errors
 from meswitch.errors import DataError
 from meswitch.terminal.progress import quiet_transformers, show_status
@@ -88,6 +88,7 @@ def generate(
     stop: Stop = None,
     kernels: KernelsName = "auto",
     host_budget: HostBudget = None,
+    allow_quantized_base: AllowQuantizedBase = False,
     as_json: Json = False,
 ) -> None:
     """Answer prompts with an expert or the base.
@@ -113,7 +114,14 @@ def generate(
     optional = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": stop or None}
     sampling = {name: value for name, value in optional.items() if value is not None}
     with quiet_transformers(), show_status("loading the base"):
-        engine = Engine(base, experts=experts, router=router, kernels=kernels, host_budget=budget)
+        engine = Engine(
+            base,
+            experts=experts,
+            router=router,
+            kernels=kernels,
+            host_budget=budget,
+            allow_quantized_base=allow_quantized_base,
+        )
     with quiet_transformers(), engine:
         if len(texts) == 1 and not as_json:
             _print_stream(engine.stream(texts[0], expert, **sampling))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from meswitch.errors import UnsupportedModelError
-from meswitch.huggingface.checkpoint import Checkpoint, resolve
+from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.decoder import Decoder
 from meswitch.huggingface.models import LINEAR_MODULES, load_model
 from meswitch.huggingface.names import ParameterNames
@@ -64,16 +64,17 @@ def calibrate(
     activations of one batch of 2,048 tokens; the whole model instead of a block where that cannot be run by itself
     (see `Decoder`).
 
-    Raises `DataError` for a data file that cannot be read or holds no token, `CheckpointError`, `OSError` for a file
-    that does not exist, and `ValueError` for sizes below 1.
+    Raises `DataError` for a data file that cannot be read or holds no token, `CheckpointError`,
+    `UnsupportedModelError`, `OSError` for a file that does not exist, and `ValueError` for sizes below 1.
 
     >>> calibration = calibrate("math/", "prompts.jsonl")
     >>> calibration.second_moments["model.layers.0.mlp.up_proj.weight"].shape
     torch.Size([32])
     """
-    folder = resolve(model_path)
-    windows = draw_windows(folder, data, max_tokens=max_tokens, window=window, seed=seed, purpose="calibrate on")
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint.open(model_path)
+    windows = draw_windows(
+        checkpoint.path, data, max_tokens=max_tokens, window=window, seed=seed, purpose="calibrate on"
+    )
     ids, total = torch.cat(windows), sum(map(len, windows))
 
     def count_tokens(vocabulary: int) -> Tensor:

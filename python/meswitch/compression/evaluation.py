@@ -146,6 +146,8 @@ def evaluate(
     against: str | Path,
     data: str | Path,
     *,
+    baseline: str | Path | None = None,
+    allow_quantized_base: bool = False,
     max_tokens: int | None = None,
     window: int = 512,
     svd: bool = False,
@@ -155,13 +157,15 @@ def evaluate(
 
     `base` and `against` are folders or hub ids, `data` a `.txt` or `.jsonl` file (see `huggingface.documents`).
     The expert is base plus delta in float32, not rounded. Text is tokenized by the fine-tune's tokenizer and cut into
-    windows of `window` tokens that do not overlap; the first token of each is context only. `max_tokens` limits the
-    text, `svd` also scores truncated SVDs of equal bytes. `progress` counts tokens of all models together. Memory: two
+    windows of `window` tokens that do not overlap; the first token of each is context only. `baseline`: the model that
+    the gain is measured from instead of `base`, such as the 16-bit one of a quantized base. `allow_quantized_base`: the
+    delta may be one against the 16-bit model of a quantized `base`. `max_tokens` limits the text, `svd` also scores
+    truncated SVDs of equal bytes. `progress` counts tokens of all models together. Memory: two
     models in float32, and the logits of one batch.
 
     Raises `DataError` (fewer than two tokens, or a token that the fine-tune has no row for), `BaseMismatchError`,
-    `FormatError` for a delta of another fine-tune, `CheckpointError`, `NonFiniteError` for logits that are not finite,
-    and `ValueError` for a window or a limit below 2.
+    `FormatError` for a delta of another fine-tune, `CheckpointError`, `UnsupportedModelError`, `NonFiniteError` for
+    logits that are not finite, and `ValueError` for a window or a limit below 2.
 
     >>> evaluation = evaluate("base/", "experts/math", "math/", "heldout.jsonl", window=16)
     >>> evaluation.tokens, evaluation.kl < 1, 0 <= evaluation.top1_agreement <= 1
@@ -172,7 +176,7 @@ def evaluate(
     windows = _windows(data, load_tokenizer(finetuned.path), window, max_tokens)
     run = _Run(windows, progress, models=5 if svd else 3)
     with closing(Delta.open(delta)) as opened:
-        opened.check_base(checkpoint)
+        opened.check_base(checkpoint, allow_quantized=allow_quantized_base)
         if opened.kind == "base":
             raise FormatError(
                 f"expected a delta, found a quantized model: {opened.path}", hint="evaluate it without --against"
@@ -181,7 +185,8 @@ def evaluate(
         finetune_score, score, kl, agreement = _compare(run, finetune, expert_model(checkpoint, opened), data)
         comparison = _compare_svd(run, opened, pair(checkpoint, finetuned), finetune, data) if svd else None
         del finetune  # before another model is loaded
-    base_score = _score_base(run, load_model(checkpoint, torch.float32))
+    scored = checkpoint if baseline is None else Checkpoint.open(baseline)
+    base_score = _score_base(run, load_model(scored, torch.float32))
     return Evaluation(run.scored, base_score, finetune_score, score, kl, agreement, comparison)
 
 

@@ -34,7 +34,6 @@ from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.config import config_changes, finite, json_text, text_config
 from meswitch.huggingface.files import carried_files, has_adapter
 from meswitch.huggingface.pairing import pair
-from meswitch.huggingface.quantization import refuse_quantized
 from meswitch.progress import ProgressCallback, ProgressMeter
 from meswitch.target import resolve_target
 
@@ -95,8 +94,9 @@ def compress(
     An interrupted run leaves nothing at `out`, but its finished sites in `.NAME.incomplete` beside it, and the same
     call goes on from there. A finished run replaces a delta directory at `out`.
 
-    Raises `CheckpointError`, `ArchitectureError`, `NonFiniteError`; `BudgetError` for a target that cannot be met;
-    `OutputError` if something else is at `out`; `OSError` for unwritable files; `ValueError` for an unknown preset.
+    Raises `CheckpointError`, `ArchitectureError`, `NonFiniteError`; `UnsupportedModelError` for weights that are
+    quantized already; `BudgetError` for a target that cannot be met; `OutputError` if something else is at `out`;
+    `OSError` for unwritable files; `ValueError` for an unknown preset.
 
     >>> from meswitch import calibrate
     >>> report = compress("base/", "math/", "experts/math", calibration=calibrate("math/", "prompts.jsonl"))
@@ -121,9 +121,10 @@ def quantize(
 ) -> CompressReport:
     """Writes a whole model in a few bits a weight: a directory as `compress` makes it, against a model of zeros.
 
-    `restore` turns it back and `evaluate_quantized` scores it. The engine does not serve it yet, and deltas cannot be
-    made against it. `model` is a folder or hub id. `options`: without, 4 bits for every matrix. The rest is as in
-    `compress`, and so are what is raised, interruptions, and memory.
+    It is a base like any other for `compress`, `Engine` and all that takes one: deltas that are made against it repair
+    what was lost. `restore` turns it back and `evaluate_quantized` scores it. `model` is a folder or hub id. `options`:
+    without, 4 bits for every matrix. The rest is as in `compress`, and so are what is raised, interruptions, and
+    memory.
 
     >>> quantize("base/", "base-4bit").bpw < quantize("base/", "base-8bit", CompressOptions(bits=8)).bpw
     True
@@ -199,8 +200,12 @@ class _Job:
         calibration: Calibration | None,
         scratch: Path,
     ) -> None:
-        refuse_quantized(base, "base")
-        refuse_quantized(finetune, "fine-tune")
+        if finetune.is_quantized:
+            given = "fine-tune" if kind == "delta" else "model"
+            raise UnsupportedModelError(
+                f"expected 16- or 32-bit weights in the {given}, found a quantized model: {finetune.path}",
+                hint=f"give the {given} that it was quantized from; only a base may be quantized",
+            )
         self._kind = kind
         paired = pair(base, finetune)
         self._base, self._finetune, self._options = paired.base, paired.finetune, options
@@ -224,12 +229,13 @@ class _Job:
         self, out: Path, sensitivity: dict[str, Tensor], progress: ProgressCallback | None
     ) -> tuple[int, Allocation | None]:
         """Writes the delta. Returns the weights that an earlier run had done, and the choice of method `auto`."""
+        phase = "quantizing" if self._kind == "base" else "compressing"
         sensitivity = self._under_base_names(sensitivity)
         plans = list(make_plans(self._base, self._finetune, self._options.rules, self._calibration))
         if not self._options.chooses_per_site:
-            meter = ProgressMeter(progress, "compressing", self._parameters)
+            meter = ProgressMeter(progress, phase, self._parameters)
             return self._write(out, plans, self._factors(plans), meter, 0), None
-        meter = ProgressMeter(progress, "compressing", 2 * self._parameters)
+        meter = ProgressMeter(progress, phase, 2 * self._parameters)
         candidates = list(make_plans(self._base, self._finetune, PRESETS["default"], None))
         factor = self._factors(candidates)
         costs = self._costs(sensitivity, compensated=factor is not None)

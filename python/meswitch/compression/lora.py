@@ -33,7 +33,6 @@ from meswitch.huggingface.checkpoint import DTYPES, HEAD, Checkpoint, resolve
 from meswitch.huggingface.config import parse_json
 from meswitch.huggingface.files import TEMPLATE, TOKENIZER, VOCABULARY, carried_files, matches
 from meswitch.huggingface.models import is_transposed
-from meswitch.huggingface.quantization import refuse_quantized
 from meswitch.progress import Progress, ProgressCallback
 from meswitch.site import from_matrix
 from meswitch.target import resolve_target
@@ -75,16 +74,15 @@ def import_adapter(
     else the base's. `progress` counts weights. An interrupted run leaves nothing at `out`; a finished one replaces a
     delta directory that was there.
 
-    Raises `UnsupportedModelError` for an adapter that is not plain LoRA, `ArchitectureError` for one of another base,
-    `CheckpointError` for an incomplete one, `NonFiniteError`, `OutputError` where something else is at `out`, and
-    `OSError` where files cannot be written.
+    Raises `UnsupportedModelError` for an adapter that is not plain LoRA or a base that is quantized,
+    `ArchitectureError` for one of another base, `CheckpointError` for an incomplete one, `NonFiniteError`,
+    `OutputError` where something else is at `out`, and `OSError` where files cannot be written.
 
     >>> import_adapter("base/", "math-lora/", "experts/lora").low_rank
     4
     """
     start, target = time.perf_counter(), resolve_target(out, replaces=MANIFEST)
     checkpoint = Checkpoint.open(base)
-    refuse_quantized(checkpoint, "base")
     model = BaseModel(checkpoint)
     opened = Adapter.open(resolve(adapter), model)
     sites, config = _sites(model, opened)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from meswitch.compression.calibration import Calibration, frequencies
-from meswitch.huggingface.checkpoint import Checkpoint, resolve
+from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.models import LINEAR_MODULES, load_model
 from meswitch.huggingface.names import ParameterNames
 from meswitch.huggingface.text import check_vocabulary, draw_windows
@@ -45,8 +45,8 @@ def measure_sensitivity(
     model's own predictions. `progress` counts tokens. The model runs in its own dtype and has no weight gradients:
     memory is the model, the activations and logits of one window, and 256 MiB.
 
-    Raises `DataError` for a data file that cannot be read or holds no token, `CheckpointError`, `OSError` for a file
-    that does not exist, and `ValueError` for sizes below 1.
+    Raises `DataError` for a data file that cannot be read or holds no token, `CheckpointError`,
+    `UnsupportedModelError`, `OSError` for a file that does not exist, and `ValueError` for sizes below 1.
 
     Source: the Fisher information as the curvature of KL; one weight a row as in FWSVD, arXiv 2207.00112.
 
@@ -59,10 +59,9 @@ def measure_sensitivity(
     >>> report.method, report.bpw <= 9
     ('auto', True)
     """
-    folder = resolve(model_path)
+    checkpoint = Checkpoint.open(model_path)
     purpose = "measure sensitivity on"
-    windows = draw_windows(folder, data, max_tokens=max_tokens, window=window, seed=seed, purpose=purpose)
-    checkpoint = Checkpoint(folder)
+    windows = draw_windows(checkpoint.path, data, max_tokens=max_tokens, window=window, seed=seed, purpose=purpose)
     model = load_model(checkpoint).eval().requires_grad_(False)
     sums = _GradientSums(model)
     generator = torch.Generator().manual_seed(seed)

@@ -129,7 +129,7 @@ class Delta:
         """
         self.native.verify()
         if base is not None:
-            self.native.check_base(as_checkpoint(base).native, True)
+            self.native.check_base(as_checkpoint(base).native, True, False)
 
     @property
     def files(self) -> dict[str, str]:
@@ -147,9 +147,12 @@ class Delta:
         """
         return self.native.read_file(name)
 
-    def check_base(self, base: str | Path | Checkpoint) -> None:
-        """Checks the base quickly: names, shapes, dtypes and a few bytes of each tensor. Raises `BaseMismatchError`."""
-        self.native.check_base(as_checkpoint(base).native, False)
+    def check_base(self, base: str | Path | Checkpoint, *, allow_quantized: bool = False) -> None:
+        """Checks the base quickly: names, shapes, dtypes and a few bytes of each tensor.
+
+        `allow_quantized`: a quantized form of the base will do. Raises `BaseMismatchError`.
+        """
+        self.native.check_base(as_checkpoint(base).native, False, allow_quantized)
 
     def rewrite(
         self,

@@ -35,17 +35,20 @@ def restore(
     delta: str | Path,
     out: str | Path,
     *,
+    allow_quantized_base: bool = False,
     shard_bytes: int = 4 << 30,
     progress: ProgressCallback | None = None,
 ) -> None:
     """Writes an ordinary checkpoint: base plus delta, in the fine-tune's shapes and dtypes, with its tokenizer.
 
-    `base`: a folder or hub id, `None` where `delta` is a whole model (`quantize`). `shard_bytes`: the size of a
+    `base`: a folder or hub id, `None` where `delta` is a whole model (`quantize`). `allow_quantized_base`: a quantized
+    form of the delta's base will do. `shard_bytes`: the size of a
     safetensors file, unless one parameter is larger; memory holds one file's tensors at a time. `progress` counts
     weights. An interrupted run leaves nothing at `out`.
 
     Raises `BaseMismatchError` for another base, or one too many or too few; `OutputError` if `out` is a file or a
-    folder with something in it, `CheckpointError`, and `OSError` if files cannot be written.
+    folder with something in it, `CheckpointError`, `UnsupportedModelError` for a base that another quantizer made, and
+    `OSError` if files cannot be written.
 
     >>> restore("base/", "experts/math", "merged/")
     >>> Checkpoint.open("merged/").names() == Checkpoint.open("base/").names()
@@ -53,7 +56,7 @@ def restore(
     """
     target = resolve_target(out, replaces=None)
     opened = Delta.open(delta)
-    checkpoint = base_of(opened, base)
+    checkpoint = base_of(opened, base, allow_quantized=allow_quantized_base)
     meter = ProgressMeter(progress, "restoring", opened.parameters)
     with new_folder(target, replaces=None) as folder:
         for file in opened.manifest["files"]:
@@ -62,7 +65,7 @@ def restore(
         _write_shards(folder, opened, checkpoint, shard_bytes, meter)
 
 
-def base_of(delta: Delta, base: str | Path | None) -> Checkpoint | None:
+def base_of(delta: Delta, base: str | Path | None, *, allow_quantized: bool) -> Checkpoint | None:
     """What an opened directory is added to: its base, or nothing for a whole model. Raises `BaseMismatchError`."""
     if delta.kind == "base":
         if base is not None:
@@ -71,7 +74,7 @@ def base_of(delta: Delta, base: str | Path | None) -> Checkpoint | None:
     if base is None:
         raise BaseMismatchError(f"expected the base of a delta, found none: {delta.path}")
     checkpoint = Checkpoint.open(base)
-    delta.check_base(checkpoint)
+    delta.check_base(checkpoint, allow_quantized=allow_quantized)
     return checkpoint
 
 

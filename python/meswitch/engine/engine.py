@@ -31,20 +31,21 @@ from meswitch.sizes import parse_bytes
 class Engine:
     """Serves a base and its experts from one thread.
 
-    `base`: a folder or hub id. `experts`: a folder of delta directories (one sub-folder an expert; a broken one is
-    listed with its error and takes no other down), a delta directory or a list of them, or `{name: directory}`. With
-    `watch` a folder of them is looked at every second: what appears there is served, and what is replaced or removed
-    there is here too, while requests in flight finish on what they began with.
-    `router`: a folder or an object with `route`, for `expert="auto"`. `device`: torch's name of one; `kernels`:
-    `"auto"`, `"cpu"` (native) or `"torch"` (any device, slow). `exact` asks for the reference's arithmetic, the
-    same for a request whatever else is in the batch; several times slower. Budgets are bytes, or text such as `"8GiB"`:
-    `host_budget` over the resident deltas (no bound without), `kv_budget` over the KV cache with its masks and indices
-    (without: what four full contexts need, 1 GiB at most); `device_budget` is refused, since deltas lie in the host's
-    memory. `max_batch_tokens`: the tokens of one step; longer prompts are split.
-    `max_waiting`: how many requests may wait for a place in the batch before further ones are refused (no bound
-    without). `max_experts`: the most experts whose requests run at a time (no bound without). `eviction`: which idle
-    expert leaves first when another needs its room, `"lru"` or `"lrfu"`. `trace`: a file to write to what is asked for,
-    loaded and evicted, for `meswitch replay`.
+    `base`: a folder or hub id, or a model that `quantize` made, whose matrices stay packed. `experts`: a folder of
+    delta directories (one sub-folder an expert; a broken one is listed with its error and takes no other down), a delta
+    directory or a list of them, or `{name: directory}`. With `watch` a folder of them is looked at every second: what
+    appears there is served, and what is replaced or removed there is here too, while requests in flight finish on what
+    they began with. `router`: a folder or an object with `route`, for `expert="auto"`. `device`: torch's name of one;
+    `kernels`: `"auto"`, `"cpu"` (native) or `"torch"` (any device, slow). `exact` asks for the reference's arithmetic,
+    the same for a request whatever else is in the batch; several times slower. Budgets are bytes, or text such as
+    `"8GiB"`: `host_budget` over the resident deltas (no bound without), `kv_budget` over the KV cache with its masks
+    and indices (without: what four full contexts need, 1 GiB at most); `device_budget` is refused, since deltas lie in
+    the host's memory. `max_batch_tokens`: the tokens of one step; longer prompts are split. `max_waiting`: how many
+    requests may wait for a place in the batch before further ones are refused (no bound without). `max_experts`: the
+    most experts whose requests run at a time (no bound without). `eviction`: which idle expert leaves first when
+    another needs its room, `"lru"` or `"lrfu"`. `trace`: a file to write to what is asked for, loaded and evicted, for
+    `meswitch replay`. `allow_quantized_base`: whether deltas may be put on a quantized form of the base that they were
+    made against; refused without.
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong
@@ -76,6 +77,7 @@ class Engine:
         eviction: str = "lru",
         trace: str | Path | None = None,
         watch: bool = False,
+        allow_quantized_base: bool = False,
     ) -> None:
         if device_budget is not None:
             raise RequestError(
@@ -96,6 +98,7 @@ class Engine:
             max_waiting=None if max_waiting is None else check_whole_number("max_waiting", max_waiting, least=1),
             max_experts=None if max_experts is None else check_whole_number("max_experts", max_experts, least=1),
             eviction=eviction,
+            allow_quantized_base=allow_quantized_base,
         )
         router = open_router(router, settings.base)
         self._worker = worker = Worker(settings)

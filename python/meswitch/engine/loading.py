@@ -17,6 +17,7 @@ from meswitch.batching.cache import CachePlan, cache_geometry, plan_cache
 from meswitch.batching.compatibility import check_supported, check_transformers
 from meswitch.batching.sampler import RequestSampler, SamplingState
 from meswitch.batching.scheduler import ExpertScheduler, RequestSlot
+from meswitch.engine.packed import load_packed
 from meswitch.errors import BudgetError, MeswitchError, UnsupportedModelError
 from meswitch.experts.settings import SettingsReader
 from meswitch.huggingface.checkpoint import Checkpoint
@@ -44,6 +45,7 @@ class Settings:
     max_waiting: int | None
     max_experts: int | None
     eviction: str
+    allow_quantized_base: bool
 
 
 @dataclass
@@ -70,15 +72,19 @@ def load_base(settings: Settings, run: Callable[[Callable[[], bool]], bool]) -> 
     `BudgetError`.
     """
     check_transformers(settings.device)
-    base = Checkpoint(settings.base)
-    model = load_model(base, settings.dtype or "auto", check=check_supported).to(settings.device)
-    own_weights(model)
+    base, packed = Checkpoint(settings.base), None
+    if base.is_quantized:
+        model, packed = load_packed(base, settings.dtype or "auto", check_supported)
+    else:
+        model = load_model(base, settings.dtype or "auto", check=check_supported)
+    own_weights(model, settings.device)
     base.sample()  # what experts are compared with, taken now: the file may be cut while it is served
     model = model.eval().requires_grad_(False)
     if settings.exact and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # products of rows with one matrix, which can be kept apart
     text_config = model.config.get_text_config(decoder=True)
-    layers = ExpertLayers(model, select_kernels(settings.kernels, settings.device, exact=settings.exact), run=run)
+    kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
+    layers = ExpertLayers(model, kernels, run=run, packed=packed)
     paged = attention.can_be_paged(model)
     plain = attention.plain_attention(model)
     plan = _plan_cache(settings, model, text_config, masks=not paged)

@@ -161,6 +161,7 @@ class Worker(threading.Thread):
             self.settings_reader,
             budget=settings.host_budget,
             policy=settings.eviction,
+            allow_quantized_base=settings.allow_quantized_base,
             closed=lambda salt: self.inbox.post(lambda: self.scheduler.forget(salt)),
             notify=lambda: self.inbox.post(lambda: None),
         )

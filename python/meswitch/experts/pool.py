@@ -50,12 +50,13 @@ class ExpertPool:
         *,
         budget: int | None = None,
         policy: str = "lru",
+        allow_quantized_base: bool = False,
         open_delta: Callable[[Path], Any] | None = None,
         closed: Callable[[int], object] | None = None,
         notify: Callable[[], object] = lambda: None,
     ) -> None:
         self._layers: ExpertLayers | None = layers
-        self.base, self._settings = base, settings
+        self.base, self._settings, self._allow_quantized = base, settings, allow_quantized_base
         self.open_delta = open_delta or (lambda path: Delta.open(path))
         self.residency = Residency(layers, budget, notify, policy=policy)
         self.catalogue: dict[str, Expert] = {}
@@ -124,7 +125,7 @@ class ExpertPool:
             if delta.kind != "delta":
                 raise FormatError(f"expected the delta of an expert, found a quantized model: {path}")
             if self.base is not None:
-                delta.check_base(self.base)
+                delta.check_base(self.base, allow_quantized=self._allow_quantized)
             expert = Expert(name, path, delta, files=files, salt=next(self._salts))
             expert.nbytes, expert.bpw = int(delta.memory_bytes), float(delta.bpw)
             tied = layers.tied

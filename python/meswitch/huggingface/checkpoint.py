@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: finding them, and their tensors as views of the mapped files."""
+"""Checkpoints: Hugging Face folders, whose tensors are views of mapped files, and models that were quantized."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from meswitch import _native
 from meswitch.errors import CheckpointError, UnsupportedModelError
 from meswitch.huggingface.config import read_config
 from meswitch.huggingface.files import HUB_FILES, weight_files
+from meswitch.huggingface.quantization import GGUF, gguf_hint, refuse_quantized
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
+_QUANTIZED = "meswitch.json"  # the manifest of a model that was quantized
 _EMBEDDING = re.compile(r"(.+\.)?(embed_tokens|wte|embed_in|word_embeddings)\.weight")
 HEAD = "lm_head.weight"
 """The head's name. A checkpoint of a tied model has no such tensor, and returns its embedding under it."""
@@ -46,7 +48,7 @@ def resolve(source: str | Path) -> Path:
     """The folder of a checkpoint, from its path or a hub id, which is downloaded unless it is in the hub's cache.
 
     Text such as `organisation/model` is a hub id unless there is a folder `organisation` here; a `Path` never is.
-    Raises `CheckpointError` if it is neither.
+    Raises `CheckpointError` if it is neither, or holds GGUF files on the hub.
     """
     folder = Path(source)
     with suppress(RuntimeError):  # a user whose home is not known
@@ -58,18 +60,26 @@ def resolve(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
+        downloaded = Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the hub client raises a dozen unrelated kinds
         raise CheckpointError(
             f"expected {source} as a folder or on the hub, found neither: no {folder.absolute()}; {error}",
             hint="check the path, or the network and the hub's cache",
         ) from error
+    if "gguf" in source.lower() and not any(downloaded.glob("*.safetensors")):  # its weights were not downloaded
+        raise CheckpointError(
+            f"expected safetensors files on the hub, found none: {source}", hint=gguf_hint(source, f"FILE{GGUF}")
+        )
+    return downloaded
 
 
 def _no_folder(source: str | Path, folder: Path) -> CheckpointError:
     """What is wrong with a path to no folder."""
     if not str(source):
         return CheckpointError("expected a checkpoint folder or a hub id, found empty text")
+    if folder.suffix.lower() == GGUF and folder.exists():
+        hint = gguf_hint(folder.parent, folder.name)
+        return CheckpointError(f"expected a checkpoint folder, found a GGUF file: {folder.absolute()}", hint=hint)
     if folder.exists():
         return CheckpointError(
             f"expected a checkpoint folder, found a file: {folder.absolute()}", hint="give the folder that it lies in"
@@ -83,17 +93,27 @@ def _no_folder(source: str | Path, folder: Path) -> CheckpointError:
 class Checkpoint:
     """A checkpoint folder as transformers reads it: the parameters of its files, as views of the mapped files.
 
-    `path`: the folder. `native`: the native half's checkpoint. Files are mapped when they are first read.
-    Raises `CheckpointError` for a folder that is not a complete checkpoint.
+    A model that `quantize` made is one too: a parameter is decoded to float32 when it is asked for. `path`: the folder.
+    `native`: the native half's checkpoint. Files are mapped when they are first read.
+    Raises `CheckpointError` for a folder that is not a complete checkpoint, `UnsupportedModelError` for weights that
+    another quantizer packed, `FormatError` or `ChecksumError` for a quantized model that is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files, file_of = weight_files(path)
-        self.native = _native.Checkpoint(path, self._files)
+        self._files: list[str] = []
+        file_of: dict[str, str] = {}
+        if (path / _QUANTIZED).is_file():
+            self.native = _native.Checkpoint.open_quantized(path)
+        else:
+            self._files, file_of = weight_files(path)
+            self.native = _native.Checkpoint(path, self._files)
         self._open: dict[Path, Any] = {}
         self._zeros = False
         stored = self.native.stored_names()
+        if not self.is_quantized:
+            config = self.config if (path / "config.json").is_file() else {}
+            refuse_quantized(path, config, {name: self.native.info(name)[0] for name in stored}, DTYPES)
         missing = sorted(file_of.keys() - set(stored))
         if missing:
             raise CheckpointError(f"expected every tensor of the index, found no {missing[0]} in {path}")
@@ -139,8 +159,13 @@ class Checkpoint:
         """Whether the config ties head and embedding; configs omit the field where it has the default, which is yes."""
         return (self.path / "config.json").is_file() and self.config.get("tie_word_embeddings") is not False
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether `quantize` made it."""
+        return self.native.quantized_from is not None
+
     def sample(self) -> str:
-        """A quick hash of the tensors on disk: of names, dtypes, shapes and 3 KiB of each."""
+        """A quick hash of the tensors on disk: of names, dtypes, shapes and 3 KiB of each, or of their checksums."""
         return self.native.sample()
 
     def names(self) -> list[str]:
@@ -156,7 +181,10 @@ class Checkpoint:
         return tuple(self.native.info(name)[1])
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a parameter on disk. Raises `UnsupportedModelError` for one that only packed weights have."""
+        """The dtype that `tensor` has: on disk, or float32 of what is decoded.
+
+        Raises `UnsupportedModelError` for one that only packed weights have.
+        """
         dtype = self.native.info(name)[0]
         if dtype not in DTYPES:
             raise UnsupportedModelError(f"expected {name} in a dtype of plain weights, found {dtype}: {self.path}")
@@ -167,12 +195,17 @@ class Checkpoint:
         return self._find(name)[1:]
 
     def tensor(self, name: str) -> Tensor:
-        """A view of a mapped parameter, in its own dtype; a tied checkpoint's `lm_head.weight` is its embedding.
+        """A view of a mapped parameter in its own dtype, or one that is decoded in float32.
 
-        It must not be written to. Raises `CheckpointError` if there is none of that name.
+        A tied checkpoint's `lm_head.weight` is its embedding. The tensor must not be written to. Raises
+        `CheckpointError` if there is none of that name.
         """
         if self._zeros:
             return torch.zeros((), dtype=self.dtype(name)).expand(self.shape(name))
+        if self.is_quantized:
+            elements, dtype = self.native.read(name), self.dtype(name)
+            flat = torch.frombuffer(elements, dtype=dtype) if elements else torch.empty(0, dtype=dtype)
+            return flat.view(self.shape(name))
         file, on_disk, part = self._find(name)
         tensor: Tensor = self._mapped(file).get_tensor(on_disk)
         if part is None:
@@ -182,6 +215,8 @@ class Checkpoint:
 
     def slices(self) -> dict[str, Any]:
         """Every tensor on disk by name, read where it is indexed: what transformers loads a model from."""
+        if self.is_quantized:
+            return {name: _Decoded(self, name) for name in self.native.stored_names()}
         files = [self._mapped(self.path / file) for file in self._files]
         return {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118  no dictionary
 
@@ -195,6 +230,16 @@ class Checkpoint:
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt")
         return self._open[file]
+
+
+class _Decoded:
+    """A tensor of a quantized model, decoded where it is indexed."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._checkpoint.tensor(self._name)[index]
 
 
 def as_checkpoint(source: str | Path | Checkpoint) -> Checkpoint:

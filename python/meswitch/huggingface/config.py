@@ -70,12 +70,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 def load_config(folder: str | Path) -> Any:
     """The config of a checkpoint as transformers loads it; code that comes with a checkpoint is never run.
 
+    It names no quantization method. `Checkpoint` refuses weights that are quantized, so one that is named is left over
+    from a base under a merged adapter, and transformers would ask for its package or quantize plain weights.
+
     Raises `OSError`, `ValueError` or `KeyError` if there is none that transformers knows.
     """
     # Imported here: transformers takes seconds, and the rest of this file does not need it.
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    for part in (config, *vars(config).values()):  # or the config of a part of the model
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 def text_config(folder: str | Path) -> Any:

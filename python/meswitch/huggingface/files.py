@@ -8,6 +8,7 @@ from pathlib import Path
 
 from meswitch.errors import CheckpointError
 from meswitch.huggingface.config import parse_json, read_config
+from meswitch.huggingface.quantization import GGUF, gguf_hint, named_method
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -75,12 +76,18 @@ def _plain_name(file: str, where: Path) -> str:
 
 def _no_weights(folder: Path) -> CheckpointError:
     """The error for a folder without weights that can be read, with a hint to what it seems to hold."""
-    hint = "a checkpoint folder holds config.json and model.safetensors, or shards and their index"
+    found, hint = "neither", "a checkpoint folder holds config.json and model.safetensors, or shards and their index"
     if (folder / ADAPTER_CONFIG).is_file():
         hint = "this is a LoRA adapter: `meswitch import BASE ADAPTER -o DIR`"
+    elif gguf := list(folder.glob(f"*{GGUF}")):
+        best = max(gguf, key=lambda file: file.stat().st_size)  # of several, the least quantized
+        found, hint = f"the GGUF file {best.name}", gguf_hint(folder, best.name)
     elif any(folder.glob("*.bin")):
+        method, said = named_method(read_config(folder) if (folder / "config.json").is_file() else {})
         hint = "pickles run code and are not read: load the model in transformers and save it again, as safetensors"
-    return CheckpointError(f"expected {WEIGHTS} or {INDEX}, found neither in {folder}", hint=hint)
+        if method is not None:
+            found, hint = f"pickles ({said})", f"{hint}; if its weights are quantized, give the 16-bit model instead"
+    return CheckpointError(f"expected {WEIGHTS} or {INDEX}, found {found} in {folder}", hint=hint)
 
 
 def has_adapter(folder: Path) -> bool:

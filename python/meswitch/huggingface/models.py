@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -27,12 +27,18 @@ Check = Callable[[Any, Any], None]
 """Called with a config and a model class or model; raises if it cannot be used."""
 
 
-def load_model(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto", *, check: Check | None = None) -> Any:
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: str | torch.dtype = "auto",
+    *,
+    check: Check | None = None,
+    placeholders: Mapping[str, Tensor] | None = None,
+) -> Any:
     """The causal language model of a checkpoint, in `dtype`; `auto` is the checkpoint's own.
 
     Its weights are the checkpoint's and nothing else: adapter files beside them are not loaded, and code that comes
     with them is not run. `check` is called with the model's class before any weight is read, and with the model
-    afterwards.
+    afterwards. `placeholders` are loaded instead of weights of those names.
 
     Raises `CheckpointError` for a checkpoint that lacks weights, and `UnsupportedModelError` if transformers knows no
     such causal language model.
@@ -48,7 +54,8 @@ def load_model(checkpoint: Checkpoint, dtype: str | torch.dtype = "auto", *, che
         raise UnsupportedModelError(f"{config.model_type}: not a causal language model: {checkpoint.path}")
     try:
         empty = skeleton(checkpoint.path)
-        model, missing = load_weights(empty, checkpoint.slices(), _dtype(dtype, config, checkpoint))
+        state = checkpoint.slices() | dict(placeholders or {})
+        model, missing = load_weights(empty, state, _dtype(dtype, config, checkpoint))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.path}: expected a whole checkpoint: {error}") from error
     if has_adapter(checkpoint.path):
@@ -82,13 +89,31 @@ def load_weights(empty: Any, state: Mapping[str, Any], dtype: str | torch.dtype)
     return model, sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
 
 
-def own_weights(model: nn.Module) -> None:
-    """Copies the weights of a loaded model, which are views of its files where dtypes agree, one at a time.
+def own_weights(model: nn.Module, device: torch.device) -> None:
+    """Copies the weights of a loaded model, which may be views of its files, to `device`, one at a time.
 
-    A file that is cut or overwritten later can then neither change them nor end the process.
+    A file that is cut or overwritten later can then neither change them nor end the process. Placeholders stay such.
     """
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
+        data = tensor.data
+        if is_placeholder(data):
+            tensor.data = placeholder(data.shape, data.dtype, device)
+        else:
+            tensor.data = data.to(device, copy=True)
+
+
+def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """A tensor of NaNs that takes no memory: it stands for a weight that lies elsewhere. It must not be written to.
+
+    >>> is_placeholder(placeholder((3, 4), torch.float32)), is_placeholder(torch.zeros(3, 4))
+    (True, False)
+    """
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(*shape)
+
+
+def is_placeholder(tensor: Tensor) -> bool:
+    """Whether all elements of a tensor lie in one place."""
+    return tensor.numel() > 1 and not any(tensor.stride())
 
 
 def skeleton(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:

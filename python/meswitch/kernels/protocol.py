@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from meswitch.kernels.rows import Rows
@@ -47,6 +48,9 @@ class DeltaEmbedding(Protocol):
         `ids int64 [T]`, `y [T, width]`.
         """
 
+    def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The base's own rows `[T, width]` of a packed table, for `ids int64 [T]`."""
+
 
 class Kernels(Protocol):
     """A backend. `exact` asks for the reference's arithmetic: sums of float32 products, nothing rounded within them."""
@@ -55,12 +59,20 @@ class Kernels(Protocol):
     exact: bool
 
     def linear(
-        self, module: nn.Module, forward: Callable[..., Tensor], out_features: int, in_features: int, *, many_rows: bool
+        self,
+        module: nn.Module,
+        forward: Callable[..., Tensor],
+        out_features: int,
+        in_features: int,
+        *,
+        many_rows: bool,
+        packed: DeltaSite | None = None,
     ) -> DeltaLinear:
         """For a linear `module` of the base whose own forward is `forward`.
 
-        `many_rows`: whether it sees every token of a prefill (lm_head sees one row a request).
+        `many_rows`: whether it sees every token of a prefill (lm_head sees one row a request). `packed`: the module's
+        weight where the base keeps it packed, as a delta on nothing; then `forward` is not called.
         """
 
-    def embedding(self, rows: int, width: int) -> DeltaEmbedding:
-        """For a table `[rows, width]`."""
+    def embedding(self, rows: int, width: int, packed: DeltaSite | None = None) -> DeltaEmbedding:
+        """For a table `[rows, width]`; `packed` as above."""

@@ -30,12 +30,21 @@ class TorchKernels:
         self.device, self.exact = torch.device(device), exact
 
     def linear(
-        self, module: nn.Module, forward: Callable[..., Tensor], out_features: int, in_features: int, *, many_rows: bool
+        self,
+        module: nn.Module,
+        forward: Callable[..., Tensor],
+        out_features: int,
+        in_features: int,
+        *,
+        many_rows: bool,
+        packed: DeltaSite | None = None,
     ) -> TorchLinear:
+        if packed is not None:
+            forward = PackedWeight(UnpackedRows(packed, self.device), module)
         return TorchLinear(self.device, forward, out_features, in_features)
 
-    def embedding(self, rows: int, width: int) -> TorchEmbedding:
-        return TorchEmbedding(self.device, rows, width)
+    def embedding(self, rows: int, width: int, packed: DeltaSite | None = None) -> TorchEmbedding:
+        return TorchEmbedding(self.device, rows, width, packed)
 
 
 class _DeltaTable:
@@ -84,13 +93,31 @@ class TorchLinear(_DeltaTable):
 
     def add(self, y: Tensor, x: Tensor, rows: Rows) -> None:
         for delta, index in self._active(rows):
-            chosen = x[index].float()
-            product = [invariance.linear(chosen, delta.rows(tile)) for tile in delta.tiles()]
-            y[index, : delta.out_features] += torch.cat(product, dim=1).to(y.dtype)
+            y[index, : delta.out_features] += delta.product(x[index]).to(y.dtype)
+
+
+class PackedWeight:
+    """The product of a linear `module` whose weight the base keeps packed."""
+
+    def __init__(self, weight: UnpackedRows, module: nn.Module) -> None:
+        self._weight, self._module = weight, module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._weight.product(x.reshape(-1, x.shape[-1])).to(x.dtype).view(*x.shape[:-1], -1)
+        bias: Tensor | None = getattr(self._module, "bias", None)
+        return y if bias is None else y + bias
 
 
 class TorchEmbedding(_DeltaTable):
-    """The deltas of an embedding table."""
+    """The deltas of an embedding table, and its own rows where it is packed."""
+
+    def __init__(self, device: torch.device, rows: int, width: int, packed: DeltaSite | None = None) -> None:
+        super().__init__(device, rows, width)
+        self._packed = None if packed is None else UnpackedRows(packed, device)
+
+    def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        assert self._packed is not None
+        return self._packed.rows(ids).to(dtype)
 
     def add(self, y: Tensor, ids: Tensor, rows: Rows) -> None:
         for delta, index in self._active(rows):
@@ -131,6 +158,11 @@ class UnpackedRows:
         """The numbers of all rows, `int64`, some at a time."""
         step = max(1, _TILE_WEIGHTS // max(self.in_features, 1))
         yield from torch.arange(self.out_features, device=self._device).split(step)
+
+    def product(self, x: Tensor) -> Tensor:
+        """`float32 [T, out_features]`: Δ̂ · x[t] of every row of `x [T, in_features]`."""
+        x = x.float()
+        return torch.cat([invariance.linear(x, self.rows(tile)) for tile in self.tiles()], dim=1)
 
     def rows(self, wanted: Tensor) -> Tensor:
         """`float32 [n, in_features]` of the rows `wanted int64 [n]`, in any order and any number of times."""

@@ -11,7 +11,7 @@ from meswitch.errors import UnsupportedModelError
 from meswitch.kernels.protocol import Kernels
 from meswitch.layers.step import Step
 from meswitch.layers.wrapper import Wrapper
-from meswitch.site import LowRankSite, QuantizedSite, ReplacedSite, Site
+from meswitch.site import DeltaSite, LowRankSite, QuantizedSite, ReplacedSite, Site
 
 
 class _ExpertEmbedding(nn.Embedding):
@@ -33,12 +33,14 @@ def _expert_class(kind: type) -> type:
 
 
 class EmbeddingWrapper(Wrapper):
-    """`nn.Embedding` and subclasses that call its lookup."""
+    """`nn.Embedding` and subclasses that call its lookup. `packed`: its weight where the base keeps it packed."""
 
-    def __init__(self, name: str, module: nn.Embedding, step: Step, kernels: Kernels) -> None:
+    def __init__(
+        self, name: str, module: nn.Embedding, step: Step, kernels: Kernels, packed: DeltaSite | None = None
+    ) -> None:
         super().__init__(name, module, step, kernels)
-        self.known = module.num_embeddings
-        self.deltas = kernels.embedding(module.num_embeddings, module.embedding_dim)
+        self.known, self.packed = module.num_embeddings, packed is not None
+        self.deltas = kernels.embedding(module.num_embeddings, module.embedding_dim, packed)
         self.replaced: dict[int, Tensor] = {}
         self.added: dict[int, Tensor] = {}
 
@@ -81,6 +83,7 @@ class EmbeddingWrapper(Wrapper):
     def lookup(self, base: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
         """The base's rows of `ids`, each with what its expert changed."""
         rows = self.step.tokens
+        base = self._decoded if self.packed else base
         if not self.active(rows):
             return base(ids)
         self.expect_rows(ids.numel(), rows)
@@ -97,3 +100,8 @@ class EmbeddingWrapper(Wrapper):
             new = self.added[slot][beyond.clamp(min=0)].to(y.dtype)
             flat_y[index] = torch.where((beyond >= 0)[:, None], new, flat_y[index])
         return y
+
+    def _decoded(self, ids: Tensor) -> Tensor:
+        """The rows of a packed table."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return self.deltas.lookup(ids.reshape(-1).long(), weight.dtype).view(*ids.shape, -1)

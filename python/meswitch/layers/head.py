@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meswitch.kernels.protocol import Kernels
+from meswitch.kernels.protocol import DeltaLinear, Kernels
 from meswitch.kernels.rows import Rows
 from meswitch.layers.linear import LinearWrapper
 from meswitch.layers.step import Step
 from meswitch.reference import restored
-from meswitch.site import LowRankSite, QuantizedSite, ReplacedSite, Site
+from meswitch.site import DeltaSite, LowRankSite, QuantizedSite, ReplacedSite, Site
 
 
 class HeadWrapper(LinearWrapper):
@@ -27,10 +28,19 @@ class HeadWrapper(LinearWrapper):
     many_rows = False
 
     def __init__(
-        self, name: str, module: nn.Module, step: Step, kernels: Kernels, embedding: nn.Module, *, kept: bool
+        self,
+        name: str,
+        module: nn.Module,
+        step: Step,
+        kernels: Kernels,
+        packed: DeltaSite | None = None,
+        *,
+        embedding: nn.Module,
+        packed_embedding: DeltaSite | None,
+        kept: bool,
     ) -> None:
-        super().__init__(name, module, step, kernels)
-        self.embedding, self.kept = embedding, kept
+        super().__init__(name, module, step, kernels, packed)
+        self.embedding, self.packed_embedding, self.kept = embedding, packed_embedding, kept
         self.tied: set[int] = set()
         self.widths: dict[int, int] = {}
         self.added: dict[int, Tensor] = {}
@@ -83,10 +93,26 @@ class HeadWrapper(LinearWrapper):
         flat_x, flat_y = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
         for slot in tied:
             index = rows.groups[slot]
-            flat_y[index] = F.linear(flat_x[index], self.embedding.weight, self.own_bias)  # type: ignore[arg-type]
+            flat_y[index] = self._embedding_product(flat_x[index])
         self.product.add(flat_y, flat_x, rows)
         product: Tensor = flat_y.view(y.shape)
         return product
+
+    def _embedding_product(self, x: Tensor) -> Tensor:
+        """The base's embedding as a head."""
+        if self._packed_product is not None:
+            return self._packed_product(x, Rows([]))
+        return F.linear(x, self.embedding.weight, self.own_bias)  # type: ignore[arg-type]
+
+    @cached_property
+    def _packed_product(self) -> DeltaLinear | None:
+        """The product with the base's embedding where that is packed."""
+        site = self.packed_embedding
+        if site is None:
+            return None
+        return self.kernels.linear(
+            self.module, self.base_forward, site.out_features, site.in_features, many_rows=False, packed=site
+        )
 
     def _widened(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
         """`y` with the logits of grown vocabularies, −∞ where a row's expert has none."""

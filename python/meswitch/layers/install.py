@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from meswitch.layers.linear import LinearWrapper
 from meswitch.layers.step import Step
 from meswitch.layers.vector import VectorWrapper
 from meswitch.layers.wrapper import Wrapper
-from meswitch.site import SharedSite, Site
+from meswitch.site import DeltaSite, SharedSite, Site
 
 _MATRICES = (nn.Embedding, nn.Linear, Conv1D)  # modules that have a wrapper of their own
 
@@ -30,10 +30,17 @@ class ExpertLayers:
     `check` raises `UnsupportedModelError` or `ArchitectureError` naming the site. After it `install` raises only
     `FormatError`, for tensors of a site that do not fit each other. `check` and `vocabulary_of` may be called from any
     thread: what runs a module there goes through `run`, which calls it where and when the model may be used.
+    `packed`: the weights that the base keeps packed, by module; these modules are wrapped from the start to the end.
     """
 
-    def __init__(self, model: Any, kernels: Kernels, run: Callable[[Callable[[], bool]], bool] | None = None) -> None:
-        self.model, self.kernels = model, kernels
+    def __init__(
+        self,
+        model: Any,
+        kernels: Kernels,
+        run: Callable[[Callable[[], bool]], bool] | None = None,
+        packed: Mapping[str, DeltaSite] | None = None,
+    ) -> None:
+        self.model, self.kernels, self._packed = model, kernels, packed or {}
         self._run = run or (lambda function: function())
         self._per_token: dict[tuple[str, str], bool] = {}  # by module and parameter, what was found once
         self.step = Step(model.get_input_embeddings().weight.device)
@@ -56,6 +63,8 @@ class ExpertLayers:
             }
             for name, module in self._modules.items()
         }
+        for name in self._packed:
+            self._attach(self._wrapper(name))
 
     @property
     def vocabulary(self) -> int:
@@ -111,7 +120,7 @@ class ExpertLayers:
         for name, wrapper in list(self._wrappers.items()):
             if slot in wrapper.slots:
                 wrapper.clear(slot)
-            if not wrapper.slots:
+            if not wrapper.slots and name not in self._packed:
                 wrapper.detach()
                 del self._wrappers[name]
 
@@ -175,11 +184,20 @@ class ExpertLayers:
         attached = self._wrappers.get(name)
         if attached is not None:
             return attached
-        module = self._modules[name]
+        module, packed = self._modules[name], self._packed.get(name)
         if module is self.head:
-            return HeadWrapper(name, module, self.step, self.kernels, self.embedding, kept=self.kept)
+            return HeadWrapper(
+                name,
+                module,
+                self.step,
+                self.kernels,
+                packed,
+                embedding=self.embedding,
+                packed_embedding=self._packed.get(self._names[id(self.embedding)]),
+                kept=self.kept,
+            )
         if isinstance(module, nn.Embedding):
-            return EmbeddingWrapper(name, module, self.step, self.kernels)
+            return EmbeddingWrapper(name, module, self.step, self.kernels, packed)
         if isinstance(module, _MATRICES):
-            return LinearWrapper(name, module, self.step, self.kernels)
+            return LinearWrapper(name, module, self.step, self.kernels, packed)
         return VectorWrapper(name, module, self.step, self.kernels, self._shapes[name], self._first_inputs[name])

@@ -16,26 +16,30 @@ from meswitch.layers.bank import Bank
 from meswitch.layers.step import Step
 from meswitch.layers.wrapper import Wrapper
 from meswitch.reference import restored
-from meswitch.site import LowRankSite, QuantizedSite, ReplacedSite, Site
+from meswitch.site import DeltaSite, LowRankSite, QuantizedSite, ReplacedSite, Site
 
 
 class LinearWrapper(Wrapper):
     """`nn.Linear` (and quantized forms of it) and GPT-2's `Conv1D`.
 
-    A slot's weight is a delta on the base's, or `replaced` by one of its own; its bias is a difference in a `Bank`,
-    since the base module has already added its own.
+    `packed`: the module's weight, where the base keeps it packed. A slot's weight is a delta on the base's, or
+    `replaced` by one of its own; its bias is a difference in a `Bank`, since the base module has already added its own.
     """
 
     many_rows = True  # every token of a prefill comes here
 
-    def __init__(self, name: str, module: nn.Module, step: Step, kernels: Kernels) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, step: Step, kernels: Kernels, packed: DeltaSite | None = None
+    ) -> None:
         super().__init__(name, module, step, kernels)
         self.transposed = isinstance(module, Conv1D)
         out_features, in_features = ("nf", "nx") if self.transposed else ("out_features", "in_features")
         self.out_features, self.in_features = int(getattr(module, out_features)), int(getattr(module, in_features))
         self.product = kernels.linear(
-            module, self.base_forward, self.out_features, self.in_features, many_rows=self.many_rows
+            module, self.base_forward, self.out_features, self.in_features, many_rows=self.many_rows, packed=packed
         )
+        if packed is not None:
+            self.base_forward = lambda x, *_, **__: self.product(x, Rows([]))
         self.replaced: dict[int, Tensor] = {}
         self.bias: Bank | None = None
 

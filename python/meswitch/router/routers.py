@@ -43,7 +43,8 @@ def train_router(
     through the base, then the fits of the router.
 
     Raises `RouterError` for an unknown kind or a threshold out of range, `DataError` for data that cannot be learned
-    from, `OutputError` for something other than a router at `out`.
+    from, `OutputError` for something other than a router at `out`, `CheckpointError` and `UnsupportedModelError` for
+    a base that cannot be loaded.
 
     >>> train_router("base/", "labelled.jsonl", "router/").experts
     ('base', 'math')

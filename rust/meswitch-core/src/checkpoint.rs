@@ -1,25 +1,26 @@
-//! Hugging Face checkpoints, memory-mapped.
+//! Checkpoints: Hugging Face safetensors, memory-mapped, or a model that was quantized.
+
+mod quantized;
+mod view;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use candle_core::safetensors::MmapedSafetensors;
-use safetensors::Dtype;
 
+use self::quantized::Quantized;
+pub use self::view::{Content, View};
+use crate::delta::BaseEntry;
 use crate::error::{Error, Result};
-use crate::fingerprint;
-use crate::kernels::{widen_bf16, widen_f16};
+use crate::fingerprint::{self, Digest};
 use crate::memory::Region;
 
-/// A mapped checkpoint: some safetensors files, and the parameters that lie in them. The files must not be changed while
-/// this lives.
+/// An open checkpoint, and the parameters that lie in it. Mapped files must not be changed while this lives.
 pub struct Checkpoint {
     path: PathBuf,
     files: Vec<PathBuf>,
-    maps: Arc<[MmapedSafetensors]>,
-    /// The file of every tensor, by its name on disk.
-    stored: Arc<BTreeMap<String, usize>>,
+    store: Arc<Store>,
     /// The parameters, sorted.
     names: Vec<String>,
     /// Where parameters and aliases lie that are no whole tensor of their own name.
@@ -28,6 +29,18 @@ pub struct Checkpoint {
     sample: Arc<OnceLock<String>>,
     /// What stands in for the content of every tensor, as long as the longest of them.
     zeros: Option<Arc<Region>>,
+}
+
+/// What tensors are read from.
+enum Store {
+    /// Safetensors files.
+    Files {
+        maps: Vec<MmapedSafetensors>,
+        /// The file of every tensor, by its name on disk.
+        file_of: BTreeMap<String, usize>,
+    },
+    /// A directory of kind base.
+    Quantized(Quantized),
 }
 
 /// Where a parameter lies: in a tensor on disk, or in a part of one.
@@ -39,98 +52,6 @@ pub struct Source {
     pub part: Option<(usize, Vec<usize>)>,
 }
 
-/// One tensor, borrowed from a mapped checkpoint.
-#[derive(Clone, Debug)]
-pub struct View<'a> {
-    /// Element type.
-    pub dtype: Dtype,
-    /// Dimensions, as on disk.
-    pub shape: Vec<usize>,
-    /// Little-endian elements, row by row.
-    pub data: &'a [u8],
-}
-
-impl<'a> View<'a> {
-    /// The number of elements.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Whether it has no elements.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Whether the elements are of a type that [`View::read`] can read.
-    #[must_use]
-    pub fn is_float(&self) -> bool {
-        matches!(self.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
-    }
-
-    /// Reads elements `start .. start + out.len()` as 32-bit floats. The tensor must be one of floats
-    /// ([`View::is_float`]); of others the values are meaningless.
-    ///
-    /// # Panics
-    /// Where the tensor has fewer elements.
-    pub fn read(&self, start: usize, out: &mut [f32]) {
-        let size = self.dtype.bitsize() / 8;
-        let bytes = &self.data[start * size..(start + out.len()) * size];
-        match self.dtype {
-            Dtype::BF16 => widen_bf16(bytes.as_chunks().0, out),
-            Dtype::F16 => widen_f16_bytes(bytes, out),
-            _ => widen_f32(bytes, out),
-        }
-    }
-
-    /// Checks that all elements of a float tensor are finite. `name` is the tensor's in the message.
-    ///
-    /// # Errors
-    /// [`Error::NonFinite`].
-    pub(crate) fn check_finite(&self, name: &str) -> Result<()> {
-        if !self.is_float() {
-            return Ok(());
-        }
-        let mut values = vec![0f32; 1 << 14];
-        for start in (0..self.len()).step_by(values.len()) {
-            let count = values.len().min(self.len() - start);
-            self.read(start, &mut values[..count]);
-            if let Some(index) = values[..count].iter().position(|value| !value.is_finite()) {
-                return Err(Error::NonFinite(format!(
-                    "expected finite weights, found {} in {name} at element {}",
-                    values[index],
-                    start + index
-                )));
-            }
-        }
-        Ok(())
-    }
-
-    /// The bytes of rows `start .. end`; a row is the last dimension.
-    pub(crate) fn row_bytes(&self, start: usize, end: usize) -> &'a [u8] {
-        let row = self.shape.last().copied().unwrap_or(1) * self.dtype.bitsize() / 8;
-        &self.data[start * row..end * row]
-    }
-}
-
-/// Widens little-endian half precision floats, which need not be aligned.
-fn widen_f16_bytes(bytes: &[u8], out: &mut [f32]) {
-    let mut halves = [half::f16::ZERO; 256];
-    for (out, bytes) in out.chunks_mut(256).zip(bytes.chunks(512)) {
-        for (half, pair) in halves.iter_mut().zip(bytes.chunks_exact(2)) {
-            *half = half::f16::from_le_bytes([pair[0], pair[1]]);
-        }
-        widen_f16(&halves[..out.len()], out);
-    }
-}
-
-fn widen_f32(bytes: &[u8], out: &mut [f32]) {
-    for (value, quad) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-        *value = f32::from_le_bytes([quad[0], quad[1], quad[2], quad[3]]);
-    }
-}
-
 impl Checkpoint {
     /// Maps `files` of a folder. Where two hold a tensor of one name, the later file's counts. All tensors are parameters
     /// under their own names.
@@ -140,23 +61,46 @@ impl Checkpoint {
     pub fn open(folder: &Path, files: &[String]) -> Result<Self> {
         let files: Vec<PathBuf> = files.iter().map(|file| folder.join(file)).collect();
         let mut maps = Vec::with_capacity(files.len());
-        let mut stored = BTreeMap::new();
+        let mut file_of = BTreeMap::new();
         for (index, file) in files.iter().enumerate() {
             // SAFETY: the mapping is read-only; as with any mapped model file, nothing may write to the file meanwhile.
             let map = unsafe { MmapedSafetensors::new(file) }.map_err(|error| {
                 // The cause names the file.
                 Error::Checkpoint(format!("expected whole safetensors files, found a broken one: {error}"))
             })?;
-            stored.extend(map.tensors().into_iter().map(|(name, _)| (name, index)));
+            file_of.extend(map.tensors().into_iter().map(|(name, _)| (name, index)));
             maps.push(map);
         }
-        if stored.is_empty() {
+        if file_of.is_empty() {
             return Err(Error::Checkpoint(format!("expected tensors, found none in {}", folder.display())));
         }
-        let names = stored.keys().cloned().collect();
-        let (maps, stored) = (maps.into(), Arc::new(stored));
-        let (path, sources, sample) = (folder.to_owned(), BTreeMap::new(), Arc::default());
-        Ok(Self { path, files, maps, stored, names, sources, sample, zeros: None })
+        let names = file_of.keys().cloned().collect();
+        Ok(Self::new(folder, files, names, Store::Files { maps, file_of }))
+    }
+
+    /// Opens a model that was quantized. Its tensors are decoded, each when it is viewed, to 32-bit floats.
+    ///
+    /// # Errors
+    /// Those of [`crate::Delta::open`], and [`Error::Checkpoint`] for a directory of another kind.
+    pub fn open_quantized(folder: &Path) -> Result<Self> {
+        let quantized = Quantized::open(folder)?;
+        let mut names: Vec<String> = quantized.names().map(str::to_owned).collect();
+        names.sort_unstable();
+        Ok(Self::new(folder, quantized.files(), names, Store::Quantized(quantized)))
+    }
+
+    fn new(folder: &Path, files: Vec<PathBuf>, names: Vec<String>, store: Store) -> Self {
+        let (path, sources, store) = (folder.to_owned(), BTreeMap::new(), Arc::new(store));
+        Self { path, files, store, names, sources, sample: Arc::default(), zeros: None }
+    }
+
+    /// The checkpoint that a quantized model was made of; `None` for any other.
+    #[must_use]
+    pub fn quantized_from(&self) -> Option<&BaseEntry> {
+        match &*self.store {
+            Store::Files { .. } => None,
+            Store::Quantized(quantized) => Some(quantized.base()),
+        }
     }
 
     /// The same tensors, all of zeros, which take no memory as long as they are only read.
@@ -166,12 +110,12 @@ impl Checkpoint {
     pub fn zeros(&self) -> Result<Self> {
         let mut longest = 0;
         for name in self.stored_names() {
-            longest = longest.max(self.stored_view(name)?.data.len());
+            longest = longest.max(self.stored_outline(name)?.nbytes());
         }
         let zeros = Some(Arc::new(Region::new(longest).map_err(Error::io(&self.path))?));
         let (path, files, names) = (self.path.clone(), self.files.clone(), self.names.clone());
-        let (maps, stored, sources) = (Arc::clone(&self.maps), Arc::clone(&self.stored), self.sources.clone());
-        Ok(Self { path, files, maps, stored, names, sources, sample: Arc::default(), zeros })
+        let (store, sources) = (Arc::clone(&self.store), self.sources.clone());
+        Ok(Self { path, files, store, names, sources, sample: Arc::default(), zeros })
     }
 
     /// The same files with these parameters instead. `aliases` are answered for, and are no parameters.
@@ -187,12 +131,12 @@ impl Checkpoint {
         let mut sources = aliases;
         sources.extend(parameters);
         for (name, source) in &sources {
-            self.source_view(name, source)?;
+            source.outline(name, self.stored_outline(&source.tensor)?)?;
         }
         sources.retain(|name, source| source.part.is_some() || source.tensor != *name);
         let (path, files) = (self.path.clone(), self.files.clone());
-        let (maps, stored, sample) = (Arc::clone(&self.maps), Arc::clone(&self.stored), Arc::clone(&self.sample));
-        Ok(Self { path, files, maps, stored, names, sources, sample, zeros: self.zeros.clone() })
+        let (store, sample) = (Arc::clone(&self.store), Arc::clone(&self.sample));
+        Ok(Self { path, files, store, names, sources, sample, zeros: self.zeros.clone() })
     }
 
     /// The folder.
@@ -213,47 +157,90 @@ impl Checkpoint {
         &self.names
     }
 
-    /// The names of all tensors on disk, sorted.
+    /// The names of all tensors on disk, in no order.
     pub fn stored_names(&self) -> impl Iterator<Item = &str> {
-        self.stored.keys().map(String::as_str)
+        let (file_of, quantized) = match &*self.store {
+            Store::Files { file_of, .. } => (Some(file_of), None),
+            Store::Quantized(quantized) => (None, Some(quantized)),
+        };
+        let in_files = file_of.into_iter().flat_map(BTreeMap::keys).map(String::as_str);
+        in_files.chain(quantized.into_iter().flat_map(Quantized::names))
     }
 
     /// Whether there is a tensor of that name on disk.
     #[must_use]
     pub fn is_stored(&self, name: &str) -> bool {
-        self.stored.contains_key(name)
-    }
-
-    /// The parameter or alias of that name.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] where there is none of that name.
-    pub fn view(&self, name: &str) -> Result<View<'_>> {
-        match self.sources.get(name) {
-            Some(source) => self.source_view(name, source),
-            None if self.has(name) => self.stored_view(name),
-            None => Err(self.missing(name)),
+        match &*self.store {
+            Store::Files { file_of, .. } => file_of.contains_key(name),
+            Store::Quantized(quantized) => quantized.has(name),
         }
     }
 
-    /// The tensor of that name on disk.
+    /// The parameter or alias of that name. One that is quantized is decoded.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] where there is none of that name; those of [`Checkpoint::stored_view`].
+    pub fn view(&self, name: &str) -> Result<View<'_>> {
+        let source = self.find(name)?;
+        source.part_of(name, self.stored_view(&source.tensor)?)
+    }
+
+    /// The parameter or alias of that name without its elements, which must not be read: nothing is decoded.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] where there is none of that name.
+    pub fn outline(&self, name: &str) -> Result<View<'_>> {
+        let source = self.find(name)?;
+        source.outline(name, self.stored_outline(&source.tensor)?)
+    }
+
+    /// The tensor of that name on disk. One that is quantized is decoded.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] where there is none of that name; of a quantized one, those of reading it.
     pub fn stored_view(&self, name: &str) -> Result<View<'_>> {
-        let file = self.stored.get(name).ok_or_else(|| self.missing(name))?;
-        let view = self.maps[*file].get(name).map_err(|_| self.missing(name))?;
-        let data = view.data();
-        let data = self.zeros.as_ref().map_or(data, |zeros| &zeros[..data.len()]);
-        Ok(View { dtype: view.dtype(), shape: view.shape().to_vec(), data })
+        let view = match &*self.store {
+            Store::Files { maps, file_of } => {
+                let file = file_of.get(name).ok_or_else(|| self.missing(name))?;
+                let view = maps[*file].get(name).map_err(|_| self.missing(name))?;
+                View { dtype: view.dtype(), shape: view.shape().to_vec(), data: Content::Borrowed(view.data()) }
+            }
+            Store::Quantized(quantized) if quantized.has(name) => quantized.view(name)?,
+            Store::Quantized(_) => return Err(self.missing(name)),
+        };
+        match &self.zeros {
+            None => Ok(view),
+            Some(zeros) => Ok(View { data: Content::Borrowed(&zeros[..view.nbytes()]), ..view }),
+        }
+    }
+
+    /// [`Checkpoint::stored_view`] without the elements.
+    fn stored_outline(&self, name: &str) -> Result<View<'_>> {
+        match &*self.store {
+            Store::Files { .. } => self.stored_view(name),
+            Store::Quantized(quantized) => quantized.outline(name).ok_or_else(|| self.missing(name)),
+        }
+    }
+
+    /// A hash of the dtype, shape and content of a tensor on disk.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::stored_view`].
+    pub(crate) fn digest(&self, name: &str) -> Result<Digest> {
+        match &*self.store {
+            Store::Quantized(quantized) => quantized.digest(name).ok_or_else(|| self.missing(name)),
+            Store::Files { .. } => Ok(fingerprint::digest(&self.stored_view(name)?)),
+        }
     }
 
     /// Where a parameter or an alias lies, and its file. `None` where there is none of that name.
     #[must_use]
     pub fn source(&self, name: &str) -> Option<(&Path, Source)> {
-        let own = || self.has(name).then(|| Source { tensor: name.to_owned(), part: None });
-        let source = self.sources.get(name).cloned().or_else(own)?;
-        let file = *self.stored.get(&source.tensor)?;
+        let source = self.find(name).ok()?;
+        let file = match &*self.store {
+            Store::Files { file_of, .. } => *file_of.get(&source.tensor)?,
+            Store::Quantized(_) => 0,
+        };
         Some((&self.files[file], source))
     }
 
@@ -276,22 +263,36 @@ impl Checkpoint {
         self.sources.contains_key(name) || self.names.binary_search_by(|known| known.as_str().cmp(name)).is_ok()
     }
 
-    fn source_view(&self, name: &str, source: &Source) -> Result<View<'_>> {
-        let whole = self.stored_view(&source.tensor)?;
-        let Some((start, shape)) = &source.part else { return Ok(whole) };
-        let size = whole.dtype.bitsize() / 8;
-        let elements = shape.iter().try_fold(1usize, |product, axis| product.checked_mul(*axis));
-        let end = elements.and_then(|count| start.checked_add(count)).filter(|end| *end <= whole.len());
-        let end = end.ok_or_else(|| {
-            Error::Checkpoint(format!(
-                "expected {shape:?} of {name} from element {start} on, found {:?} in {}",
-                whole.shape, source.tensor
-            ))
-        })?;
-        Ok(View { dtype: whole.dtype, shape: shape.clone(), data: &whole.data[start * size..end * size] })
+    fn find(&self, name: &str) -> Result<Source> {
+        let own = || self.has(name).then(|| Source { tensor: name.to_owned(), part: None });
+        self.sources.get(name).cloned().or_else(own).ok_or_else(|| self.missing(name))
     }
 
     fn missing(&self, name: &str) -> Error {
         Error::Checkpoint(format!("expected a tensor {name}, found none in {}", self.path.display()))
+    }
+}
+
+impl Source {
+    /// What lies there, of the whole tensor. `name` is the parameter's in the message.
+    fn part_of<'a>(&self, name: &str, whole: View<'a>) -> Result<View<'a>> {
+        let outline = self.outline(name, whole.clone())?;
+        let Some((start, _)) = &self.part else { return Ok(whole) };
+        let size = whole.dtype.bitsize() / 8;
+        Ok(View { data: whole.data.part(start * size, outline.nbytes()), ..outline })
+    }
+
+    /// Dtype and shape of what lies there.
+    fn outline<'a>(&self, name: &str, whole: View<'a>) -> Result<View<'a>> {
+        let Some((start, shape)) = &self.part else { return Ok(whole) };
+        let elements = shape.iter().try_fold(1usize, |product, axis| product.checked_mul(*axis));
+        let end = elements.and_then(|count| start.checked_add(count)).filter(|end| *end <= whole.len());
+        if end.is_none() {
+            return Err(Error::Checkpoint(format!(
+                "expected {shape:?} of {name} from element {start} on, found {:?} in {}",
+                whole.shape, self.tensor
+            )));
+        }
+        Ok(View { shape: shape.clone(), ..whole })
     }
 }

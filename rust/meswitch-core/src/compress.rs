@@ -74,7 +74,7 @@ impl Job<'_> {
     pub fn run(&self, progress: &mut dyn FnMut(Progress<'_>) -> bool, factor: &mut FactorFn<'_>) -> Result<Delta> {
         self.check()?;
         let sizes =
-            self.plans.iter().map(|plan| Ok((plan.name.as_str(), self.finetune.view(&plan.name)?.len() as u64)));
+            self.plans.iter().map(|plan| Ok((plan.name.as_str(), self.finetune.outline(&plan.name)?.len() as u64)));
         let sizes = sizes.collect::<Result<Vec<_>>>()?;
         self.assembly().write(Some(&self.key()?), &sizes, &self.possible_tensors()?, progress, &mut |index, writer| {
             self.write_site(&self.plans[index], writer, factor)
@@ -124,14 +124,14 @@ impl Job<'_> {
         }
         for plan in self.plans {
             check_site_name(&plan.name)?;
-            let finetune = self.finetune.view(&plan.name)?;
+            let finetune = self.finetune.outline(&plan.name)?;
             if !self.base.has(&plan.name) {
                 return Err(Error::Architecture(format!(
                     "expected only parameters of the base, found {} in the fine-tune",
                     plan.name
                 )));
             }
-            let base = self.base.view(&plan.name)?;
+            let base = self.base.outline(&plan.name)?;
             let columns = base.shape.last().copied().unwrap_or(1);
             if let Some(moments) = &plan.moments {
                 let wanted = if plan.transposed { base.shape.first().copied().unwrap_or(1) } else { columns };
@@ -165,7 +165,7 @@ impl Job<'_> {
         let mut sites = Vec::new();
         for plan in self.plans {
             sites.push(if shared.contains(&plan.name) {
-                shared_entry(plan, &self.finetune.view(&plan.name)?)
+                shared_entry(plan, &self.finetune.outline(&plan.name)?)
             } else {
                 self.planned_entry(plan)?
             });
@@ -182,10 +182,10 @@ impl Job<'_> {
 
     /// The entry that a changed site gets, without what depends on its weights.
     fn planned_entry(&self, plan: &Plan) -> Result<SiteEntry> {
-        let (base, finetune) = (self.base.view(&plan.name)?, self.finetune.view(&plan.name)?);
+        let (base, finetune) = (self.base.outline(&plan.name)?, self.finetune.outline(&plan.name)?);
         let replaced = SiteEntry { kind: SiteKind::Replaced, transposed: false, ..shared_entry(plan, &finetune) };
         let Some(settings) = &plan.quantize else { return Ok(replaced) };
-        let whole = finetune.data.len();
+        let whole = finetune.nbytes();
         let quantized = quantized_entry(plan, settings, &Pair::new(&plan.name, base, finetune, plan.transposed)?);
         let size: usize = quantized.tensor_specs()?.iter().map(TensorSpec::size).sum();
         Ok(if size < whole { quantized } else { replaced })
@@ -207,7 +207,7 @@ impl Job<'_> {
     fn possible_tensors(&self) -> Result<Vec<TensorSpec>> {
         let mut specs = Vec::new();
         for plan in self.plans {
-            let view = self.finetune.view(&plan.name)?;
+            let view = self.finetune.outline(&plan.name)?;
             // The size of the reservation is part of the file, so it must not depend on the dtype of added rows.
             let mut add = |role: Role, dimensions: usize| {
                 let dtype = if role == Role::Added { Dtype::F16 } else { view.dtype };
@@ -259,7 +259,7 @@ impl Job<'_> {
         }
         finetune.check_finite(&plan.name)?;
         let mut entry = SiteEntry { kind: SiteKind::Replaced, transposed: false, ..shared };
-        writer.write_site(&mut entry, &[finetune.data])?;
+        writer.write_site(&mut entry, &[&finetune.data])?;
         Ok(entry)
     }
 }

@@ -24,6 +24,9 @@ pub enum Error {
     /// A delta made against another base.
     #[error("{0}")]
     BaseMismatch(String),
+    /// A delta made against the base that a quantized model was made of.
+    #[error("{0}")]
+    QuantizedBase(String),
     /// A NaN or an infinity in a weight.
     #[error("{0}")]
     NonFinite(String),

@@ -24,18 +24,19 @@ impl Fingerprint {
     pub(crate) fn of(base: &Checkpoint) -> Result<Self> {
         let mut fingerprint = Self::default();
         for name in base.stored_names() {
-            fingerprint.add(name, &base.stored_view(name)?);
+            fingerprint.add(name, base)?;
         }
         Ok(fingerprint)
     }
 
     /// Hashes and adds a tensor; returns its digest.
-    pub(crate) fn add(&mut self, name: &str, view: &View<'_>) -> Digest {
-        let mut hasher = hash_type(view);
-        hasher.update_rayon(view.data);
-        let digest = *hasher.finalize().as_bytes();
+    ///
+    /// # Errors
+    /// [`crate::Error::Checkpoint`] where it cannot be read.
+    pub(crate) fn add(&mut self, name: &str, base: &Checkpoint) -> Result<Digest> {
+        let digest = base.digest(name)?;
         self.insert(name, digest);
-        digest
+        Ok(digest)
     }
 
     /// Adds a tensor whose digest is known.
@@ -58,11 +59,22 @@ impl Fingerprint {
     }
 }
 
-/// The fingerprint with each tensor's content replaced by up to three kilobytes of it.
+/// The hash of a tensor.
+pub(crate) fn digest(view: &View<'_>) -> Digest {
+    let mut hasher = hash_type(view);
+    hasher.update_rayon(&view.data);
+    *hasher.finalize().as_bytes()
+}
+
+/// The fingerprint with each tensor's content replaced by up to three kilobytes of it. Of a quantized model it is the
+/// fingerprint itself, which is quick.
 ///
 /// # Errors
 /// [`crate::Error::Checkpoint`] where a tensor cannot be read.
 pub(crate) fn sample(base: &Checkpoint) -> Result<String> {
+    if base.quantized_from().is_some() {
+        return Ok(Fingerprint::of(base)?.finish());
+    }
     let mut fingerprint = Fingerprint::default();
     for name in base.stored_names() {
         let view = base.stored_view(name)?;

@@ -60,7 +60,7 @@ fn golden_sites_are_matrices() {
 fn golden_directories_belong_to_their_base() {
     for (folder, base) in golden() {
         let base = meswitch_core::checkpoint::Checkpoint::open(&base, &["model.safetensors".to_owned()]).unwrap();
-        Delta::open(&folder).unwrap().check_base(&base, true).unwrap();
+        Delta::open(&folder).unwrap().check_base(&base, true, false).unwrap();
     }
 }
 
@@ -86,7 +86,7 @@ fn golden_directories_restore_their_fine_tune() {
             let expected = stored.tensor(&site.name).unwrap();
             let base = base.view(&site.name).unwrap();
             if matches!(site.kind, SiteKind::Shared | SiteKind::Replaced) {
-                let found = tensors.tensor(&site.name, "whole").unwrap_or(base.data);
+                let found = tensors.tensor(&site.name, "whole").unwrap_or(&base.data);
                 assert_eq!(found, expected.data(), "{}", site.name);
                 continue;
             }

@@ -9,7 +9,7 @@ use meswitch_core::delta;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyByteArray, PyBytes};
 
 use crate::errors::to_python;
 use crate::folder::Lock;
@@ -37,6 +37,25 @@ impl Checkpoint {
         enter(py, || checkpoint::Checkpoint::open(&path, &files)).map(Self)
     }
 
+    /// Opens a model that was quantized.
+    #[staticmethod]
+    #[allow(clippy::needless_pass_by_value)] // what Python hands over
+    fn open_quantized(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        enter(py, || checkpoint::Checkpoint::open_quantized(&path)).map(Self)
+    }
+
+    /// What a quantized model was made of: that checkpoint's fingerprint; `None` for any other checkpoint.
+    #[getter]
+    fn quantized_from(&self) -> Option<String> {
+        self.0.quantized_from().map(|base| base.fingerprint.clone())
+    }
+
+    /// The elements of a parameter, little-endian; those of a quantized model are decoded to 32-bit floats.
+    fn read<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyByteArray>> {
+        let view = enter_pool(py, || self.0.view(name))?;
+        Ok(PyByteArray::new(py, &view.data))
+    }
+
     /// The same files with these parameters, and aliases that are none: each the name of a tensor on disk, with the
     /// first element and the shape of a part of it.
     fn with_parameters(&self, parameters: Sources, aliases: Sources) -> PyResult<Self> {
@@ -53,7 +72,7 @@ impl Checkpoint {
         enter(py, || self.0.sample())
     }
 
-    /// The tensors on disk, by name in order.
+    /// The names of the tensors on disk, in no order.
     fn stored_names(&self) -> Vec<String> {
         self.0.stored_names().map(str::to_owned).collect()
     }
@@ -76,7 +95,7 @@ impl Checkpoint {
 
     /// A parameter's dtype, as safetensors names it, and its shape.
     fn info(&self, name: &str) -> PyResult<(String, Vec<usize>)> {
-        let view = self.0.view(name).map_err(to_python)?;
+        let view = self.0.outline(name).map_err(to_python)?;
         Ok((view.dtype.to_string(), view.shape))
     }
 }
@@ -182,9 +201,10 @@ impl Delta {
         enter_pool(py, || delta::upgrade(&self.0))
     }
 
-    /// Compares a base with the one the delta was made against: quickly, or all of its content.
-    fn check_base(&self, py: Python<'_>, base: &Checkpoint, whole: bool) -> PyResult<()> {
-        enter_pool(py, || self.0.check_base(&base.0, whole))
+    /// Compares a base with the one the delta was made against: quickly, or all of its content. `allow_quantized`: a
+    /// quantized form of that base will do.
+    fn check_base(&self, py: Python<'_>, base: &Checkpoint, whole: bool, allow_quantized: bool) -> PyResult<()> {
+        enter_pool(py, || self.0.check_base(&base.0, whole, allow_quantized))
     }
 }
 

@@ -19,6 +19,11 @@ pub fn to_python(error: Error) -> PyErr {
             ("ArchitectureError", "a fine-tune has the parameters and shapes of the base it was trained from")
         }
         Error::BaseMismatch(_) => ("BaseMismatchError", "give the base that the fine-tune was compressed against"),
+        Error::QuantizedBase(_) => (
+            "BaseMismatchError",
+            "compress the fine-tune against the quantized base, or allow it (allow_quantized_base=True, \
+            --allow-quantized-base); `meswitch evaluate` says what that loses",
+        ),
         Error::NonFinite(_) => ("NonFiniteError", "the checkpoint is damaged, or its training diverged"),
         Error::Backend(_) => ("BackendError", "unset MESWITCH_BACKEND: the best that the processor has is then used"),
         Error::Data(_) => {

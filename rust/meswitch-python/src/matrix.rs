@@ -58,6 +58,12 @@ impl Matrix {
         Ok(Self { matrix, _tensors: tensors })
     }
 
+    /// Output and input channels.
+    #[getter]
+    fn shape(&self) -> (usize, usize) {
+        (self.matrix.rows(), self.matrix.columns())
+    }
+
     /// `y[t] += scale · Δ̂[ids[t], :]` for the tokens named; ids beyond the rows add nothing.
     #[allow(clippy::needless_pass_by_value)] // what Python hands over
     fn delta_embedding(
@@ -94,6 +100,26 @@ impl Matrix {
         enter(py, || {
             // SAFETY: both tensors have those rows, of as many elements as the matrix has columns.
             unsafe { kernels::merged(&self.matrix, weight, start..start + count, out) };
+            Ok(())
+        })
+    }
+
+    /// Writes the rows from `start` on of this, and of another of the same shape together, to `out [count, columns]`.
+    #[allow(clippy::needless_pass_by_value)] // what Python hands over
+    fn summed(&self, py: Python<'_>, other: Option<&Self>, start: usize, out: Tensor) -> PyResult<()> {
+        let (count, out) = out.rows(py, self.matrix.columns())?;
+        self.check_rows(start, count)?;
+        if let Some(other) = other {
+            other.check_rows(start, count)?;
+            if other.matrix.columns() != self.matrix.columns() {
+                let (expected, found) = (self.matrix.columns(), other.matrix.columns());
+                return Err(PyValueError::new_err(format!("expected {expected} columns, found {found}")));
+            }
+        }
+        let matrices: Vec<_> = [Some(self), other].into_iter().flatten().map(|matrix| &matrix.matrix).collect();
+        enter(py, || {
+            // SAFETY: the tensor has those rows, of as many elements as the matrices have columns.
+            unsafe { kernels::summed(&matrices, start..start + count, out) };
             Ok(())
         })
     }

@@ -209,7 +209,7 @@ mod tests {
     use safetensors::Dtype;
 
     use super::*;
-    use crate::checkpoint::View;
+    use crate::checkpoint::{Content, View};
     use crate::kernels::sparse::decode;
 
     const ROWS: usize = 12;
@@ -218,7 +218,7 @@ mod tests {
     /// Quantizes the difference of float32 weights and zeros.
     fn quantized(weights: &[f32], settings: &Settings) -> Option<Quantized> {
         let data: Vec<u8> = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
-        let view = |data| View { dtype: Dtype::F32, shape: vec![ROWS, COLUMNS], data };
+        let view = |data| View { dtype: Dtype::F32, shape: vec![ROWS, COLUMNS], data: Content::Borrowed(data) };
         let base = vec![0; data.len()];
         let pair = Pair::new("drawn", view(&base), view(&data), false).unwrap();
         quantize(&pair, None, settings, &mut || Ok(None)).unwrap()

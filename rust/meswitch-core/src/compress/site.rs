@@ -83,7 +83,7 @@ impl SiteTensors<'_> {
 /// Entry and tensors of a site that was quantized. `None` stands for a site whose rows in the base are unchanged.
 pub(super) fn quantized_site<'a>(
     shared: &SiteEntry,
-    pair: &Pair<'a>,
+    pair: &'a Pair<'_>,
     quantized: Option<Quantized>,
 ) -> (SiteEntry, SiteTensors<'a>) {
     let added = pair.added_rows();

@@ -90,7 +90,7 @@ impl Assembly<'_> {
         let Output { mut writer, mut fingerprint, sites, .. } = output;
         for name in self.base.stored_names() {
             if !fingerprint.contains(name) {
-                fingerprint.add(name, &self.base.stored_view(name)?);
+                fingerprint.add(name, self.base)?;
             }
         }
         for file in self.files {
@@ -160,7 +160,7 @@ impl Assembly<'_> {
             if !self.base.has(name) {
                 return Err(Error::Architecture(format!("expected only parameters of the base, found {name}")));
             }
-            let base = self.base.view(name)?;
+            let base = self.base.outline(name)?;
             let mut base_shape = entry.shape.clone();
             if let Some(rows) = base_shape.first_mut() {
                 *rows = rows.saturating_sub(entry.added());
@@ -244,7 +244,7 @@ impl Output {
 
     /// Records a site that was written.
     fn add(&mut self, entry: SiteEntry, base: &Checkpoint) -> Result<()> {
-        let hash = || Ok(self.fingerprint.add(&entry.name, &base.stored_view(&entry.name)?));
+        let hash = || self.fingerprint.add(&entry.name, base);
         let digest = base.is_stored(&entry.name).then(hash).transpose()?;
         let site = Finished { entry, digest };
         if let Some(journal) = &mut self.journal {

@@ -96,24 +96,27 @@ impl Delta {
     }
 
     /// Compares a base with the one that the delta was made against: a sample of three kilobytes per tensor, or with
-    /// `whole` all of its content.
+    /// `whole` all of its content. `allow_quantized`: whether a quantized form of that base will do.
     ///
     /// # Errors
-    /// [`Error::BaseMismatch`] where they differ, [`Error::Checkpoint`] where a tensor cannot be read.
+    /// [`Error::BaseMismatch`] where they differ, [`Error::QuantizedBase`] where a quantized form will not do,
+    /// [`Error::Checkpoint`] where a tensor cannot be read.
     #[cfg(feature = "compress")]
-    pub fn check_base(&self, base: &Checkpoint, whole: bool) -> Result<()> {
+    pub fn check_base(&self, base: &Checkpoint, whole: bool, allow_quantized: bool) -> Result<()> {
         let entry = &self.manifest().base;
-        let (expected, found) =
-            if whole { (&entry.fingerprint, Fingerprint::of(base)?.finish()) } else { (&entry.sample, base.sample()?) };
-        if *expected == found {
+        let same =
+            if whole { entry.fingerprint == Fingerprint::of(base)?.finish() } else { entry.sample == base.sample()? };
+        let is_quantized_form = || base.quantized_from().is_some_and(|from| from.fingerprint == entry.fingerprint);
+        if same || (allow_quantized && is_quantized_form()) {
             return Ok(());
         }
-        Err(Error::BaseMismatch(format!(
-            "expected the base {} that {} was made against, found another in {}",
-            entry.name,
-            self.path().display(),
-            base.path().display()
-        )))
+        let made_against = format!("expected the base {} that {} was made against", entry.name, self.path().display());
+        let path = base.path().display();
+        Err(if is_quantized_form() {
+            Error::QuantizedBase(format!("{made_against}, found a quantized form of it in {path}"))
+        } else {
+            Error::BaseMismatch(format!("{made_against}, found another in {path}"))
+        })
     }
 }
 

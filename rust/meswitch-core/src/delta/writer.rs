@@ -12,7 +12,7 @@ use super::manifest::{FileEntry, MANIFEST, Manifest, TENSORS, check_file_name};
 use super::site::SiteEntry;
 use super::tensor::TensorSpec;
 use super::{ALIGNMENT, PADDING, checksum};
-use crate::checkpoint::View;
+use crate::checkpoint::{Content, View};
 use crate::crash::crash_point;
 use crate::directory::Directory;
 use crate::error::{Error, Result};
@@ -255,7 +255,7 @@ pub(super) fn check_tensors(entry: &SiteEntry, tensors: &[&[u8]]) -> Result<()> 
         if data.len() != spec.size() {
             return Err(Error::Argument(format!("expected {} bytes of {name}, found {}", spec.size(), data.len())));
         }
-        View { dtype: spec.dtype, shape: spec.shape, data }.check_finite(&name)?;
+        View { dtype: spec.dtype, shape: spec.shape, data: Content::Borrowed(data) }.check_finite(&name)?;
     }
     Ok(())
 }

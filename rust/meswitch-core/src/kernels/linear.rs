@@ -64,37 +64,45 @@ pub unsafe fn add_products(products: &[Product<'_>], x: Rows, y: Rows, exact: bo
     });
 }
 
-/// A base weight, the deltas of it, and where the products go.
+/// A weight of the base, the deltas of it, and where the products go.
 pub struct Site<'a> {
-    /// The base weight.
-    pub base: BaseWeight<'a>,
-    /// The deltas.
+    /// The weight, unless it is packed.
+    pub base: Option<BaseWeight<'a>>,
+    /// The deltas, and before them a packed weight with all tokens.
     pub products: Vec<Product<'a>>,
+    /// The weight's output channels.
+    pub rows: usize,
+    /// The number of tokens.
+    pub tokens: usize,
     /// One row per token.
     pub y: Rows,
 }
 
 /// `y[t] = W · x[t]` for weights with the same input, plus what each expert's delta adds to its own tokens. Products of
-/// deltas use lookup tables where the scales allow it. Returns when all threads are done.
+/// packed weights and of deltas use lookup tables where the scales allow it. Returns when all threads are done.
 ///
 /// # Safety
-/// [`dense::has_base_kernel`] must hold. All weights must have the same number of columns and tokens, and each matrix
-/// its weight's shape. `x` and every `y` must have a row for each token, of as many elements as the weight has columns
-/// and rows. Nothing else may access a `y` meanwhile.
+/// [`dense::has_base_kernel`] must hold unless all weights are packed. All weights must have the same number of columns
+/// and tokens, and each matrix its weight's shape. `x` and every `y` must have a row for each token, of as many elements
+/// as the weight has columns and rows. Nothing else may access a `y` meanwhile.
 pub unsafe fn linear(sites: &[Site<'_>], x: Rows) {
     // SAFETY: the caller guarantees the rows of `x`.
     let read = |token: u32, out: &mut [f32]| unsafe { x.read(token as usize, out) };
-    let Some(activations) = sites.first().map(|site| site.base.activations(&read)) else { return };
+    let activations = sites.iter().find_map(|site| site.base.as_ref()).map(|base| base.activations(&read));
     let mut jobs = Vec::with_capacity(sites.len());
     for site in sites {
-        jobs.push((site, Job::new(&site.products, site.base.rows, Some(&site.base), &read, false)));
+        let job = Job::new(&site.products, site.rows, site.base.as_ref(), &read, false);
+        jobs.push((site, Job { kept_tokens: site.tokens, ..job }));
     }
     run(jobs.iter().map(|(_, job)| job.work()).sum(), &|index, threads| {
         let mut reusable = Vec::new();
-        for (Site { base, y, .. }, job) in &jobs {
+        for (Site { base, tokens, y, .. }, job) in &jobs {
             reusable = job.run_share(index, threads, &mut reusable, &|inputs, rows, buffer| {
-                let (base_sums, delta_sums) = buffer.split_at_mut(base.tokens * rows.len());
-                dense::products(base, &activations, rows, base_sums);
+                let (base_sums, delta_sums) = buffer.split_at_mut(tokens * rows.len());
+                match base.as_ref().zip(activations.as_ref()) {
+                    Some((base, activations)) => dense::products(base, activations, rows, base_sums),
+                    None => base_sums.fill(0.0),
+                }
                 job.add_deltas(inputs, rows, delta_sums, &mut |token, values| {
                     let sums = &mut base_sums[token * rows.len()..][..rows.len()];
                     sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
@@ -132,6 +140,8 @@ struct Job<'a> {
     batches: Vec<Batch<'a>>,
     rows: usize,
     base: Option<&'a BaseWeight<'a>>,
+    /// How many tokens have sums of their own, which all products are added to.
+    kept_tokens: usize,
     read: ReadFn<'a>,
     exact: bool,
 }
@@ -145,7 +155,7 @@ impl<'a> Job<'a> {
         read: ReadFn<'a>,
         exact: bool,
     ) -> Self {
-        let mut job = Self { batches: Vec::new(), rows, base, read, exact };
+        let mut job = Self { batches: Vec::new(), rows, base, kept_tokens: 0, read, exact };
         for Product { matrix, tokens } in products {
             let batches = tokens.chunks(BATCH_TOKENS);
             job.batches.extend(batches.map(|tokens| Batch { matrix, tokens, low_rank_input: None }));
@@ -169,20 +179,15 @@ impl<'a> Job<'a> {
         wide
     }
 
-    /// Columns and tokens of the base's product; zeros without one.
-    fn base_size(&self) -> (usize, usize) {
-        self.base.map_or((0, 0), |base| (base.columns, base.tokens))
-    }
-
     /// The cost in multiplications.
     fn work(&self) -> usize {
-        let (columns, tokens) = self.base_size();
         let work = |batch: &Batch<'_>| batch.matrix.work_per_token() * batch.tokens.len();
-        self.batches.iter().map(work).sum::<usize>() + self.rows * columns * tokens
+        let base_work = self.base.map_or(0, |base| base.columns * base.tokens);
+        self.batches.iter().map(work).sum::<usize>() + self.rows * base_work
     }
 
-    /// Runs one thread's share of the rows in blocks. The buffer of sums has room for all the base's tokens, then for
-    /// the largest batch's. `reusable` are the inputs that this thread made for another weight of the same activations;
+    /// Runs one thread's share of the rows in blocks. The buffer of sums has room for the kept tokens, then for the
+    /// largest batch's. `reusable` are the inputs that this thread made for another weight of the same activations;
     /// returns the inputs it made for this one.
     fn run_share(
         &self,
@@ -191,14 +196,14 @@ impl<'a> Job<'a> {
         reusable: &mut [Input<'a>],
         run_block: BlockFn<'_>,
     ) -> Vec<Input<'a>> {
-        let (columns, base_tokens) = self.base_size();
+        let columns = self.base.map_or(0, |base| base.columns);
         let codes_before = |row: usize| self.batches.iter().map(|batch| batch.matrix.bytes_before(row)).sum::<usize>();
         let bytes_before = |row: usize| row * columns * size_of::<u16>() + codes_before(row);
         let rows = share_of_rows(self.rows, index, threads, &bytes_before);
         if rows.is_empty() {
             return Vec::new();
         }
-        let tokens = base_tokens + self.batches.iter().map(|batch| batch.tokens.len()).max().unwrap_or(0);
+        let tokens = self.kept_tokens + self.batches.iter().map(|batch| batch.tokens.len()).max().unwrap_or(0);
         let block_rows = self.block_rows(tokens);
         // Memory answers while inputs are made. Every thread makes its own: reading what another core just wrote takes
         // longer than making it again.

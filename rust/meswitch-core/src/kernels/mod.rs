@@ -35,7 +35,7 @@ pub use rows::{ElementType, Rows};
 #[cfg(feature = "compress")]
 pub(crate) use rows::{widen_bf16, widen_f16};
 pub use sparse::SparseEntries;
-pub use unpack::{add_row, dense_rows, merged};
+pub use unpack::{add_row, dense_rows, merged, summed};
 
 /// Defines a function that compiles one body for every instruction set and calls the one in use.
 ///

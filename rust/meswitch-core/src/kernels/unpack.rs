@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::floats::{add_times, scaled_levels, unpack};
 use super::matrix::{Matrix, Part};
-use super::rows::{Rows, widen_f16};
+use super::rows::{ElementType, Rows, widen_f16};
 use super::threads::{self, MIN_PARALLEL_WORK};
 use crate::layout::{self, LINE_ROWS, row_bytes};
 
@@ -49,6 +49,39 @@ pub unsafe fn merged(matrix: &Matrix<'_>, base: Rows, rows: Range<usize>, out: R
         }
     };
     if rows.len() * matrix.columns < MIN_PARALLEL_WORK { work(0, 1) } else { threads::run_on_all(&work) }
+}
+
+/// Writes the sum of rows `rows` of some matrices, of one shape, to the first rows of `out`, on all threads. A 16-bit
+/// result is rounded once.
+///
+/// # Safety
+/// `out` must have as many rows, each of as many elements as the matrices have columns. Nothing else may access it
+/// meanwhile.
+///
+/// # Panics
+/// Where `rows` ends beyond a matrix.
+pub unsafe fn summed(matrices: &[&Matrix<'_>], rows: Range<usize>, out: Rows) {
+    let columns = matrices.first().map_or(0, |matrix| matrix.columns);
+    assert!(matrices.iter().all(|matrix| rows.end <= matrix.rows && matrix.columns == columns));
+    let row_of_zeros = vec![0u16; columns];
+    // SAFETY: one row, which outlives the work, of as many elements as any is asked for.
+    let zeros = unsafe { Rows::new(row_of_zeros.as_ptr() as usize, 0, ElementType::Bf16) };
+    let work = |index: usize, threads: usize| {
+        let mut readers: Vec<RowReader<'_>> = matrices.iter().map(|matrix| RowReader::new(matrix)).collect();
+        let (mut sum, mut values) = (vec![0f32; columns], vec![0f32; columns]);
+        let Some((first, others)) = readers.split_first_mut() else { return };
+        for row in rows.len() * index / threads..rows.len() * (index + 1) / threads {
+            first.read(rows.start + row, &mut sum);
+            for reader in &mut *others {
+                reader.read(rows.start + row, &mut values);
+                add_times(&mut sum, &values, 1.0);
+            }
+            // SAFETY: the caller guarantees the rows; no two threads write the same row.
+            unsafe { out.write_sum(row, zeros, 0, &sum) };
+        }
+    };
+    let weights = matrices.len() * rows.len() * columns;
+    if weights < MIN_PARALLEL_WORK { work(0, 1) } else { threads::run_on_all(&work) }
 }
 
 /// Reads packed rows of one part. A whole line is transposed at once where rows are asked for in order, else one row.

@@ -64,12 +64,12 @@ fn another_base_is_refused() {
     let mut family = Family::new();
     let delta = family.compress().unwrap();
     let base = Checkpoint::open(&family.path("base"), &["model.safetensors".to_owned()]).unwrap();
-    delta.check_base(&base, false).unwrap();
-    delta.check_base(&base, true).unwrap();
+    delta.check_base(&base, false, false).unwrap();
+    delta.check_base(&base, true, false).unwrap();
     family.base.get_mut("same.weight").unwrap().1[700] += 1.0;
     save(&family.path("other"), &family.base);
     let other = Checkpoint::open(&family.path("other"), &["model.safetensors".to_owned()]).unwrap();
-    assert!(matches!(delta.check_base(&other, true), Err(Error::BaseMismatch(_))));
+    assert!(matches!(delta.check_base(&other, true, false), Err(Error::BaseMismatch(_))));
 }
 
 #[test]
