@@ -1,9 +1,10 @@
 """Speed and memory of `compress` on a synthetic pair of checkpoints of a real model's shapes.
 
-    python benches/compress.py [--shapes llama-3b|mistral-7b|llama-1b|llama-200m|tiny] [--preset default] [--folder DIR]
+    python benches/compress.py [--shapes llama-3b] [--preset default] [--base-bits 4] [--folder DIR]
 
 Writes base and fine-tune (16 bits a weight, sharded), compresses in a process of its own, samples that process's
-anonymous memory, prints one JSON line, and removes the files. The values are synthetic: this says nothing of quality.
+anonymous memory, prints one JSON line, and removes the files. With `--base-bits` the base is quantized first, in the
+same way, and fine-tunes are compressed against that. The values are synthetic: this says nothing of quality.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ SHAPES = {
     "llama-1b": (128256, 2048, 8192, 16, 32, 8, True),
     "llama-3b": (128256, 3072, 8192, 28, 24, 8, True),
     "mistral-7b": (32000, 4096, 14336, 32, 32, 8, False),
+    "llama-13b": (32000, 5120, 13824, 40, 40, 40, False),
+    "llama-70b": (128256, 8192, 28672, 80, 64, 8, False),
 }
 SHARD = 2 << 30
 
@@ -101,16 +104,9 @@ def anonymous(process: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
-def measure(root: Path, preset: str) -> dict[str, object]:
-    command = [
-        sys.executable,
-        "-c",
-        "from meswitch.cli import main; main()",
-        "compress",
-        str(root / "base"),
-        str(root / "finetune"),
-    ]
-    command += ["-o", str(root / "delta"), "--preset", preset, "--json"]
+def measure(*arguments: object) -> dict[str, object]:
+    """What a command says, and the peak of its process's anonymous memory."""
+    command = [sys.executable, "-c", "from meswitch.cli import main; main()", *map(str, arguments), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         peak = 0
         while process.poll() is None:
@@ -119,7 +115,7 @@ def measure(root: Path, preset: str) -> dict[str, object]:
         assert process.stdout is not None
         output = process.stdout.read()
     if process.returncode:
-        raise SystemExit(f"compress failed with {process.returncode}")
+        raise SystemExit(f"{arguments[0]} failed with {process.returncode}")
     return json.loads(output) | {"peak_anonymous_bytes": peak}
 
 
@@ -127,14 +123,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=SHAPES, default="llama-3b")
     parser.add_argument("--preset", action="append", help="may be given more than once")
+    parser.add_argument("--base-bits", type=int, choices=(2, 3, 4, 8))
     parser.add_argument("--folder", type=Path, help="where the files go for the while (default: the temporary folder)")
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
         total = write(root / "base", arguments.shapes, finetune=False)
+        base, shapes = root / "base", {"shapes": arguments.shapes, "parameters": total}
+        if arguments.base_bits:
+            found = measure("quantize", base, "-o", root / "quantized", "--bits", arguments.base_bits)
+            print(json.dumps(shapes | found), flush=True)
+            base = root / "quantized"
         write(root / "finetune", arguments.shapes, finetune=True)
         for preset in arguments.preset or ["default"]:
-            print(json.dumps({"shapes": arguments.shapes, "parameters": total} | measure(root, preset)), flush=True)
+            found = measure("compress", base, root / "finetune", "-o", root / "delta", "--preset", preset)
+            print(json.dumps(shapes | found), flush=True)
     finally:
         shutil.rmtree(root)
 

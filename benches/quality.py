@@ -2,15 +2,16 @@
 
     python benches/quality.py [--family tiny --family smol] [--seed 0 --seed 1 --seed 2] [--domain code]
                               [--way default --way small] [--form compressed --form distilled]
-                              [--tokens 12288] [--steps 120] [--batch 8] [--calibrate-on DOMAIN] [--results FILE]
-                              [--plot FILE.png] [--into FILE.md]
+                              [--tokens 12288] [--steps 120] [--batch 8] [--calibrate-on DOMAIN] [--base-bits 4]
+                              [--results FILE] [--plot FILE.png] [--into FILE.md]
 
 Ways are presets, the papers' presets with embeddings and head in them too (`bitdelta at 1 bit`: as `meswitch compress
 --preset bitdelta --bits 1`) and sizes in bits a weight (`2.1`: `--bpw 2.1`); each is measured as compressed and after
-`distill`, the papers' as the papers distil them, beside truncated SVDs of equal bytes.
-Families are trained if they are not cached. Every number goes to the results file (JSON lines) as soon as it is known
-and is not measured again; tables and plot are made from that file, as means over seeds. `--into` puts tables between
-the lines BEGIN and END of a text.
+`distill`, the papers' as the papers distil them, beside truncated SVDs of equal bytes. With `--base-bits` deltas are
+made against the base quantized to so many bits (calibrated on prose); the gain counts from the 16-bit base all the
+same. Families are trained if they are not cached. Every number goes to the results file (JSON lines) as soon as it is
+known and is not measured again; tables and plot are made from that file, as means over seeds. `--into` puts tables
+between the lines BEGIN and END of a text.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from meswitch.compression.distillation import windows
 from meswitch.compression.distillation.job import distill
 from meswitch.compression.distillation.options import DistillOptions
 from meswitch.compression.distillation.scales import TrainableScales
-from meswitch.compression.evaluation import evaluate
-from meswitch.compression.job import compress
+from meswitch.compression.evaluation import evaluate, evaluate_quantized
+from meswitch.compression.job import compress, quantize
 from meswitch.compression.options import CompressOptions
 from meswitch.compression.presets import PRESETS
 from meswitch.compression.sensitivity import measure_sensitivity
@@ -100,9 +101,22 @@ class Bench:
     domains: list[str]
     wanted: list[str]  # of FORMS
     source: str | None  # the domain whose text calibrates, where that is not the expert's own
+    base_bits: int | None  # of the base that deltas are made against, where it is quantized
 
     def run(self, name: str, seed: int) -> None:
         made = family(name, seed=seed)
+        with tempfile.TemporaryDirectory() as folder:
+            base = made.base
+            if self.base_bits is not None:
+                base, text = Path(folder) / "base", made.calibration["prose"]
+                options = CompressOptions(bits=self.base_bits)
+                report = quantize(made.base, base, options, calibration=calibrate(made.base, text))
+                found = evaluate_quantized(made.base, base, made.heldout["prose"], max_tokens=self.tokens)
+                name = f"{name}, base at {self.base_bits} bits"
+                print(f"{name}: {report.bpw:.3f} bpw, KL on prose {found.kl:.5f}", flush=True)
+            self._run(name, seed, made, base)
+
+    def _run(self, name: str, seed: int, made: Family, base: Path) -> None:
         for domain in self.domains:
             source = self.source or domain
             left = {
@@ -120,7 +134,7 @@ class Bench:
             sensed = any(targets(way) and forms for way, forms in left.items())
             costs = measure_sensitivity(made.experts[domain], text, seen) if sensed else None
             for way, forms in left.items():
-                for form, bpw, share, kl in self._measure(made, domain, source, way, forms, (seen, costs), seed):
+                for form, bpw, share, kl in self._measure(made, base, domain, source, way, forms, (seen, costs), seed):
                     row = Measured(name, seed, domain, way, form, source, bpw, share or 0.0, kl, *self._effort(form))
                     self.results.add(row)
 
@@ -131,6 +145,7 @@ class Bench:
     def _measure(
         self,
         made: Family,
+        base: Path,
         domain: str,
         source: str,
         way: str,
@@ -146,10 +161,11 @@ class Bench:
             delta = Path(folder) / "delta"
             sensitivity = seen[1] if targets(way) else None
             report = compress(
-                made.base, finetune, delta, compress_options(way), calibration=seen[0], sensitivity=sensitivity
+                base, finetune, delta, compress_options(way), calibration=seen[0], sensitivity=sensitivity
             )
             if "compressed" in forms or "svd" in forms:
-                found = evaluate(made.base, delta, finetune, heldout, max_tokens=self.tokens, svd="svd" in forms)
+                svd = "svd" in forms
+                found = evaluate(base, delta, finetune, heldout, baseline=made.base, max_tokens=self.tokens, svd=svd)
                 if "compressed" in forms:
                     yield "compressed", report.bpw, found.recovered_share, found.kl
                 if "svd" in forms:
@@ -159,8 +175,8 @@ class Bench:
                 out, text = Path(folder) / "distilled", made.calibration[source]
                 with published(way):
                     options = DistillOptions("whole", steps=self.steps, batch=self.batch, seed=seed)
-                    distill(made.base, finetune, delta, out, text, options)
-                found = evaluate(made.base, out, finetune, heldout, max_tokens=self.tokens)
+                    distill(base, finetune, delta, out, text, options)
+                found = evaluate(base, out, finetune, heldout, baseline=made.base, max_tokens=self.tokens)
                 yield "distilled", report.bpw, found.recovered_share, found.kl
 
 
@@ -282,6 +298,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="of distillation")
     parser.add_argument("--batch", type=int, default=8, help="windows a step")
     parser.add_argument("--calibrate-on", metavar="DOMAIN")
+    parser.add_argument("--base-bits", type=int, choices=(2, 3, 4, 8))
     parser.add_argument("--results", type=Path, default=Path("target/quality.jsonl"))
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--into", type=Path, metavar="FILE.md")
@@ -296,6 +313,7 @@ def main() -> None:
         domains=given.domain or list(DOMAINS),
         wanted=given.form or list(FORMS),
         source=given.calibrate_on,
+        base_bits=given.base_bits,
     )
     for name in given.family or ["tiny"]:
         for seed in given.seed or [0]:
