@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from families import VOCABULARY, config_of, save_finetune, save_random
+from families import quantize as quantize_site
 from meswitch import (
     Delta,
     DistillOptions,
@@ -23,6 +24,7 @@ from meswitch import (
     evaluate,
     import_adapter,
     quantize,
+    reference,
     restore,
     train_router,
 )
@@ -39,6 +41,9 @@ from meswitch.errors import (
 )
 from meswitch.huggingface.checkpoint import HEAD, Checkpoint
 from meswitch.huggingface.models import is_placeholder, load_model
+from meswitch.kernels.cpu import CpuKernels
+from meswitch.kernels.torch import TorchKernels
+from meswitch.layers.moe import PackedExperts, can_stay_packed
 from test_adapter import as_peft, save_adapter
 from test_cli import read, run
 from test_engine_families import SERVED, alone, assert_alike, in_order, prompts_of, save_tied_otherwise, watch
@@ -95,18 +100,83 @@ def test_heads_of_every_kind(base_tied: bool, preset: str, tmp_path: Path) -> No
     assert_alike(quantized, experts, models, ["grown", "other", "other", "base"], prompts)
 
 
-def test_moe_experts_are_decoded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    base = save_random(tmp_path / "base", config_of("mixtral"))
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MOE_FAMILIES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": MOE | {"head_dim": None},
+    "qwen3_moe": MOE,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_moe_experts_stay_packed(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = save_random(tmp_path / "base", config_of(family, **MOE_FAMILIES[family]))
+    quantized, experts, models = served(tmp_path, base, {})
+    experts.mkdir()
+    for exact in (True, False):
+        assert_alike(quantized, experts, models, ["base", "base", "base"], prompts_of(5, 100, 30), exact=exact)
+    assert "decoded" not in caplog.text
+    model, packed = load_packed(Checkpoint(quantized), "auto")
+    assert packed.moe_experts and all(
+        is_placeholder(model.get_submodule(name).down_proj) for name in packed.moe_experts
+    )
+    whole = load_model(Checkpoint(quantized))  # nothing is left of how it was loaded
+    assert {name for name, _ in whole.named_parameters()} > {name for name, _ in model.named_parameters()}
+
+
+def test_moe_experts_of_another_form_are_decoded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meswitch.engine.packed.can_stay_packed", lambda module: False)
+    base = save_random(tmp_path / "base", config_of("mixtral", **MOE_FAMILIES["mixtral"]))
     quantized, experts, models = served(tmp_path, base, {})
     experts.mkdir()
     assert_alike(quantized, experts, models, ["base", "base"], prompts_of(5, 30))
-    assert "matrices are decoded" in caplog.text
+    assert "24 matrices are decoded" in caplog.text
+
+
+def test_which_moe_experts_can_stay_packed() -> None:
+    def of(family: str, **changes: Any) -> bool:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config_of(family, **changes))
+        return all(can_stay_packed(module) for name, module in model.named_modules() if name.endswith(".experts"))
+
+    assert of("mixtral", **MOE_FAMILIES["mixtral"]) and of("olmoe", **MOE_FAMILIES["olmoe"])
+    assert not of("gpt_oss", num_local_experts=4)  # transposed, interleaved, with biases
+
+
+def test_rows_that_only_fill_up_a_step_choose_no_moe_expert() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of("mixtral", **MOE_FAMILIES["mixtral"]))
+    module = model.model.layers[0].mlp.experts
+    width, inner = module.hidden_dim, module.intermediate_dim
+
+    def site(rows: int, columns: int) -> Any:
+        weight = torch.randn(rows, columns)
+        return quantize_site("weight", torch.zeros_like(weight), weight, transposed=False)
+
+    stacks = {
+        "gate_up_proj": [[site(inner, width), site(inner, width)] for _ in range(4)],
+        "down_proj": [[site(width, inner)] for _ in range(4)],
+    }
+    x, weights = torch.randn(3, width), torch.rand(3, 2)
+    index = torch.tensor([[0, 3], [4, 4], [2, 4]])
+    for kernels in (CpuKernels(exact=True), TorchKernels()):
+        found = PackedExperts(module, kernels, stacks)(x, index, weights)
+        expected = torch.zeros_like(x)
+        for token, choice in ((0, 0), (0, 1), (2, 0)):
+            gate_up, down = ([reference.dense(own) for own in stacks[name][index[token, choice]]] for name in stacks)
+            hidden = module._apply_gate(torch.cat(gate_up) @ x[token])
+            expected[token] += weights[token, choice] * (down[0] @ hidden)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_matrices_stay_packed(llama: Path) -> None:
     model, packed = load_packed(Checkpoint(llama / "quantized"), "auto")
+    assert not packed.moe_experts
     matrices = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
-    assert packed.keys() == matrices
+    assert packed.weights.keys() == matrices
     for name, parameter in model.named_parameters():
         assert is_placeholder(parameter) == (name.rpartition(".")[0] in matrices)
         assert parameter.isnan().all() == is_placeholder(parameter)

@@ -17,7 +17,7 @@ from meswitch.batching.cache import CachePlan, cache_geometry, plan_cache
 from meswitch.batching.compatibility import check_supported, check_transformers
 from meswitch.batching.sampler import RequestSampler, SamplingState
 from meswitch.batching.scheduler import ExpertScheduler, RequestSlot
-from meswitch.engine.packed import load_packed
+from meswitch.engine.packed import Packed, load_packed
 from meswitch.errors import BudgetError, MeswitchError, UnsupportedModelError
 from meswitch.experts.settings import SettingsReader
 from meswitch.huggingface.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ def load_base(settings: Settings, run: Callable[[Callable[[], bool]], bool]) -> 
     `BudgetError`.
     """
     check_transformers(settings.device)
-    base, packed = Checkpoint(settings.base), None
+    base, packed = Checkpoint(settings.base), Packed()
     if base.is_quantized:
         model, packed = load_packed(base, settings.dtype or "auto", check_supported)
     else:
@@ -84,7 +84,7 @@ def load_base(settings: Settings, run: Callable[[Callable[[], bool]], bool]) -> 
         model.set_experts_implementation("eager")  # products of rows with one matrix, which can be kept apart
     text_config = model.config.get_text_config(decoder=True)
     kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
-    layers = ExpertLayers(model, kernels, run=run, packed=packed)
+    layers = ExpertLayers(model, kernels, run, packed.weights, packed.moe_experts)
     paged = attention.can_be_paged(model)
     plain = attention.plain_attention(model)
     plan = _plan_cache(settings, model, text_config, masks=not paged)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ def load_model(
     *,
     check: Check | None = None,
     placeholders: Mapping[str, Tensor] | None = None,
+    absent: Collection[str] = (),
 ) -> Any:
     """The causal language model of a checkpoint, in `dtype`; `auto` is the checkpoint's own.
 
     Its weights are the checkpoint's and nothing else: adapter files beside them are not loaded, and code that comes
     with them is not run. `check` is called with the model's class before any weight is read, and with the model
-    afterwards. `placeholders` are loaded instead of weights of those names.
+    afterwards. `placeholders` are loaded instead of weights of those names, `absent` ones not at all.
 
     Raises `CheckpointError` for a checkpoint that lacks weights, and `UnsupportedModelError` if transformers knows no
     such causal language model.
@@ -55,6 +57,7 @@ def load_model(
     try:
         empty = skeleton(checkpoint.path)
         state = checkpoint.slices() | dict(placeholders or {})
+        state = {name: weight for name, weight in state.items() if name not in absent}
         model, missing = load_weights(empty, state, _dtype(dtype, config, checkpoint))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.path}: expected a whole checkpoint: {error}") from error
@@ -87,6 +90,30 @@ def load_weights(empty: Any, state: Mapping[str, Any], dtype: str | torch.dtype)
         None, config=empty.config, state_dict=dict(state), dtype=dtype, output_loading_info=True
     )
     return model, sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+
+
+@contextmanager
+def without_parameters(classes: Collection[type[nn.Module]], names: Sequence[str]) -> Iterator[None]:
+    """Meanwhile modules of these classes are made without these parameters; each is an empty tensor instead."""
+    with ExitStack() as changes:
+        for kind in classes:
+            changes.enter_context(_initialized_by(kind, kind.__init__, names))
+        yield
+
+
+@contextmanager
+def _initialized_by(kind: Any, own: Any, names: Sequence[str]) -> Iterator[None]:
+    def initialize(module: Any, *args: Any, **kwargs: Any) -> None:
+        own(module, *args, **kwargs)
+        for name in names:
+            del module._parameters[name]
+            setattr(module, name, torch.empty(0))
+
+    kind.__init__ = initialize
+    try:
+        yield
+    finally:
+        kind.__init__ = own
 
 
 def own_weights(model: nn.Module, device: torch.device) -> None:

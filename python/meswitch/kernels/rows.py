@@ -32,6 +32,15 @@ class Rows:
                 self.tokens.setdefault(slot, []).append(token)
         self._without: dict[frozenset[int], tuple[Tensor, Rows]] = {}
 
+    @classmethod
+    def of_tensor(cls, slots: Tensor) -> Rows:
+        """Rows of slots that were computed, `int64 [T]`: the host waits for them.
+
+        >>> Rows.of_tensor(torch.tensor([1, -1])).tokens
+        {1: [0]}
+        """
+        return cls(slots.tolist(), slots.device)
+
     def __len__(self) -> int:
         return len(self.slots)
 

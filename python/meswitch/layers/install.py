@@ -16,6 +16,7 @@ from meswitch.layers.embedding import EmbeddingWrapper
 from meswitch.layers.first_input import FirstInput
 from meswitch.layers.head import HeadWrapper
 from meswitch.layers.linear import LinearWrapper
+from meswitch.layers.moe import PackedExperts
 from meswitch.layers.step import Step
 from meswitch.layers.vector import VectorWrapper
 from meswitch.layers.wrapper import Wrapper
@@ -31,6 +32,7 @@ class ExpertLayers:
     `FormatError`, for tensors of a site that do not fit each other. `check` and `vocabulary_of` may be called from any
     thread: what runs a module there goes through `run`, which calls it where and when the model may be used.
     `packed`: the weights that the base keeps packed, by module; these modules are wrapped from the start to the end.
+    `moe_experts`: those of modules of MoE experts, as `PackedExperts` takes them.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class ExpertLayers:
         kernels: Kernels,
         run: Callable[[Callable[[], bool]], bool] | None = None,
         packed: Mapping[str, DeltaSite] | None = None,
+        moe_experts: Mapping[str, dict[str, list[list[DeltaSite]]]] | None = None,
     ) -> None:
         self.model, self.kernels, self._packed = model, kernels, packed or {}
         self._run = run or (lambda function: function())
@@ -65,6 +68,9 @@ class ExpertLayers:
         }
         for name in self._packed:
             self._attach(self._wrapper(name))
+        for name, stacks in (moe_experts or {}).items():
+            module = self._modules[name]
+            module.forward = PackedExperts(module, kernels, stacks)
 
     @property
     def vocabulary(self) -> int:
