@@ -101,10 +101,10 @@ def quantize_gguf(source: Path, out: Path) -> None:
 class Llama:
     """A loaded model of llama.cpp."""
 
-    def __init__(self, file: Path, threads: int) -> None:
+    def __init__(self, file: Path, vocabulary: int, threads: int) -> None:
         import llama_cpp
 
-        self.api = llama_cpp
+        self.api, self.vocabulary = llama_cpp, vocabulary
         self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_threads, settings.n_threads_batch = 512, threads, threads
@@ -119,8 +119,7 @@ class Llama:
         array = (self.api.llama_token * len(tokens))(*tokens)
         if self.api.llama_decode(self.context, self.api.llama_batch_get_one(array, len(tokens))):
             raise SystemExit("llama.cpp could not decode")
-        count = SHAPES_OF["vocabulary"]
-        logits = np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, -1), (count,))
+        logits = np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, -1), (self.vocabulary,))
         return int(logits.argmax())
 
     def answer(self, prompt: list[int], tokens: int) -> float:
@@ -133,9 +132,6 @@ class Llama:
         return (time.perf_counter() - start) / (tokens - 1)
 
 
-SHAPES_OF: dict[str, int] = {}
-
-
 def peer(connection: Connection, file: Path, vocabulary: int, threads: int) -> None:
     """The process of llama.cpp: answers `("token", count)` and `("switch", 0)` with seconds, until it gets `None`."""
     import llama_cpp
@@ -143,15 +139,14 @@ def peer(connection: Connection, file: Path, vocabulary: int, threads: int) -> N
     silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    SHAPES_OF["vocabulary"] = vocabulary
-    model = Llama(file, threads)
+    model = Llama(file, vocabulary, threads)
     while (asked := connection.recv()) is not None:
         kind, count = asked
         if kind == "token":
             connection.send(model.answer(PROMPT, count))
             continue
         start = time.perf_counter()
-        other = Llama(file, threads)
+        other = Llama(file, vocabulary, threads)
         other.decode(PROMPT)
         connection.send(time.perf_counter() - start)
         other.close()
