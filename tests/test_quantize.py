@@ -16,6 +16,7 @@ from meswitch.demo.paths import Family
 from meswitch.errors import BaseMismatchError, FormatError
 from meswitch.experts.pool import ExpertPool
 from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.site import QuantizedSite
 from test_cli import read, run
 
 
@@ -60,6 +61,21 @@ def test_a_quantized_model_keeps_what_it_knows(family: Family, tmp_path: Path) -
     assert kl["calibrated"] < kl["plain"] < 0.05
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_target_leaves_no_row_without_codes(model: Path, tmp_path: Path, calibrated: bool) -> None:
+    """A row of a delta without codes is the base's; one of a model would be zeros."""
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 4)
+    calibration = calibrate(model, tmp_path / "text.txt") if calibrated else None
+    smallest = quantize(model, tmp_path / "smallest", CompressOptions(bits=1)).bytes
+    options = CompressOptions(target_bytes=smallest + 4000)
+    report = quantize(model, tmp_path / "quantized", options, calibration=calibration)
+    assert report.bytes <= smallest + 4000 and report.chosen is not None
+    assert not any(chosen["form"].startswith("0") for chosen in report.chosen)
+    for site in Delta.open(tmp_path / "quantized").outline.values():
+        if isinstance(site, QuantizedSite):
+            assert sum(part.count for part in site.parts) == site.out_features, site.name
+
+
 def test_it_is_not_an_expert_and_a_delta_is_not_a_model(tmp_path: Path) -> None:
     base = save_random(tmp_path / "base", config_of("llama"))
     other = save_finetune(tmp_path / "other", base, seed=1)
@@ -86,8 +102,8 @@ def test_it_is_not_an_expert_and_a_delta_is_not_a_model(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     base = save_random(tmp_path / "base", config_of("llama"))
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{n} and {n}"}) + "\n" for n in range(30)))
-    made = read("quantize", base, "-o", tmp_path / "small", "--bpw", 5, "--calibrate", tmp_path / "text.jsonl")
-    assert made["method"] == "auto" and made["bpw"] <= 5
+    made = read("quantize", base, "-o", tmp_path / "small", "--bpw", 6, "--calibrate", tmp_path / "text.jsonl")
+    assert made["method"] == "auto" and made["bpw"] <= 6
     assert run("quantize", base, "-o", tmp_path / "four").exit_code == 0
     assert run("verify", tmp_path / "four", "--base", base).exit_code == 0
     assert read("inspect", tmp_path / "four")["kind"] == "base"

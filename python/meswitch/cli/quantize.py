@@ -32,10 +32,13 @@ def quantize(
     calibrate: CalibrationText = None,
     as_json: Json = False,
 ) -> None:
-    """Store a whole model in a few bits a weight, 4 unless told otherwise.
+    """Store a whole model in a few bits a weight, 4 unless told otherwise, to be used as a base.
+
+    Compress fine-tunes against it: their deltas repair what quantizing broke.
 
     \b
       meswitch quantize base/ -o base-4bit/ --calibrate prompts.jsonl
+      meswitch compress base-4bit/ math-finetune/ -o experts/math --calibrate prompts.jsonl
       meswitch quantize base/ -o base-3bit/ --bpw 3
       meswitch evaluate base/ base-4bit/ --data heldout.jsonl
       meswitch restore base-4bit/ -o base-again/

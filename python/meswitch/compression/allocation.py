@@ -65,15 +65,23 @@ def allocate(
     target: int,
     weigh: Callable[[Allocation], int],
     progress: Callable[[str, int, int], None],
+    *,
+    whole_model: bool = False,
 ) -> Allocation:
     """Chooses a form for every site so that the whole delta takes at most `target` bytes, as `weigh` counts them.
 
-    `plans` without a rule, and those whose names are in `shared` (the base's own), stay as they are. `progress`
-    gets a site's name, the weights done and all weights. Equal arguments make equal choices.
+    `plans` without a rule, and those whose names are in `shared` (the base's own), stay as they are. `progress` gets a
+    site's name, the weights done and all weights. `whole_model`: sites are weights and no deltas. Equal arguments make
+    equal choices.
 
     Raises `BudgetError` if even the smallest forms take more, with the bytes that they need; `NonFiniteError`.
     """
-    hulls = _measure_hulls(base, finetune, plans, shared, costs, progress)
+    sites = [
+        CandidateSite(base, finetune, plan, costs, whole_model=whole_model)
+        for plan in plans
+        if plan.rule is not None and plan.name not in shared
+    ]
+    hulls = _measure_hulls(sites, progress)
 
     def allocation(chosen: dict[str, Form]) -> Allocation:
         final = [chosen[plan.name].final_plan() if plan.name in chosen else plan for plan in plans]
@@ -91,20 +99,8 @@ def allocate(
     return min(first, second, key=lambda candidate: candidate.loss)
 
 
-def _measure_hulls(
-    base: Checkpoint,
-    finetune: Checkpoint,
-    plans: Sequence[Plan],
-    shared: Container[str],
-    costs: ErrorCosts,
-    progress: Callable[[str, int, int], None],
-) -> dict[str, list[Form]]:
+def _measure_hulls(sites: list[CandidateSite], progress: Callable[[str, int, int], None]) -> dict[str, list[Form]]:
     """The hull of the forms of every site that has a choice, by name."""
-    sites = [
-        CandidateSite(base, finetune, plan, costs)
-        for plan in plans
-        if plan.rule is not None and plan.name not in shared
-    ]
     _scale_unknown_losses(sites)
     hulls, done, total = {}, 0, sum(site.parameters for site in sites)
     for site in sites:

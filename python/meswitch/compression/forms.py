@@ -97,12 +97,17 @@ class ErrorCosts:
 class CandidateSite:
     """One site whose form is still to be chosen, and what is measured of it.
 
+    `whole_model`: whether it is a weight itself and no delta. Then every row has codes: without any it would not be the
+    base's but zeros, which costs more than the loss of a small error says.
     `energy float64 [rows]`: the squared delta of each row, weighed by E[x²]. `weight float64 [rows]`: the loss of a
     unit of squared error. `has_sensitivity`: whether that loss is in nats.
     """
 
-    def __init__(self, base: Checkpoint, finetune: Checkpoint, plan: Plan, costs: ErrorCosts) -> None:
+    def __init__(
+        self, base: Checkpoint, finetune: Checkpoint, plan: Plan, costs: ErrorCosts, *, whole_model: bool = False
+    ) -> None:
         assert plan.rule is not None
+        self._whole_model = whole_model
         self._plan, self._rule, self.name, self._role = plan, plan.rule, plan.name, plan.role
         shape, element = finetune.shape(self.name), finetune.dtype(self.name).itemsize
         self.parameters = prod(shape)
@@ -154,25 +159,28 @@ class CandidateSite:
             # One bit leaves about the same share of a row's energy, whatever low-rank part was subtracted before: so
             # this is the loss of the low-rank part alone.
             without_codes = largest_loss * (by_bits[1] / losses[0].clamp_min(1e-300)).clamp(max=1.0)
-            forms += self._forms_of_mixed_widths(rank, {0: without_codes * _COHERENCE, **by_bits})
+            codeless = {} if self._whole_model else {0: without_codes * _COHERENCE}
+            forms += self._forms_of_mixed_widths(rank, codeless | by_bits)
         return [*forms, Form(replace(self._plan, rule=None), self._weigh([("whole", self._replaced_bytes)]), 0.0)]
 
     def _forms_of_mixed_widths(self, rank: int, losses: dict[int, Tensor]) -> list[Form]:
         """The form without codes; for embeddings and head also forms whose rows have different widths.
 
-        `losses`: of each row `[rows]`, by bits. At a price of a byte every row takes the width that minimises its loss
-        plus the price of its bytes (Lagrange); a range of prices gives a range of forms.
+        `losses`: of each row `[rows]`, by rising bits; 0 where rows may have no codes. At a price of a byte every row
+        takes the width that minimises its loss plus the price of its bytes (Lagrange); a range of prices gives a range
+        of forms.
         """
         plan = replace(self._plan, rule=self._candidate(1, rank), row_bits=())
-        no_bits = torch.zeros(self._rows, dtype=torch.uint8)
-        forms = [self._form(plan, float(losses[0].sum()), no_bits)]
+        forms = []
+        if 0 in losses:
+            forms.append(self._form(plan, float(losses[0].sum()), torch.zeros(self._rows, dtype=torch.uint8)))
         if self._role == "block":
             return forms
         widths = torch.tensor(list(losses), dtype=torch.uint8)
         stacked = torch.stack(list(losses.values()))
         sizes = [row_bytes(bits, self._columns) + _ROW_BYTES if bits else 0 for bits in losses]
         size = torch.tensor(sizes, dtype=torch.float64)[:, None]
-        highest_price = float((stacked[0] - stacked[1]).max()) / sizes[1]
+        highest_price = float((stacked[0] - stacked[1]).max()) / (sizes[1] - sizes[0])
         for price in torch.logspace(-7, 0, _PRICES, dtype=torch.float64) * highest_price:
             chosen = (stacked + price * size).argmin(0)
             loss = float(stacked.gather(0, chosen[None]).sum())

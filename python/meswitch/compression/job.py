@@ -326,4 +326,5 @@ class _Job:
             target,
             lambda allocation: weigh(allocation.plans, allocation.summary()),
             lambda site, done, _: meter.update(done, site),
+            whole_model=self._kind == "base",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -94,7 +95,7 @@ def load_weights(empty: Any, state: Mapping[str, Any], dtype: str | torch.dtype)
 
 @contextmanager
 def without_parameters(classes: Collection[type[nn.Module]], names: Sequence[str]) -> Iterator[None]:
-    """Meanwhile modules of these classes are made without these parameters; each is an empty tensor instead."""
+    """Meanwhile this thread makes modules of these classes without these parameters: each is an empty tensor."""
     with ExitStack() as changes:
         for kind in classes:
             changes.enter_context(_initialized_by(kind, kind.__init__, names))
@@ -103,9 +104,11 @@ def without_parameters(classes: Collection[type[nn.Module]], names: Sequence[str
 
 @contextmanager
 def _initialized_by(kind: Any, own: Any, names: Sequence[str]) -> Iterator[None]:
+    thread = threading.get_ident()
+
     def initialize(module: Any, *args: Any, **kwargs: Any) -> None:
         own(module, *args, **kwargs)
-        for name in names:
+        for name in names if threading.get_ident() == thread else ():
             del module._parameters[name]
             setattr(module, name, torch.empty(0))
 
