@@ -377,8 +377,10 @@ def test_several_prompts_name_their_expert(stub: type[Stub]) -> None:
 
 @pytest.mark.parametrize("kernels", ["auto", "cpu", "torch"])
 def test_generate_passes_settings_on(stub: type[Stub], kernels: str) -> None:
-    assert run("generate", "base", "hi", "--kernels", kernels, "--host-budget", "2KiB").exit_code == 0
-    assert stub.settings == {"kernels": kernels, "host_budget": 2048}
+    asked = ["generate", "base", "hi", "--kernels", kernels, "--host-budget", "2KiB"]
+    for flags in ([], ["--allow-quantized-base"]):
+        assert run(*asked, *flags).exit_code == 0
+        assert stub.settings == {"kernels": kernels, "host_budget": 2048, "allow_quantized_base": bool(flags)}
 
 
 def test_generate_json(stub: type[Stub], tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_experts_are_checked_against_the_checkpoint_that_was_loaded(
     deltas: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, checked = object(), list[object]()
-    monkeypatch.setattr(Delta, "check_base", lambda self, base: checked.append(base))
+    monkeypatch.setattr(Delta, "check_base", lambda self, base, *, allow_quantized: checked.append(base))
     pool_of(base=base).discover([deltas(name) for name in "abc"])
     assert checked == [base] * 3
 
