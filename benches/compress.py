@@ -87,12 +87,16 @@ def write(folder: Path, name: str, *, finetune: bool) -> int:
     if shard:
         flush()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    write_config(folder, name)
+    return total
+
+
+def write_config(folder: Path, name: str) -> None:
     vocabulary, hidden, intermediate, layers, heads, kv_heads, tied = SHAPES[name]
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary}
     config |= {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
     config |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    return total
 
 
 def anonymous(process: int) -> int:

@@ -16,7 +16,6 @@ package, and no dependency of ours; llama-cpp-python compiles for the machine th
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import multiprocessing
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 from compress import SHAPES
 from engine import PROMPT, ask, seconds
-from quantized import prepare, token_seconds
+from quantized import parser_of, prepare, token_seconds
 
 from meswitch.engine.engine import Engine
 from meswitch.huggingface.checkpoint import Checkpoint
@@ -199,14 +198,7 @@ def measure(root: Path, bits: int, preset: str, experts: int, tokens: int, round
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="keep the files there")
-    parser.add_argument("--shapes", choices=SHAPES, default="llama-1b")
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--preset", action="append", help="may be given more than once")
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = parser_of(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     root, presets = arguments.folder, arguments.preset or ["default", "small"]

@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from compress import SHAPES, parameters
+from compress import parameters, write_config
+from quality import put
 
 from meswitch import _native
 from meswitch.compression.options import CompressOptions
@@ -41,11 +42,7 @@ def write_holes(folder: Path, name: str) -> None:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    vocabulary, hidden, intermediate, layers, heads, kv_heads, tied = SHAPES[name]
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary}
-    config |= {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    config |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_config(folder, name)
 
 
 def planned_bytes(checkpoint: Checkpoint, options: CompressOptions) -> int:
@@ -79,11 +76,7 @@ def main() -> None:
     table = "\n".join([columns, "|---" * (columns.count("|") - 1) + "|", *rows(arguments.bandwidth)])
     print(table)
     if arguments.into:
-        before, begin, rest = arguments.into.read_text().partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not begin or not end:
-            raise SystemExit(f"expected the lines {BEGIN} and {END} in {arguments.into}")
-        arguments.into.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
+        put(table, arguments.into, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -250,13 +250,13 @@ def table(title: str, rows: list[Measured]) -> str:
     return "\n".join(lines)
 
 
-def put(tables: str, path: Path) -> None:
+def put(tables: str, path: Path, first: str = BEGIN, last: str = END) -> None:
     """Between the two lines of the text. Raises `ValueError` where it has none."""
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = path.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"expected the lines {BEGIN} and {END} in {path}")
-    path.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}")
+        raise ValueError(f"expected the lines {first} and {last} in {path}")
+    path.write_text(f"{before}{begin}\n\n{tables}\n\n{end}{after}")
 
 
 def plot(found: dict[str, list[Measured]], path: Path) -> None:

@@ -99,8 +99,9 @@ def prompt_seconds(engine: Engine, experts: list[str], first: int) -> float:
     return seconds(lambda: ask(engine, [first, *LONG[1:]], experts, 1))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The arguments of this bench and of the one beside llama.cpp."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="keep the files there")
     parser.add_argument("--shapes", choices=SHAPES, default="llama-1b")
     parser.add_argument("--bits", type=int, default=4)
@@ -108,7 +109,11 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser_of(__doc__).parse_args()
     root, bits, presets = arguments.folder, arguments.bits, arguments.preset or ["default", "small"]
     prepare(root, arguments.shapes, bits, presets, arguments.experts)
     for preset in presets:

@@ -82,10 +82,13 @@ def _moe_experts(
     """The MoE experts that can stay packed, by module: all modules of a class, or none."""
     found: dict[str, dict[str, list[list[DeltaSite]]]] = {}
     refused: set[type] = set()
+    on_disk: dict[str, list[str]] = {}  # the names of the tensors that become one parameter
+    for name, parameter in owners.items():
+        on_disk.setdefault(parameter, []).append(name)
     for name, module in empty.named_modules():
         if not any(stack in module._parameters for stack in STACKS):
             continue
-        stacks = {stack: _stack(names, f"{name}.{stack}", owners, sites, module) for stack in STACKS}
+        stacks = {stack: _stack(names, f"{name}.{stack}", on_disk, sites, module) for stack in STACKS}
         if can_stay_packed(module) and all(stacks.values()):
             found[name] = stacks
         else:
@@ -94,10 +97,10 @@ def _moe_experts(
 
 
 def _stack(
-    names: ParameterNames, parameter: str, owners: dict[str, str], sites: dict[str, DeltaSite], module: nn.Module
+    names: ParameterNames, parameter: str, on_disk: dict[str, list[str]], sites: dict[str, DeltaSite], module: nn.Module
 ) -> list[list[DeltaSite]]:
     """The sites of each MoE expert in a stack of them; none where it is no plain stack of matrices."""
-    own = [name for name, owner in owners.items() if owner == parameter]
+    own = on_disk.get(parameter)
     order, weight = names.stack(parameter, own) if own else None, module._parameters.get(parameter.rpartition(".")[2])
     if order is None or weight is None or len(order) % len(weight):
         return []
@@ -123,10 +126,5 @@ def _by_module(model: nn.Module, packed: dict[str, DeltaSite]) -> dict[str, Delt
     """The packed weights by module; modules that share a weight share its site."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     by_weight = {id(parameters[name]): site for name, site in packed.items()}
-    modules = {id(module): name for name, module in reversed(list(model.named_modules()))}
-    found = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and id(weight) in by_weight and modules[id(module)] == name:
-            found[name] = by_weight[id(weight)]
-    return found
+    weights = ((name, id(module._parameters.get("weight"))) for name, module in model.named_modules())
+    return {name: by_weight[weight] for name, weight in weights if weight in by_weight}
