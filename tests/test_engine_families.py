@@ -174,17 +174,23 @@ def test_every_preset(family: str, preset: str, tmp_path: Path) -> None:
     assert_alike(base, experts, models, ["plain", "grown", "base"], prompts)
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])
-def test_changed_moe_experts_are_refused_by_name(tmp_path: Path, family: str) -> None:
-    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    if family == "Mixtral":
-        moe = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    head = {"head_dim": None} if family == "Qwen2Moe" else {}
-    kind = family.lower().replace("moe", "_moe")
-    base = save_random(tmp_path / "base", config_of(kind, **moe, **head))
-    compress(base, save_finetune(tmp_path / "tuned", base, 1), tmp_path / "expert")
-    with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.\w+\.\S*: .*{family}"):
-        Engine(base, experts={"expert": tmp_path / "expert"}, max_batch_tokens=64)
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MOE_FAMILIES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": MOE | {"head_dim": None, "shared_expert_intermediate_size": 24},
+    "qwen3_moe": MOE,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": MOE | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+}
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_moe_experts_and_gates_of_fine_tunes(family: str, tmp_path: Path) -> None:
+    base = save_random(tmp_path / "base", config_of(family, **MOE_FAMILIES[family]))
+    tuned = {name: save_finetune(tmp_path / name, base, seed) for seed, name in enumerate("ab")}
+    experts, models = serve(tmp_path, base, tuned)
+    for exact in (True, False):
+        assert_alike(base, experts, models, ["a", "base", "b", "a"], prompts_of(5, 80, 30, 9), exact=exact)
 
 
 def save_tied_otherwise(folder: Path, base: Path, *, base_tied: bool) -> Path:

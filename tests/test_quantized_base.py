@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +33,7 @@ from meswitch import (
     train_router,
 )
 from meswitch.compression.options import CompressOptions
+from meswitch.compression.plan import Plan, make_plans
 from meswitch.demo.paths import Family
 from meswitch.engine.packed import load_packed
 from meswitch.errors import (
@@ -41,12 +46,24 @@ from meswitch.errors import (
 )
 from meswitch.huggingface.checkpoint import HEAD, Checkpoint
 from meswitch.huggingface.models import is_placeholder, load_model
+from meswitch.huggingface.names import StackPlace
 from meswitch.kernels.cpu import CpuKernels
+from meswitch.kernels.rows import BASE_SLOT
 from meswitch.kernels.torch import TorchKernels
-from meswitch.layers.moe import PackedExperts, can_stay_packed
+from meswitch.layers.moe import MoeWrapper, is_plain
+from meswitch.layers.step import Step
 from test_adapter import as_peft, save_adapter
 from test_cli import read, run
-from test_engine_families import SERVED, alone, assert_alike, in_order, prompts_of, save_tied_otherwise, watch
+from test_engine_families import (
+    MOE_FAMILIES,
+    SERVED,
+    alone,
+    assert_alike,
+    in_order,
+    prompts_of,
+    save_tied_otherwise,
+    watch,
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +117,6 @@ def test_heads_of_every_kind(base_tied: bool, preset: str, tmp_path: Path) -> No
     assert_alike(quantized, experts, models, ["grown", "other", "other", "base"], prompts)
 
 
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MOE_FAMILIES = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": MOE | {"head_dim": None},
-    "qwen3_moe": MOE,
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-}
-
-
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_moe_experts_stay_packed(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = save_random(tmp_path / "base", config_of(family, **MOE_FAMILIES[family]))
@@ -122,13 +130,65 @@ def test_moe_experts_stay_packed(family: str, tmp_path: Path, caplog: pytest.Log
         is_placeholder(model.get_submodule(name).down_proj) for name in packed.moe_experts
     )
     whole = load_model(Checkpoint(quantized))  # nothing is left of how it was loaded
-    assert {name for name, _ in whole.named_parameters()} > {name for name, _ in model.named_parameters()}
+    assert not any(map(is_placeholder, whole.parameters()))
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_moe_experts_of_fine_tunes_on_packed_ones(family: str, tmp_path: Path) -> None:
+    base = save_random(tmp_path / "base", config_of(family, **MOE_FAMILIES[family]))
+    tuned = {name: save_finetune(tmp_path / name, base, seed) for seed, name in enumerate("ab")}
+    quantized, experts, models = served(tmp_path, base, tuned)
+    for exact in (True, False):
+        assert_alike(quantized, experts, models, ["a", "base", "b"], prompts_of(5, 80, 30), exact=exact)
+
+
+def test_moe_experts_of_every_kind_of_site(tmp_path: Path) -> None:
+    """Weights of 16 bits, zeros and the base's own among those of few bits, in the base and in a fine-tune."""
+    base = save_random(tmp_path / "base", config_of("mixtral", **MOE_FAMILIES["mixtral"]))
+    tuned = save_finetune(tmp_path / "tuned", base, 1)
+    matrix = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+    change(base, {matrix.format(0, 1, "w2"): 0.0, matrix.format(1, 3, "w1"): 0.0})
+    change(tuned, {matrix.format(0, 1, "w2"): 0.0})
+    shared = matrix.format(1, 2, "w3")
+    change(tuned, {shared: load_file(base / "model.safetensors")[shared]})
+    whole = {matrix.format(layer, layer, name) for layer in (0, 1) for name in ("w1", "w2")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("meswitch.compression.job.make_plans", partial(plans_with_whole, whole))
+        quantized, experts, models = served(tmp_path, base, {"tuned": tuned})
+    kinds = {name: site.kind for name, site in Delta.open(experts / "tuned").sites.items() if ".experts." in name}
+    assert set(kinds.values()) == {"quantized", "replaced", "shared"}
+    for exact in (True, False):
+        assert_alike(quantized, experts, models, ["tuned", "base"], prompts_of(5, 80), exact=exact)
+
+
+def change(folder: Path, values: dict[str, Any]) -> None:
+    """Overwrites tensors of a checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in values.items():
+        tensors[name] = torch.zeros_like(tensors[name]) + value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def plans_with_whole(whole: set[str], *args: Any) -> Iterator[Plan]:
+    """`make_plans`, with some sites stored uncompressed."""
+    for plan in make_plans(*args):
+        yield replace(plan, rule=None) if plan.name in whole else plan
+
+
+def test_moe_experts_of_another_form_are_refused_in_a_delta(tmp_path: Path) -> None:
+    base = save_random(tmp_path / "base", config_of("gpt_oss", num_local_experts=4, num_experts_per_tok=2))
+    tuned = save_finetune(tmp_path / "tuned", base, 1)
+    own = load_file(base / "model.safetensors")
+    change(tuned, {name: tensor for name, tensor in own.items() if not name.endswith("experts.gate_up_proj")})
+    compress(base, tuned, tmp_path / "experts" / "tuned")
+    with pytest.raises(UnsupportedModelError, match="MoE experts of type GptOssExperts"):
+        Engine(base, experts={"tuned": tmp_path / "experts" / "tuned"}, max_batch_tokens=64)
 
 
 def test_moe_experts_of_another_form_are_decoded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meswitch.engine.packed.can_stay_packed", lambda module: False)
+    monkeypatch.setattr("meswitch.engine.packed.is_plain", lambda module: False)
     base = save_random(tmp_path / "base", config_of("mixtral", **MOE_FAMILIES["mixtral"]))
     quantized, experts, models = served(tmp_path, base, {})
     experts.mkdir()
@@ -136,11 +196,11 @@ def test_moe_experts_of_another_form_are_decoded(
     assert "24 matrices are decoded" in caplog.text
 
 
-def test_which_moe_experts_can_stay_packed() -> None:
+def test_which_moe_experts_is_plain() -> None:
     def of(family: str, **changes: Any) -> bool:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config_of(family, **changes))
-        return all(can_stay_packed(module) for name, module in model.named_modules() if name.endswith(".experts"))
+        return all(is_plain(module) for name, module in model.named_modules() if name.endswith(".experts"))
 
     assert of("mixtral", **MOE_FAMILIES["mixtral"]) and of("olmoe", **MOE_FAMILIES["olmoe"])
     assert not of("gpt_oss", num_local_experts=4)  # transposed, interleaved, with biases
@@ -151,24 +211,33 @@ def test_rows_that_only_fill_up_a_step_choose_no_moe_expert() -> None:
         model = AutoModelForCausalLM.from_config(config_of("mixtral", **MOE_FAMILIES["mixtral"]))
     module = model.model.layers[0].mlp.experts
     width, inner = module.hidden_dim, module.intermediate_dim
-
-    def site(rows: int, columns: int) -> Any:
-        weight = torch.randn(rows, columns)
-        return quantize_site("weight", torch.zeros_like(weight), weight, transposed=False)
-
-    stacks = {
-        "gate_up_proj": [[site(inner, width), site(inner, width)] for _ in range(4)],
-        "down_proj": [[site(width, inner)] for _ in range(4)],
+    stacks = {"gate_up_proj": [(inner, width)] * 2, "down_proj": [(width, inner)]}
+    sites = {
+        StackPlace(stack, moe_expert, piece): quantize_site(
+            f"{stack} {moe_expert} {piece}", torch.zeros(shape), torch.randn(shape), transposed=False
+        )
+        for stack, shapes in stacks.items()
+        for piece, shape in enumerate(shapes)
+        for moe_expert in range(4)
     }
+    places = {site.name: place for place, site in sites.items()}
     x, weights = torch.randn(3, width), torch.rand(3, 2)
     index = torch.tensor([[0, 3], [4, 4], [2, 4]])
     for kernels in (CpuKernels(exact=True), TorchKernels()):
-        found = PackedExperts(module, kernels, stacks)(x, index, weights)
+        wrapper = MoeWrapper("experts", module, Step(), kernels, places.get, packed=True)
+        for name, site in ((site.name, site) for site in sites.values()):
+            wrapper.set(BASE_SLOT, places[name].parameter, site)
+        found = wrapper.forward(x, index, weights)
         expected = torch.zeros_like(x)
         for token, choice in ((0, 0), (0, 1), (2, 0)):
-            gate_up, down = ([reference.dense(own) for own in stacks[name][index[token, choice]]] for name in stacks)
-            hidden = module._apply_gate(torch.cat(gate_up) @ x[token])
-            expected[token] += weights[token, choice] * (down[0] @ hidden)
+            chosen = int(index[token, choice])
+            gate, up, down = (
+                reference.dense(sites[StackPlace(stack, chosen, piece)])
+                for stack, shapes in stacks.items()
+                for piece in range(len(shapes))
+            )
+            hidden = module._apply_gate(torch.cat([gate, up]) @ x[token])
+            expected[token] += weights[token, choice] * (down @ hidden)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

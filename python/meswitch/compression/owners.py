@@ -12,7 +12,7 @@ from torch import nn
 from meswitch.errors import CheckpointError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.models import is_transposed, skeleton
-from meswitch.huggingface.names import ParameterNames, moe_blocks
+from meswitch.huggingface.names import ParameterNames, moe_gates
 
 # In a checkpoint each MoE expert has parameters of its own, which transformers stacks.
 _MOE_EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -48,7 +48,7 @@ def parameter_owners(finetune: Checkpoint, names: Iterable[str]) -> dict[str, Ow
         finetune.config  # noqa: B018  raises where there is none
         return {}
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    gates = {id(gate) for _, block in moe_blocks(model) for gate in block.children() if not [*gate.children()]}
+    gates = {id(gate) for _, gate in moe_gates(model)}
     owners: dict[str, Owner] = {}
     for position, (module_name, module) in enumerate(model.named_modules()):
         role: Role = "gate" if id(module) in gates else "block"

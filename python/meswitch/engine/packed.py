@@ -11,11 +11,13 @@ which are never made. Matrices of any other module are decoded too.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from meswitch.delta.directory import Delta
 from meswitch.huggingface.checkpoint import Checkpoint
@@ -28,19 +30,19 @@ from meswitch.huggingface.models import (
     skeleton,
     without_parameters,
 )
-from meswitch.huggingface.names import ParameterNames
-from meswitch.layers.moe import STACKS, can_stay_packed
-from meswitch.site import DeltaSite, LowRankSite, QuantizedSite
+from meswitch.huggingface.names import ParameterNames, StackPlace
+from meswitch.layers.moe import STACKS, fits, has_moe_experts, is_plain
+from meswitch.site import DeltaSite, LowRankSite, QuantizedSite, Site
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Packed:
-    """What a base keeps packed: weights by module, and by module the MoE experts as `PackedExperts` takes them."""
+    """What a base keeps packed: weights by module, and the sites of MoE experts by the module that holds them."""
 
     weights: dict[str, DeltaSite] = field(default_factory=dict)
-    moe_experts: dict[str, dict[str, list[list[DeltaSite]]]] = field(default_factory=dict)
+    moe_experts: dict[str, list[Site]] = field(default_factory=dict)
 
 
 def load_packed(base: Checkpoint, dtype: str | torch.dtype, check: Check | None = None) -> tuple[Any, Packed]:
@@ -55,14 +57,13 @@ def load_packed(base: Checkpoint, dtype: str | torch.dtype, check: Check | None 
     owners = names.parameters(sites)
     weights = dict(empty.named_parameters(remove_duplicate=False))
     packed = {parameter: sites[name] for name, parameter in owners.items() if _owns(empty, parameter, sites[name])}
-    moe_experts = _moe_experts(empty, names, owners, sites)
+    moe_experts = _moe_experts(empty, names, loaded.values())
     placeholders = {
         name: placeholder(weights[parameter].shape, weights[parameter].dtype)
         for name, parameter in owners.items()
         if parameter in packed
     }
-    stacked = {f"{module}.{stack}" for module in moe_experts for stack in STACKS}
-    absent = {name for name, parameter in owners.items() if parameter in stacked}
+    absent = {site.name for module in moe_experts.values() for site in module}
     decoded = sorted(sites.keys() - placeholders.keys() - absent)
     if decoded:
         _log.warning("%s: %d matrices are decoded, %s for one", base.path, len(decoded), decoded[0])
@@ -72,46 +73,34 @@ def load_packed(base: Checkpoint, dtype: str | torch.dtype, check: Check | None 
     for module in moe_experts:
         for stack in STACKS:
             of = weights[f"{module}.{stack}"]
-            setattr(model.get_submodule(module), stack, placeholder(of.shape, of.dtype))
+            stands_for_it = nn.Parameter(placeholder(of.shape, of.dtype), requires_grad=False)
+            setattr(model.get_submodule(module), stack, stands_for_it)
     return model, Packed(_by_module(model, packed), moe_experts)
 
 
-def _moe_experts(
-    empty: nn.Module, names: ParameterNames, owners: dict[str, str], sites: dict[str, DeltaSite]
-) -> dict[str, dict[str, list[list[DeltaSite]]]]:
-    """The MoE experts that can stay packed, by module: all modules of a class, or none."""
-    found: dict[str, dict[str, list[list[DeltaSite]]]] = {}
-    refused: set[type] = set()
-    on_disk: dict[str, list[str]] = {}  # the names of the tensors that become one parameter
-    for name, parameter in owners.items():
-        on_disk.setdefault(parameter, []).append(name)
-    for name, module in empty.named_modules():
-        if not any(stack in module._parameters for stack in STACKS):
-            continue
-        stacks = {stack: _stack(names, f"{name}.{stack}", on_disk, sites, module) for stack in STACKS}
-        if can_stay_packed(module) and all(stacks.values()):
-            found[name] = stacks
-        else:
-            refused.add(type(module))
-    return {name: stacks for name, stacks in found.items() if type(empty.get_submodule(name)) not in refused}
+def _moe_experts(empty: nn.Module, names: ParameterNames, sites: Iterable[Site]) -> dict[str, list[Site]]:
+    """The sites of MoE experts that can stay packed, by module: all modules of a class, or none."""
+    stacked: dict[str, dict[StackPlace, Site]] = {}
+    for site in sites:
+        place = names.stack_place(site.name)
+        if place is not None:
+            stacked.setdefault(place.parameter.rpartition(".")[0], {})[place] = site
+    holders = {name: module for name, module in empty.named_modules() if has_moe_experts(module)}
+    refused = {type(module) for name, module in holders.items() if not _fills(module, name, stacked.get(name, {}))}
+    return {name: list(stacked[name].values()) for name, module in holders.items() if type(module) not in refused}
 
 
-def _stack(
-    names: ParameterNames, parameter: str, on_disk: dict[str, list[str]], sites: dict[str, DeltaSite], module: nn.Module
-) -> list[list[DeltaSite]]:
-    """The sites of each MoE expert in a stack of them; none where it is no plain stack of matrices."""
-    own = on_disk.get(parameter)
-    order, weight = names.stack(parameter, own) if own else None, module._parameters.get(parameter.rpartition(".")[2])
-    if order is None or weight is None or len(order) % len(weight):
-        return []
-    pieces = len(order) // len(weight)
-    experts = [[sites[name] for name in order[start : start + pieces]] for start in range(0, len(order), pieces)]
-    fits = all(
-        sum(site.out_features for site in expert) == weight.shape[1]
-        and all(site.in_features == weight.shape[2] and not site.transposed for site in expert)
-        for expert in experts
-    )
-    return experts if fits else []
+def _fills(module: nn.Module, name: str, sites: dict[StackPlace, Site]) -> bool:
+    """Whether sites are all of a module's MoE experts, in the form that is served."""
+    if not is_plain(module):
+        return False
+    for stack in STACKS:
+        weight: Tensor = module._parameters[stack]  # type: ignore[assignment]
+        own = {place: site for place, site in sites.items() if place.parameter == f"{name}.{stack}"}
+        whole = sum(prod(site.shape) for site in own.values()) == weight.numel()
+        if not whole or not all(fits(site, place, weight) for place, site in own.items()):
+            return False
+    return True
 
 
 def _owns(empty: nn.Module, parameter: str, site: DeltaSite) -> bool:

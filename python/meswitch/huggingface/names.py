@@ -28,6 +28,15 @@ from transformers.core_model_loading import (
 T = TypeVar("T")
 
 
+class StackPlace(NamedTuple):
+    """Where a tensor lies in a stack of MoE experts `[MoE experts, rows, columns]`: whose it is, and which of those
+    that lie one below another there."""
+
+    parameter: str
+    moe_expert: int
+    piece: int
+
+
 class Place(NamedTuple):
     """Where transformers loads a tensor to: a parameter or buffer, and which piece of it, if there are several.
 
@@ -59,6 +68,8 @@ class ParameterNames:
         mapping = get_model_conversion_mapping(model)
         self._renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
         self._converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
+        # Names alone: a model's parameters are not to be kept alive here.
+        self._parameters = {name: True for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def spellings(self, name: str) -> tuple[str, ...]:
         """The names that a checkpoint's tensor may have in the model, if it becomes a parameter of its own."""
@@ -74,12 +85,11 @@ class ParameterNames:
 
         MoE experts are separate tensors on disk and one stack in a model. Tensors of no parameter are left out.
         """
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
         renamed = {
-            name: rename_source_key(name, self._renamings, self._converters, self.prefix, parameters)[0]
+            name: rename_source_key(name, self._renamings, self._converters, self.prefix, self._parameters)[0]
             for name in names
         }
-        return {name: parameter for name, parameter in renamed.items() if parameter in parameters}
+        return {name: parameter for name, parameter in renamed.items() if parameter in self._parameters}
 
     def places(self, names: Iterable[str]) -> dict[Place, str]:
         """A checkpoint's tensors by the places that they are loaded to, in the order in which transformers reads them.
@@ -110,24 +120,22 @@ class ParameterNames:
         source: str | None = getattr(self._model, "all_tied_weights_keys", {}).get(parameter)
         return source
 
-    def stack(self, parameter: str, names: Iterable[str]) -> list[str] | None:
-        """The order in which tensors of single MoE experts lie in a stack of them; `None` if it is no plain stack.
+    def stack_place(self, name: str) -> StackPlace | None:
+        """Where transformers puts a checkpoint's tensor into a plain stack of MoE experts; `None` if it does not.
 
-        A plain stack is `[MoE experts, rows, columns]`, one matrix after another.
+        A plain stack holds the tensors as they are, those of one MoE expert below each other.
         """
-        by_pattern: dict[str, list[str]] = {}
-        for name in sorted(names, key=dot_natural_key):
-            renamed = apply_renamings(name, self._renamings)
-            found = [(conv, conv.rename_source_key(renamed)[1]) for conv in self._converters]
-            converter, pattern = next((each for each in found if each[1] is not None), (None, None))
-            if converter is None or pattern is None or not _stacks_rows(converter):
+        renamed = apply_renamings(name, self._renamings)
+        for converter in self._converters:
+            parameter, pattern = converter.rename_source_key(renamed)
+            if pattern is None:
+                continue
+            number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), renamed)
+            found = next((each for each in spellings(parameter, self.prefix) if each in self._parameters), None)
+            if number is None or number.re.groups != 1 or found is None or not _stacks_rows(converter):
                 return None
-            by_pattern.setdefault(pattern, []).append(name)
-            order = converter.source_patterns
-        columns = [by_pattern[pattern] for pattern in order if pattern in by_pattern]
-        if len({len(column) for column in columns}) != 1:
-            return None
-        return [name for expert in zip(*columns, strict=True) for name in expert]
+            return StackPlace(found, int(number[1]), converter.source_patterns.index(pattern))
+        return None
 
     def with_file_names(self, values: dict[str, T], names: Iterable[str]) -> dict[str, T]:
         """`values` by parameter, and again by each of the checkpoint's tensors (`names`) that is loaded into one."""
@@ -146,3 +154,11 @@ def moe_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if "experts" in module._modules:
             yield name, module
+
+
+def moe_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The gates of the blocks of MoE experts with their names: children that have parameters and no modules."""
+    for block_name, block in moe_blocks(model):
+        for name, child in block.named_children():
+            if child._parameters and not child._modules and name != "experts":
+                yield f"{block_name}.{name}", child

@@ -4,7 +4,7 @@
                                      │
                   Step: slot of every packed token and of every row that reaches lm_head, written before each forward
 
-    ExpertLayers ── wrapper of a linear · head · embedding · vector ── kernels
+    ExpertLayers ── wrapper of a linear · head · embedding · vector · MoE experts · gate ── kernels
                     one file a kind
 
 A module is changed on the instance only (its `forward`, or an embedding's class), when the first expert changes one of

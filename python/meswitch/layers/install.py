@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,13 +10,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from meswitch.errors import UnsupportedModelError
-from meswitch.huggingface.names import ParameterNames
+from meswitch.huggingface.names import ParameterNames, moe_gates
 from meswitch.kernels.protocol import Kernels
+from meswitch.kernels.rows import BASE_SLOT
 from meswitch.layers.embedding import EmbeddingWrapper
 from meswitch.layers.first_input import FirstInput
+from meswitch.layers.gate import GateWrapper
 from meswitch.layers.head import HeadWrapper
 from meswitch.layers.linear import LinearWrapper
-from meswitch.layers.moe import PackedExperts
+from meswitch.layers.moe import MoeWrapper, has_moe_experts, is_plain
 from meswitch.layers.step import Step
 from meswitch.layers.vector import VectorWrapper
 from meswitch.layers.wrapper import Wrapper
@@ -32,7 +34,7 @@ class ExpertLayers:
     `FormatError`, for tensors of a site that do not fit each other. `check` and `vocabulary_of` may be called from any
     thread: what runs a module there goes through `run`, which calls it where and when the model may be used.
     `packed`: the weights that the base keeps packed, by module; these modules are wrapped from the start to the end.
-    `moe_experts`: those of modules of MoE experts, as `PackedExperts` takes them.
+    `moe_experts`: the sites of those of modules of MoE experts.
     """
 
     def __init__(
@@ -41,9 +43,9 @@ class ExpertLayers:
         kernels: Kernels,
         run: Callable[[Callable[[], bool]], bool] | None = None,
         packed: Mapping[str, DeltaSite] | None = None,
-        moe_experts: Mapping[str, dict[str, list[list[DeltaSite]]]] | None = None,
+        moe_experts: Mapping[str, Sequence[Site]] | None = None,
     ) -> None:
-        self.model, self.kernels, self._packed = model, kernels, packed or {}
+        self.model, self.kernels, self._packed, self._moe_experts = model, kernels, packed or {}, moe_experts or {}
         self._run = run or (lambda function: function())
         self._per_token: dict[tuple[str, str], bool] = {}  # by module and parameter, what was found once
         self.step = Step(model.get_input_embeddings().weight.device)
@@ -66,11 +68,14 @@ class ExpertLayers:
             }
             for name, module in self._modules.items()
         }
-        for name in self._packed:
+        self._gates = {id(gate) for _, gate in moe_gates(model)}
+        self._lasting = {*self._packed, *self._moe_experts}
+        if kernels.exact:  # the sums of MoE experts have one order, whether an expert has changed them or not
+            self._lasting |= {name for name, module in self._modules.items() if is_plain(module)}
+        for name in self._lasting:
             self._attach(self._wrapper(name))
-        for name, stacks in (moe_experts or {}).items():
-            module = self._modules[name]
-            module.forward = PackedExperts(module, kernels, stacks)
+        for sites in self._moe_experts.values():
+            self._set_all(BASE_SLOT, self._targets(sites, tied=False))
 
     @property
     def vocabulary(self) -> int:
@@ -113,20 +118,23 @@ class ExpertLayers:
 
     def install(self, slot: int, sites: Iterable[Site], *, tied: bool) -> None:
         sites = list(sites)
-        for wrapper, leaf, site in self._targets(sites, tied):
-            self._attach(wrapper)
-            wrapper.set(slot, leaf, site)
+        self._set_all(slot, self._targets(sites, tied))
         if not self.tied and self.head is not None and not self._has_own_head(sites, tied):
             head = self._wrapper(self._names[id(self.head)])
             assert isinstance(head, HeadWrapper)
             self._attach(head)
             head.tie(slot)
 
+    def _set_all(self, slot: int, targets: Iterable[tuple[Wrapper, str, Site]]) -> None:
+        for wrapper, leaf, site in targets:
+            self._attach(wrapper)
+            wrapper.set(slot, leaf, site)
+
     def remove(self, slot: int) -> None:
         for name, wrapper in list(self._wrappers.items()):
             if slot in wrapper.slots:
                 wrapper.clear(slot)
-            if not wrapper.slots and name not in self._packed:
+            if not wrapper.slots and name not in self._lasting:
                 wrapper.detach()
                 del self._wrappers[name]
 
@@ -144,6 +152,9 @@ class ExpertLayers:
             module = self._modules.get(path)
             if module is not None and (leaf in module._parameters or (leaf == "weight" and hasattr(module, leaf))):
                 owners[id(module)] = module
+        if not owners and (place := self._parameter_names.stack_place(name)) is not None:
+            path, _, leaf = place.parameter.rpartition(".")
+            owners[0] = self._modules[path]
         if len(owners) > 1:
             raise UnsupportedModelError(f"{name}: expected one parameter of that name, found {len(owners)}")
         return (next(iter(owners.values())) if owners else None), leaf
@@ -206,4 +217,9 @@ class ExpertLayers:
             return EmbeddingWrapper(name, module, self.step, self.kernels, packed)
         if isinstance(module, _MATRICES):
             return LinearWrapper(name, module, self.step, self.kernels, packed)
+        if has_moe_experts(module):
+            place = self._parameter_names.stack_place
+            return MoeWrapper(name, module, self.step, self.kernels, place, packed=name in self._moe_experts)
+        if id(module) in self._gates:
+            return GateWrapper(name, module, self.step, self.kernels, self._shapes[name])
         return VectorWrapper(name, module, self.step, self.kernels, self._shapes[name], self._first_inputs[name])

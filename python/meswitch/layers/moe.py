@@ -1,4 +1,4 @@
-"""MoE experts whose weights the base keeps packed: every token's products with the MoE experts that its gate chose.
+"""Modules of MoE experts: every token's products with the MoE experts that its gate chose, and its fine-tune's deltas.
 
 hidden [T, H] ── each row once for each of its k choices [T·k, H] ──┬─ gate ─┐
                                                                    └─ up ───┴─ activation ── down ── weighed, summed
@@ -6,67 +6,175 @@ hidden [T, H] ── each row once for each of its k choices [T·k, H] ──┬
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from meswitch.errors import UnsupportedModelError
+from meswitch.huggingface.names import StackPlace
 from meswitch.kernels.protocol import DeltaLinear, Kernels
 from meswitch.kernels.rows import BASE_SLOT, Rows
-from meswitch.site import DeltaSite
+from meswitch.layers.step import Step
+from meswitch.layers.wrapper import Wrapper
+from meswitch.site import LowRankSite, QuantizedSite, ReplacedSite, SharedSite, Site
 
 STACKS = ("gate_up_proj", "down_proj")
 """The parameters of a module of MoE experts, each `[MoE experts, out_features, in_features]`."""
 
 
-def can_stay_packed(module: nn.Module) -> bool:
-    """Whether a module of MoE experts computes what `PackedExperts` does: transformers' interface in its plain form."""
+def has_moe_experts(module: nn.Module) -> bool:
+    """Whether a module holds MoE experts as transformers stacks them, in whatever form."""
+    return any(weight.dim() == 3 for name in STACKS if (weight := module._parameters.get(name)) is not None)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module of MoE experts computes what `MoeWrapper` does: transformers' interface in its plain form."""
     plain = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
     plain["has_post_expert_norm"] = False
     flags = all(getattr(module, flag, None) == value for flag, value in plain.items())
     return flags and hasattr(module, "_apply_gate") and set(module._parameters) == set(STACKS)
 
 
-class PackedExperts:
-    """Stands for the forward of a module of MoE experts.
+def fits(site: Site, place: StackPlace, stack: Tensor) -> bool:
+    """Whether a site is a piece of a MoE expert in a stack `[MoE experts, out_features, in_features]`."""
+    moe_experts, out_features, in_features = stack.shape
+    rows = site.shape[0]
+    if len(site.shape) != 2 or site.shape[1] != in_features or not rows or out_features % rows:
+        return False
+    transposed = isinstance(site, QuantizedSite | LowRankSite) and site.transposed
+    return not transposed and place.moe_expert < moe_experts and place.piece < out_features // rows
 
-    `stacks`: for each of `STACKS` and each MoE expert, the sites whose rows lie one below another in it.
+
+class MoeWrapper(Wrapper):
+    """A module of MoE experts in transformers' plain form.
+
+    `place` finds a site in the stacks by its name. `packed`: whether the base keeps its MoE experts packed; their sites
+    are then given to the slot `BASE_SLOT`. A delta's key in the tables is its slot and MoE expert in one number.
     """
 
-    def __init__(self, module: Any, kernels: Kernels, stacks: dict[str, list[list[DeltaSite]]]) -> None:
-        self._module, self._count = module, len(stacks[STACKS[0]])
-        self._gate_up, self._down = (_tables(module, kernels, stacks[name]) for name in STACKS)
+    def __init__(
+        self,
+        name: str,
+        module: Any,
+        step: Step,
+        kernels: Kernels,
+        place: Callable[[str], StackPlace | None],
+        *,
+        packed: bool = False,
+    ) -> None:
+        super().__init__(name, module, step, kernels)
+        self._place = place
+        self._plain = is_plain(module)
+        self._count = next(len(module._parameters[stack]) for stack in STACKS if stack in module._parameters)
+        self._packed = packed
+        self._stacks = {stack: _Stack(module, stack, kernels, packed=packed) for stack in STACKS}
 
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def check(self, leaf: str, site: Site) -> None:
+        place = self._place(site.name)
+        if not self._plain or place is None:
+            raise UnsupportedModelError(
+                f"{site.name}: no way to give each request its own MoE experts of type {type(self.module).__name__}",
+                hint="served are MoE experts that transformers stacks from plain matrices: [out, in], without biases",
+            )
+        stack: Tensor = getattr(self.module, leaf)
+        if not fits(site, place, stack):
+            raise self.shape_mismatch(site, f"piece {place.piece} of {tuple(stack.shape)}", tuple(site.shape))
+
+    def set(self, slot: int, leaf: str, site: Site) -> None:
+        place = self._place(site.name)
+        assert place is not None, "checked"
+        self.slots.add(slot)
+        self._stacks[leaf].set(self._key(slot, place.moe_expert), place.piece, site)
+
+    def clear(self, slot: int) -> None:
+        super().clear(slot)
+        first = self._key(slot, 0)
+        for stack in self._stacks.values():
+            stack.clear(range(first, first + self._count))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        active = self.active(self.step.tokens)
+        if not active and not self._packed and not self.kernels.exact:
+            base: Tensor = self.base_forward(hidden_states, top_k_index, top_k_weights)
+            return base
         choices = top_k_index.shape[-1]
         # An index beyond the MoE experts is that of a row that only fills up a step.
         chosen = top_k_index.masked_fill(top_k_index >= self._count, BASE_SLOT)
-        rows = Rows.of_tensor(chosen.reshape(-1))
+        rows = [Rows.of_tensor(chosen.reshape(-1))]
+        if active:
+            self.expect_rows(len(hidden_states), self.step.tokens)
+            rows.append(self._own_rows(chosen))
         x = hidden_states.repeat_interleave(choices, dim=0)
-        x = self._module._apply_gate(_product(self._gate_up, x, rows))
-        y = _product(self._down, x, rows) * top_k_weights.reshape(-1, 1)
+        gate_up = self._stacks["gate_up_proj"].product(x, *rows)
+        y = self._stacks["down_proj"].product(self.module._apply_gate(gate_up), *rows)  # type: ignore[operator]
+        y = y * top_k_weights.reshape(-1, 1)
         return y.view(-1, choices, y.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
+    def _own_rows(self, chosen: Tensor) -> Rows:
+        """The key of every choice `[T, k]` of a fine-tune's token; the base's have none."""
+        slots = self.step.tokens.bank_index.unsqueeze(1)  # slot + 1; 0 is the base
+        keys = slots * self._count + chosen
+        return Rows.of_tensor(keys.masked_fill((slots == 0) | (chosen == BASE_SLOT), BASE_SLOT).reshape(-1))
 
-_Tables = list[tuple[slice, DeltaLinear]]
-
-
-def _tables(module: nn.Module, kernels: Kernels, experts: Sequence[Sequence[DeltaSite]]) -> _Tables:
-    """For each site of a MoE expert its rows in the stack, and the product with that of each MoE expert, by slot."""
-    tables: _Tables = []
-    start = 0
-    for number, first in enumerate(experts[0]):
-        table = kernels.linear(module, module.forward, first.out_features, first.in_features, many_rows=False)
-        for slot, sites in enumerate(experts):
-            table.set(slot, sites[number])
-        tables.append((slice(start, start + first.out_features), table))
-        start += first.out_features
-    return tables
+    def _key(self, slot: int, moe_expert: int) -> int:
+        return (slot - BASE_SLOT) * self._count + moe_expert
 
 
-def _product(tables: _Tables, x: Tensor, rows: Rows) -> Tensor:
-    y = torch.zeros(len(x), tables[-1][0].stop, dtype=x.dtype, device=x.device)
-    for own, table in tables:
-        table.add(y[:, own], x, rows)
-    return y
+class _Stack:
+    """The products of one stack of MoE experts, by key.
+
+    What lies one below another in a MoE expert is a *piece* each: most models store gate and up apart.
+    """
+
+    def __init__(self, module: nn.Module, name: str, kernels: Kernels, *, packed: bool) -> None:
+        self._module, self._name, self._kernels, self._packed = module, name, kernels, packed
+        self._tables: dict[int, DeltaLinear] = {}  # by piece
+        self._replaced: dict[int, dict[int, Tensor]] = {}  # weights of their own, by piece and key
+        self._rows: dict[int, slice] = {}  # of each piece
+
+    def set(self, key: int, piece: int, site: Site) -> None:
+        if isinstance(site, SharedSite):
+            return
+        rows = site.shape[0]
+        self._rows[piece] = slice(piece * rows, (piece + 1) * rows)
+        if isinstance(site, ReplacedSite):
+            self._replaced.setdefault(piece, {})[key] = site.value.to(self._weight.device)
+            return
+        if piece not in self._tables:
+            self._tables[piece] = self._kernels.linear(
+                self._module, self._module.forward, rows, site.in_features, many_rows=False
+            )
+        self._tables[piece].set(key, site)
+
+    def clear(self, keys: range) -> None:
+        for table in self._tables.values():
+            for key in keys:
+                table.set(key, None)
+        for replaced in self._replaced.values():
+            for key in keys:
+                replaced.pop(key, None)
+
+    def product(self, x: Tensor, base: Rows, own: Rows | None = None) -> Tensor:
+        """`x [n, in_features]` times each row's MoE expert; `own`: the rows' keys where they have deltas."""
+        y = x.new_zeros(len(x), self._weight.shape[1])
+        if not self._packed:
+            for moe_expert, index in base.groups.items():
+                y[index] = F.linear(x[index], self._weight[moe_expert])
+        for rows in ([base] if self._packed else []) + ([] if own is None else [own]):
+            for piece, table in self._tables.items():
+                table.add(y[:, self._rows[piece]], x, rows)
+            self._replace(y, x, rows)
+        return y
+
+    def _replace(self, y: Tensor, x: Tensor, rows: Rows) -> None:
+        for piece, weights in self._replaced.items():
+            for key in weights.keys() & rows.groups.keys():
+                index = rows.groups[key]
+                y[index, self._rows[piece]] = F.linear(x[index], weights[key].to(x.dtype))
+
+    @property
+    def _weight(self) -> Tensor:
+        weight: Tensor = getattr(self._module, self._name)
+        return weight
