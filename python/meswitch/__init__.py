@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from meswitch.compression.lora import import_adapter
     from meswitch.compression.options import CompressOptions
     from meswitch.compression.sensitivity import measure_sensitivity
+    from meswitch.compression.sharing import share
     from meswitch.delta.directory import Delta
     from meswitch.delta.restoration import restore
     from meswitch.engine.engine import Engine
@@ -78,6 +79,7 @@ _HOMES = {
     "measure_sensitivity": "compression.sensitivity",
     "quantize": "compression.job",
     "restore": "delta.restoration",
+    "share": "compression.sharing",
     "train_router": "router.routers",
 }
 
@@ -121,6 +123,7 @@ __all__ = [
     "measure_sensitivity",
     "quantize",
     "restore",
+    "share",
     "train_router",
 ]
 

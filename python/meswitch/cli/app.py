@@ -13,6 +13,7 @@ from meswitch.cli.demo import demo
 from meswitch.cli.doctor import doctor
 from meswitch.cli.evaluate import evaluate
 from meswitch.cli.generate import generate
+from meswitch.cli.moe import moe_app
 from meswitch.cli.quantize import quantize
 from meswitch.cli.replay import replay
 from meswitch.cli.router import router_app
@@ -42,6 +43,7 @@ app.command()(restore)
 app.command()(upgrade)
 app.command()(evaluate)
 app.add_typer(router_app, name="router")
+app.add_typer(moe_app, name="moe")
 app.command()(generate)
 app.command()(replay)
 app.command()(demo)

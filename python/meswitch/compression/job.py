@@ -40,6 +40,9 @@ from meswitch.target import resolve_target
 Kind: TypeAlias = Literal["delta", "base"]
 """What a directory holds."""
 
+ChangePlan: TypeAlias = Callable[[Plan], Plan]
+"""Returns a plan that takes another's place."""
+
 
 @dataclass(frozen=True)
 class CompressReport:
@@ -134,6 +137,19 @@ def quantize(
     return _run("base", source.zeros(), source, target, options, calibration, sensitivity, progress)
 
 
+def compress_otherwise(
+    base: Checkpoint,
+    finetune: Checkpoint,
+    target: Path,
+    options: CompressOptions,
+    change: ChangePlan,
+    calibration: Calibration | None = None,
+    progress: ProgressCallback | None = None,
+) -> CompressReport:
+    """`compress` of opened checkpoints, with other plans than the preset's for some parameters."""
+    return _run("delta", base, finetune, target, options, calibration, None, progress, change)
+
+
 def _run(
     kind: Kind,
     base: Checkpoint,
@@ -143,10 +159,11 @@ def _run(
     calibration: Calibration | None,
     sensitivity: dict[str, Tensor] | None,
     progress: ProgressCallback | None,
+    change: ChangePlan | None = None,
 ) -> CompressReport:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        job = _Job(kind, base, finetune, options, calibration, Path(scratch))
+        job = _Job(kind, base, finetune, options, calibration, Path(scratch), change)
         resumed, allocation = job.run(target, sensitivity or {}, progress)
     seconds, delta = time.perf_counter() - start, Delta.open(target)
     return CompressReport(
@@ -199,6 +216,7 @@ class _Job:
         options: CompressOptions,
         calibration: Calibration | None,
         scratch: Path,
+        change: ChangePlan | None,
     ) -> None:
         if finetune.is_quantized:
             given = "fine-tune" if kind == "delta" else "model"
@@ -209,6 +227,7 @@ class _Job:
         self._kind = kind
         paired = pair(base, finetune)
         self._base, self._finetune, self._options = paired.base, paired.finetune, options
+        self._change = change or (lambda plan: plan)
         self._pair = paired.base.native, paired.finetune.native
         self._own_names = paired.own_names
         self._calibration = None if calibration is None else self._renamed(calibration)
@@ -231,7 +250,8 @@ class _Job:
         """Writes the delta. Returns the weights that an earlier run had done, and the choice of method `auto`."""
         phase = "quantizing" if self._kind == "base" else "compressing"
         sensitivity = self._under_base_names(sensitivity)
-        plans = list(make_plans(self._base, self._finetune, self._options.rules, self._calibration))
+        made = make_plans(self._base, self._finetune, self._options.rules, self._calibration)
+        plans = [self._change(plan) for plan in made]
         if not self._options.chooses_per_site:
             meter = ProgressMeter(progress, phase, self._parameters)
             return self._write(out, plans, self._factors(plans), meter, 0), None

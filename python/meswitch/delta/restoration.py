@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from meswitch import reference
 from meswitch.delta.directory import TENSORS, Delta
 from meswitch.errors import BaseMismatchError
 from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.huggingface.shards import SHARD_BYTES, write_shards
 from meswitch.progress import ProgressCallback, ProgressMeter
 from meswitch.site import ReplacedSite, Site
 from meswitch.target import new_folder, resolve_target
@@ -36,7 +35,7 @@ def restore(
     out: str | Path,
     *,
     allow_quantized_base: bool = False,
-    shard_bytes: int = 4 << 30,
+    shard_bytes: int = SHARD_BYTES,
     progress: ProgressCallback | None = None,
 ) -> None:
     """Writes an ordinary checkpoint: base plus delta, in the fine-tune's shapes and dtypes, with its tokenizer.
@@ -62,7 +61,15 @@ def restore(
         for file in opened.manifest["files"]:
             if file != TENSORS:
                 (folder / file).write_bytes(opened.read_file(file))
-        _write_shards(folder, opened, checkpoint, shard_bytes, meter)
+
+        def parameter(name: str) -> Tensor:
+            meter.advance(0, name)
+            site = opened.sites[name]
+            meter.advance(site.parameters)
+            return rebuild(site, checkpoint)
+
+        sizes = {name: site.parameters * site.dtype.itemsize for name, site in opened.outline.items()}
+        write_shards(folder, sizes, parameter, shard_bytes)
 
 
 def base_of(delta: Delta, base: str | Path | None, *, allow_quantized: bool) -> Checkpoint | None:
@@ -76,37 +83,3 @@ def base_of(delta: Delta, base: str | Path | None, *, allow_quantized: bool) -> 
     checkpoint = Checkpoint.open(base)
     delta.check_base(checkpoint, allow_quantized=allow_quantized)
     return checkpoint
-
-
-def _write_shards(folder: Path, delta: Delta, base: Checkpoint | None, shard_bytes: int, meter: ProgressMeter) -> None:
-    shards = _shards(delta, shard_bytes)
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        single = len(shards) == 1
-        file = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            meter.advance(0, name)
-            site = delta.sites[name]
-            # A copy: safetensors refuses tensors that share memory, as views of one mapped file do.
-            tensors[name] = rebuild(site, base).clone(memory_format=torch.contiguous_format)
-            meter.advance(site.parameters)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(site.parameters * site.dtype.itemsize for site in delta.outline.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-        (folder / "model.safetensors.index.json").write_text(text)
-
-
-def _shards(delta: Delta, shard_bytes: int) -> list[list[str]]:
-    """Parameter names by file, in order."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, site in delta.outline.items():
-        size += site.parameters * site.dtype.itemsize
-        if size > shard_bytes and shards[-1]:
-            shards.append([])
-            size = site.parameters * site.dtype.itemsize
-        shards[-1].append(name)
-    return shards
