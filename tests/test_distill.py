@@ -450,7 +450,17 @@ def test_fused_moe_experts_are_distilled_whole(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="expected a tensor of the checkpoint for every parameter"):
         distill(base, finetune, delta, out, data, options(method="blocks"))
     assert not out.exists() and not list(tmp_path.glob(".*"))
-    assert distill(base, finetune, delta, out, data, options(method="whole")).method == "whole"
+    done = distill(base, finetune, delta, out, data, options(method="whole"))
+    assert done.method == "whole" and done.kl_after < done.kl_before
+    before, after = Delta.open(delta).sites, Delta.open(out).sites
+    experts = [site for site in before.values() if ".experts." in site.name and isinstance(site, QuantizedSite)]
+    moved = [
+        site.name
+        for site in experts
+        if not torch.equal(site.parts[0].scales, after[site.name].parts[0].scales)  # type: ignore[union-attr]
+    ]
+    assert len(moved) > len(experts) / 2
+    assert divergence(base, out, finetune) < divergence(base, delta, finetune)
 
 
 def test_auto_is_what_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ codes, trainable scales ── `DeltaRows`: rows of Δ̂ ─┴── `ExpertWei
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,6 +98,10 @@ class ExpertWeight:
         """What the delta is added to: the base's parameter, then the stored rows of a grown vocabulary."""
         return self._read_base() if self._kept_base is None else self._kept_base
 
+    def keep_base(self, base: Tensor) -> None:
+        """Takes `base` for what is in the file, from now on."""
+        self._kept_base = base
+
     def __call__(self, *, rounded: bool) -> Tensor:
         """The parameter: with the scales as stored if `rounded`, else differentiable by their shifts."""
         base = self.base
@@ -120,6 +125,24 @@ class ExpertWeight:
             return rows
         in_added = slice(None) if numbers is None else numbers[numbers >= site.base_rows] - site.base_rows
         return torch.cat([rows, site.added[in_added].float()])
+
+
+class StackedWeight:
+    """A stack of MoE experts in float32, rebuilt at every call from the weights that lie one below another in it.
+
+    `base`: what deltas are added to, of which each piece keeps its own rows.
+    """
+
+    def __init__(self, pieces: Sequence[ExpertWeight], shape: Sequence[int]) -> None:
+        self._pieces = list(pieces)
+        bases = [piece.base for piece in pieces]
+        self.base = torch.cat(bases).view(*shape)
+        for piece, rows in zip(pieces, self.base.flatten(0, 1).split([len(base) for base in bases]), strict=True):
+            piece.keep_base(rows)
+
+    def __call__(self, *, rounded: bool) -> Tensor:
+        """As `ExpertWeight` does."""
+        return torch.cat([piece(rounded=rounded) for piece in self._pieces]).view(self.base.shape)
 
 
 def relative_error(scales: TrainableScales, base: Checkpoint, finetune: Checkpoint) -> float:

@@ -78,7 +78,7 @@ def distill(
     Raises `DataError` for too little text or a token that the models have no row for, `BaseMismatchError`,
     `FormatError` (a fine-tune with another vocabulary), `OutputError` (something else at `out`, or another process that
     writes there), `NonFiniteError` for predictions that are not finite, and `UnsupportedModelError` for a model that
-    `blocks` cannot run a block at a time (fused MoE experts).
+    `blocks` cannot run a block at a time (stacked MoE experts).
 
     >>> options = DistillOptions(steps=2, window=16, batch=2)
     >>> report = distill("base/", "math/", "experts/math", "experts/tuned", "prompts.jsonl", options)

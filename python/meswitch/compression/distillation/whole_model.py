@@ -7,13 +7,14 @@ text ─┬─ fine-tune (teacher) ───────────────
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from meswitch.compression.distillation.expert_weight import ExpertWeight
+from meswitch.compression.distillation.expert_weight import ExpertWeight, StackedWeight
 from meswitch.compression.distillation.optimizer import Outcome, Schedule, optimize
 from meswitch.compression.distillation.scales import TrainableScales, trainable_scales
 from meswitch.compression.distillation.windows import Windows, text_weight
@@ -23,7 +24,7 @@ from meswitch.delta.model import expert_model
 from meswitch.delta.restoration import rebuild
 from meswitch.huggingface.checkpoint import HEAD, Checkpoint
 from meswitch.huggingface.models import load_model
-from meswitch.huggingface.names import spellings
+from meswitch.huggingface.names import ParameterNames, StackPlace
 from meswitch.huggingface.text import FORWARD_TOKENS
 from meswitch.progress import ProgressCallback, ProgressMeter
 from meswitch.site import QuantizedSite
@@ -48,16 +49,18 @@ class WholeModelDistillation:
         self._vocabulary: int = self._teacher.get_input_embeddings().num_embeddings
         _untie_head(self._expert, delta, base)
         self.scales: dict[str, TrainableScales] = {}
-        self._weights: dict[str, ExpertWeight] = {}
-        parameters = dict(self._expert.named_parameters())
-        sites = (site for site in delta.sites.values() if isinstance(site, QuantizedSite) and site.parts)
-        for name, scales in trainable_scales(sites).items():
-            candidates = spellings(name, self._expert.base_model_prefix)
-            parameter = next((candidate for candidate in candidates if candidate in parameters), None)
-            if parameter is not None and parameters[parameter].shape == scales.site.shape:
-                self.scales[name] = scales
-                self._weights[parameter] = ExpertWeight(scales.site, base, scales, keep_base=True)
-                parameters[parameter].data = self._weights[parameter].base  # saves a second copy of it
+        self._weights: dict[str, ExpertWeight | StackedWeight] = {}
+        parameters, sites = dict(self._expert.named_parameters()), delta.sites
+        quantized = (site for site in sites.values() if isinstance(site, QuantizedSite) and site.parts)
+        trainable = trainable_scales(quantized)
+        for parameter, names in _names(self._expert, sites).items():
+            own = {name: trainable[name] for name in names if name in trainable}
+            pieces = [ExpertWeight(sites[name], base, own.get(name), keep_base=len(names) == 1) for name in names]
+            weight = pieces[0] if len(names) == 1 else StackedWeight(pieces, parameters[parameter].shape)
+            if own and weight.base.shape == parameters[parameter].shape:
+                self.scales |= own
+                self._weights[parameter] = weight
+                parameters[parameter].data = weight.base  # saves a second copy of it
 
     def train(self, progress: ProgressCallback | None) -> Outcome:
         """Trains the scales and leaves the best ones in `self.scales`; scores are KL in nats a held-out token."""
@@ -104,6 +107,17 @@ class WholeModelDistillation:
         weights = {name: weight(rounded=rounded) for name, weight in self._weights.items()}
         logits = functional_call(self._expert, weights, kwargs=inputs).logits[:, scored]
         return log_p, logits.flatten(0, 1).float().log_softmax(-1)
+
+
+def _names(model: Any, sites: Iterable[str]) -> dict[str, list[str]]:
+    """The sites of each parameter of a model: its own, or those that are stacked in it, in their order."""
+    names = ParameterNames(model)
+    stacked: dict[str, dict[StackPlace, str]] = {}
+    for name in sites:
+        if (place := names.stack_place(name)) is not None:
+            stacked.setdefault(place.parameter, {})[place] = name
+    own = {parameter: [name] for parameter, name in names.on_disk(sites).items()}
+    return own | {parameter: [of[place] for place in sorted(of)] for parameter, of in stacked.items()}
 
 
 def _untie_head(expert: Any, delta: Delta, base: Checkpoint) -> None:
