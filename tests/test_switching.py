@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from families import config_of, save_finetune, save_random
-from meswitch import Engine, compress
-from meswitch.engine import admission
+from meswitch import Delta, Engine, compress
+from meswitch.engine import admission, worker
 from meswitch.errors import BudgetError, ChecksumError, ExpertNotFoundError, FormatError, RequestError
 from meswitch.experts.watch import FolderWatch
 
@@ -196,6 +196,29 @@ def test_a_trace_says_what_was_asked_for_and_done(made: Path, engine: Engine, tm
     assert [name for event, name in events if event == "request"] == list("abcab")
     assert events.count(("load", "a")) == 2 and ("evict", "a") in events and ("retire", "c") in events
     assert all(line["bytes"] > 0 for line in lines[1:]) and lines == sorted(lines, key=lambda line: line["t"])
+
+
+def test_an_expert_of_many_sites_is_put_into_the_layers_between_steps(
+    made: Path, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site a step, while another text runs on; one that is removed meanwhile leaves nothing behind."""
+    monkeypatch.setattr(worker, "_INSTALL_SECONDS", 0.0)
+    with engine_of(made) as engine:
+        sites = len(Delta.open(made / "experts" / "a").sites)
+        running = engine.stream(PROMPT, expert="base", max_new_tokens=200)
+        next(running)
+        before = engine.stats()["steps"]
+        assert engine.generate(PROMPT, expert="a", max_new_tokens=12).token_ids == alone["a"]
+        assert engine.stats()["steps"] - before > sites
+        engine.prefetch("b")
+        until(lambda: engine._worker.pool.residency.is_installing)
+        engine.remove_expert("b")
+        until(lambda: not engine._worker.pool.residency.is_installing)
+        assert all(wrapper.slots <= {0} for wrapper in engine._worker.layers._wrappers.values())
+        until(lambda: engine.stats()["host"]["bytes"] == engine.experts["a"]["bytes"])
+        running.close()
+        engine.remove_expert("a")
+        until(lambda: not engine._worker.layers._wrappers)
 
 
 def test_a_watched_folder(made: Path, folder: Path, alone: dict[str, list[int]], tmp_path: Path) -> None:

@@ -89,8 +89,12 @@ class Delta:
 
     def sites_of(self, tensors: _native.Tensors) -> dict[str, Site]:
         """All sites, over the tensors of this delta that were read before."""
+        return {site.name: site for site in self.iterate(tensors)}
+
+    def iterate(self, tensors: _native.Tensors) -> Iterator[Site]:
+        """`sites_of`, each made when it is asked for."""
         native, memory = self.native, from_dlpack(tensors.dlpack())
-        return {name: _site(_entry(native, name), tensors, memory) for name in native.names()}
+        return (_site(_entry(native, name), tensors, memory) for name in native.names())
 
     @property
     def kind(self) -> str:

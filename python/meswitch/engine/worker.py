@@ -11,6 +11,7 @@ has a result. A caller acquires its request's expert; it is released here, when 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -36,6 +37,7 @@ from meswitch.kernels.rows import BASE_SLOT
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+_INSTALL_SECONDS = 0.005  # a step: how long running texts wait for experts that are put into the layers
 _LOOK_SECONDS = 0.05  # how often requests that wait are looked at where nothing runs
 
 
@@ -190,7 +192,7 @@ class Worker(threading.Thread):
             self._fail(request, error)
         self._update_residency()
         self._admit()
-        self._idle = not self.live
+        self._idle = not self.live and not self.pool.residency.is_installing
         if self.live and not self._step():
             self.inbox.run(wait=True, timeout=0.01)  # nothing could be scheduled: do not spin
 
@@ -208,7 +210,7 @@ class Worker(threading.Thread):
     def _update_residency(self) -> None:
         """Puts experts that were loaded into the layers, takes out those that were evicted, and fails requests whose
         expert cannot be loaded."""
-        changed, failed = self.pool.residency.update()
+        changed, failed = self.pool.residency.update(_INSTALL_SECONDS if self.live else math.inf)
         for expert in changed:
             self.queue.refresh(expert)
         for expert, error in failed:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Callable
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from meswitch import _native
 from meswitch.experts.catalogue import Expert
@@ -15,6 +20,21 @@ _log = logging.getLogger(__name__)
 
 READ_BYTES_PER_SECOND = 1e9
 """How quickly a delta is assumed to be read before any was."""
+
+
+@dataclass
+class _Installation:
+    """An expert that is being put into the layers: what is left of it, and the lease that keeps it in memory."""
+
+    expert: Expert
+    slot: int
+    lease: Any
+    steps: Iterator[None]
+
+    def advance(self, deadline: float) -> bool:
+        """Puts more into the layers until the deadline; whether all of it is there. Raises `FormatError` for tensors
+        that do not fit each other."""
+        return all(time.monotonic() < deadline for _ in self.steps)
 
 
 class Residency:
@@ -35,6 +55,7 @@ class Residency:
         self._experts: dict[int, Expert] = {}
         self._free: list[int] = []  # a heap of the slots below `_slots` that nobody has
         self._slots = 0
+        self._installing: deque[_Installation] = deque()
         self._last_counters: dict[str, int | None] | None = None
         self._read_bytes, self._read_seconds = 1.0, 1 / READ_BYTES_PER_SECOND
 
@@ -108,16 +129,22 @@ class Residency:
 
     # on the engine's thread
 
-    def update(self) -> tuple[list[Expert], list[tuple[Expert, Exception]]]:
+    @property
+    def is_installing(self) -> bool:
+        """Whether `update` has more to put into the layers."""
+        return bool(self._installing)
+
+    def update(self, seconds: float = math.inf) -> tuple[list[Expert], list[tuple[Expert, Exception]]]:
         """Puts what was loaded into the layers, and takes out what was evicted.
 
-        Returns the experts that have come or gone, and those that could not be loaded, each with why.
+        Returns the experts that have come or gone, and those that could not be loaded, each with why. An expert of
+        thousands of sites takes a second: after `seconds` the rest is left for the next call.
         """
         if (error := self._native.take_trace_error()) is not None:
             _log.warning("the trace of the residency has ended: %s", error)
         changed: list[Expert] = []
         failed: list[tuple[Expert, Exception]] = []
-        for event, unit, seconds, error in self._native.take_events():
+        for event, unit, taken, error in self._native.take_events():
             expert = self._experts.get(unit)
             if expert is None:
                 continue
@@ -129,12 +156,19 @@ class Residency:
                 self._uninstall(expert)
                 changed.append(expert)
             else:
-                self._count_load(expert, seconds)
-                try:
-                    if self._install(expert):
-                        changed.append(expert)
-                except Exception as error:  # tensors that do not fit each other, each of which is what was written
-                    failed.append((expert, error))
+                self._count_load(expert, taken)
+                self._begin(expert)
+        deadline = time.monotonic() + seconds
+        while self._installing:
+            installation = self._installing[0]
+            try:
+                if not installation.advance(deadline):
+                    break
+                changed += self._finish(installation)
+            except Exception as error:  # tensors that do not fit each other, each of which is what was written
+                failed.append((installation.expert, error))
+                self._cancel(installation)
+            self._installing.popleft()
         return changed, failed
 
     def pin(self, expert: Expert) -> bool:
@@ -150,6 +184,8 @@ class Residency:
 
     def close(self) -> None:
         """Stops loads, and lets go of the model."""
+        while self._installing:
+            self._cancel(self._installing.popleft())
         for expert in list(self._experts.values()):
             while expert.leases:
                 self.unpin(expert)
@@ -159,30 +195,37 @@ class Residency:
         self._experts.clear()
         self._layers = None
 
-    def _install(self, expert: Expert) -> bool:
-        """Puts an expert's tensors into the lowest free slot, so that tables by slot stay short.
+    def _begin(self, expert: Expert) -> None:
+        """Begins to put an expert's tensors into the lowest free slot, so that tables by slot stay short; nothing where
+        it has left again."""
+        lease, delta = self._native.pin(self._unit(expert)), expert.delta
+        if lease is None or delta is None:
+            return
+        slot = heapq.heappop(self._free) if self._free else self._slots
+        self._slots = max(self._slots, slot + 1)
+        tensors = lease.tensors()
+        assert tensors is not None
+        steps = self.layers.installing(slot, delta.iterate(tensors), delta.native.names(), tied=expert.tied)
+        self._installing.append(_Installation(expert, slot, lease, steps))
 
-        False where it has left again. Raises `FormatError` where its tensors do not fit each other.
-        """
-        lease = self._native.pin(self._unit(expert))
-        if lease is None:
-            return False
-        try:
-            tensors = lease.tensors()
-            assert tensors is not None
-            slot = heapq.heappop(self._free) if self._free else self._slots
-            self._slots = max(self._slots, slot + 1)
-            expert.slot = slot
-            self.layers.install(slot, expert.delta.sites_of(tensors).values(), tied=expert.tied)
-        except BaseException:
-            self._uninstall(expert)
-            raise
-        finally:
-            if expert.pinned and expert.slot is not None:
-                expert.kept = lease
-            else:
-                lease.release()
-        return True
+    def _finish(self, done: _Installation) -> list[Expert]:
+        """Gives the expert its slot, unless nobody wants it any more."""
+        expert = done.expert
+        if expert.delta is None:
+            self._cancel(done)
+            return []
+        expert.slot = done.slot
+        if expert.pinned:
+            expert.kept = done.lease
+        else:
+            done.lease.release()
+        return [expert]
+
+    def _cancel(self, installation: _Installation) -> None:
+        """Takes what was put into the layers out again."""
+        heapq.heappush(self._free, installation.slot)
+        self.layers.remove(installation.slot)
+        installation.lease.release()
 
     def _uninstall(self, expert: Expert) -> None:
         """Takes an expert out of the layers, which held the last of its tensors."""

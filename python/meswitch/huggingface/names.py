@@ -68,6 +68,7 @@ class ParameterNames:
         mapping = get_model_conversion_mapping(model)
         self._renamings = [transform for transform in mapping if isinstance(transform, WeightRenaming)]
         self._converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
+        self._stack_places: dict[str, StackPlace | None] = {}
         # Names alone: a model's parameters are not to be kept alive here.
         self._parameters = {name: True for name, _ in model.named_parameters(remove_duplicate=False)}
 
@@ -125,6 +126,11 @@ class ParameterNames:
 
         A plain stack holds the tensors as they are, those of one MoE expert below each other.
         """
+        if name not in self._stack_places:  # asked for once a fine-tune, and slow to find
+            self._stack_places[name] = self._find_stack_place(name)
+        return self._stack_places[name]
+
+    def _find_stack_place(self, name: str) -> StackPlace | None:
         renamed = apply_renamings(name, self._renamings)
         for converter in self._converters:
             parameter, pattern = converter.rename_source_key(renamed)

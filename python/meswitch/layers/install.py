@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,7 @@ class ExpertLayers:
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._names = {id(module): name for name, module in reversed(self._modules.items())}
         self._parameter_names = ParameterNames(model)
+        self._found: dict[str, tuple[nn.Module | None, str]] = {}
         self._wrappers: dict[str, Wrapper] = {}
         self._first_inputs = {
             name: FirstInput(module)
@@ -75,7 +76,7 @@ class ExpertLayers:
         for name in self._lasting:
             self._attach(self._wrapper(name))
         for sites in self._moe_experts.values():
-            self._set_all(BASE_SLOT, self._targets(sites, tied=False))
+            self.install(BASE_SLOT, sites, tied=False)
 
     @property
     def vocabulary(self) -> int:
@@ -101,11 +102,12 @@ class ExpertLayers:
                 reads = site.shape[0]
             elif module is self.head and leaf == "weight":
                 answers = site.shape[0]
-        return reads, answers if self._has_own_head(sites, tied) else reads
+        return reads, answers if self._has_own_head(_names(sites), tied) else reads
 
     def check(self, sites: Iterable[Site], *, tied: bool) -> None:
         """Raises where one of `sites` cannot be served; `tied` says whether the fine-tune ties lm_head."""
-        for wrapper, leaf, site in self._targets(sites, tied):
+        sites = list(sites)
+        for wrapper, leaf, site in self._targets(sites, own_head=self._has_own_head(_names(sites), tied)):
             wrapper.check(leaf, site)
             if isinstance(wrapper, VectorWrapper) and not self._is_per_token(wrapper, leaf):
                 raise wrapper.refused(leaf, site)
@@ -118,17 +120,23 @@ class ExpertLayers:
 
     def install(self, slot: int, sites: Iterable[Site], *, tied: bool) -> None:
         sites = list(sites)
-        self._set_all(slot, self._targets(sites, tied))
-        if not self.tied and self.head is not None and not self._has_own_head(sites, tied):
+        for _ in self.installing(slot, sites, _names(sites), tied=tied):
+            pass
+
+    def installing(self, slot: int, sites: Iterable[Site], names: Sequence[str], *, tied: bool) -> Iterator[None]:
+        """`install` a site at a time: the next is put into the layers when the next item is asked for. `names` are
+        those of all `sites`."""
+        own_head = self._has_own_head(names, tied)
+        for site in sites:
+            for wrapper, leaf, _ in self._targets([site], own_head=own_head):
+                self._attach(wrapper)
+                wrapper.set(slot, leaf, site)
+            yield
+        if not self.tied and self.head is not None and not own_head:
             head = self._wrapper(self._names[id(self.head)])
             assert isinstance(head, HeadWrapper)
             self._attach(head)
             head.tie(slot)
-
-    def _set_all(self, slot: int, targets: Iterable[tuple[Wrapper, str, Site]]) -> None:
-        for wrapper, leaf, site in targets:
-            self._attach(wrapper)
-            wrapper.set(slot, leaf, site)
 
     def remove(self, slot: int) -> None:
         for name, wrapper in list(self._wrappers.items()):
@@ -145,6 +153,11 @@ class ExpertLayers:
 
     def _find(self, name: str) -> tuple[nn.Module | None, str]:
         """The one module that owns parameter `name`, with or without the model's prefix."""
+        if name not in self._found:  # all fine-tunes have the same names
+            self._found[name] = self._search(name)
+        return self._found[name]
+
+    def _search(self, name: str) -> tuple[nn.Module | None, str]:
         leaf = name.rpartition(".")[2]
         owners: dict[int, nn.Module] = {}
         for spelling in self._parameter_names.spellings(name):
@@ -166,10 +179,8 @@ class ExpertLayers:
             paths = tuple(path.rpartition(".")[0] for path in paths)
         return type(self._modules[found[0]]).__name__
 
-    def _targets(self, sites: Iterable[Site], tied: bool) -> list[tuple[Wrapper, str, Site]]:
-        """Every (wrapper, parameter, site); a tied fine-tune's embedding site serves lm_head as well."""
-        sites = list(sites)
-        own_head = self._has_own_head(sites, tied)
+    def _targets(self, sites: Iterable[Site], *, own_head: bool) -> list[tuple[Wrapper, str, Site]]:
+        """Every (wrapper, parameter, site); without an own head, the site of the embedding serves lm_head as well."""
         fresh: dict[str, Wrapper] = {}
         targets: list[tuple[Wrapper, str, Site]] = []
 
@@ -193,9 +204,9 @@ class ExpertLayers:
                 add_target(self.head, leaf, site)
         return targets
 
-    def _has_own_head(self, sites: Iterable[Site], tied: bool) -> bool:
+    def _has_own_head(self, names: Iterable[str], tied: bool) -> bool:
         """Whether lm_head has a site of its own, or is the base's; otherwise it is the fine-tune's embeddings."""
-        return not tied or any(self._find(site.name) == (self.head, "weight") for site in sites)
+        return not tied or any(self._find(name) == (self.head, "weight") for name in names)
 
     def _wrapper(self, name: str) -> Wrapper:
         attached = self._wrappers.get(name)
@@ -223,3 +234,7 @@ class ExpertLayers:
         if id(module) in self._gates:
             return GateWrapper(name, module, self.step, self.kernels, self._shapes[name])
         return VectorWrapper(name, module, self.step, self.kernels, self._shapes[name], self._first_inputs[name])
+
+
+def _names(sites: Iterable[Site]) -> list[str]:
+    return [site.name for site in sites]
