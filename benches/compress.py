@@ -17,45 +17,84 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-# vocabulary, hidden, intermediate, layers, heads, key-value heads, tied
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes of a Llama, or of a mixture of experts where there are `moe_experts`, `chosen` of them by a token."""
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool = False
+    head_dim: int = 0
+    moe_experts: int = 0
+    chosen: int = 0
+
+    def config(self) -> dict[str, object]:
+        fields = {"vocab_size": self.vocabulary, "hidden_size": self.hidden, "num_hidden_layers": self.layers}
+        fields |= {"num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads}
+        fields |= {"tie_word_embeddings": self.tied, "dtype": "bfloat16"}
+        if not self.moe_experts:
+            named = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+            return fields | named | {"intermediate_size": self.intermediate}
+        fields |= {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": self.head}
+        fields |= {"num_experts": self.moe_experts, "num_experts_per_tok": self.chosen}
+        return fields | {"moe_intermediate_size": self.intermediate}
+
+    @property
+    def head(self) -> int:
+        return self.head_dim or self.hidden // self.heads
+
+    def parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        wide, narrow = self.heads * self.head, self.kv_heads * self.head
+        yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}"
+            yield f"{prefix}.self_attn.q_proj.weight", (wide, self.hidden)
+            yield f"{prefix}.self_attn.k_proj.weight", (narrow, self.hidden)
+            yield f"{prefix}.self_attn.v_proj.weight", (narrow, self.hidden)
+            yield f"{prefix}.self_attn.o_proj.weight", (self.hidden, wide)
+            for expert in range(self.moe_experts):
+                yield from self._mlp(f"{prefix}.mlp.experts.{expert}")
+            if self.moe_experts:
+                yield f"{prefix}.mlp.gate.weight", (self.moe_experts, self.hidden)
+                yield f"{prefix}.self_attn.q_norm.weight", (self.head,)
+                yield f"{prefix}.self_attn.k_norm.weight", (self.head,)
+            else:
+                yield from self._mlp(f"{prefix}.mlp")
+            yield f"{prefix}.input_layernorm.weight", (self.hidden,)
+            yield f"{prefix}.post_attention_layernorm.weight", (self.hidden,)
+        yield "model.norm.weight", (self.hidden,)
+        if not self.tied:
+            yield "lm_head.weight", (self.vocabulary, self.hidden)
+
+    def _mlp(self, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{prefix}.gate_proj.weight", (self.intermediate, self.hidden)
+        yield f"{prefix}.up_proj.weight", (self.intermediate, self.hidden)
+        yield f"{prefix}.down_proj.weight", (self.hidden, self.intermediate)
+
+
 SHAPES = {
-    "tiny": (4096, 256, 688, 4, 8, 4, False),
-    "llama-200m": (32000, 1024, 2816, 14, 16, 8, True),
-    "llama-1b": (128256, 2048, 8192, 16, 32, 8, True),
-    "llama-3b": (128256, 3072, 8192, 28, 24, 8, True),
-    "mistral-7b": (32000, 4096, 14336, 32, 32, 8, False),
-    "llama-13b": (32000, 5120, 13824, 40, 40, 40, False),
-    "llama-70b": (128256, 8192, 28672, 80, 64, 8, False),
+    "tiny": Shapes(4096, 256, 688, 4, 8, 4),
+    "llama-200m": Shapes(32000, 1024, 2816, 14, 16, 8, tied=True),
+    "llama-1b": Shapes(128256, 2048, 8192, 16, 32, 8, tied=True),
+    "llama-3b": Shapes(128256, 3072, 8192, 28, 24, 8, tied=True),
+    "mistral-7b": Shapes(32000, 4096, 14336, 32, 32, 8),
+    "llama-13b": Shapes(32000, 5120, 13824, 40, 40, 40),
+    "llama-70b": Shapes(128256, 8192, 28672, 80, 64, 8),
+    "mixtral-8x7b": Shapes(32000, 4096, 14336, 32, 32, 8, moe_experts=8, chosen=2),
+    "qwen3-30b-a3b": Shapes(151936, 2048, 768, 48, 32, 4, head_dim=128, moe_experts=128, chosen=8),
 }
 SHARD = 2 << 30
-
-
-def parameters(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    vocabulary, hidden, intermediate, layers, heads, kv_heads, tied = SHAPES[name]
-    narrow = hidden // heads * kv_heads
-    yield "model.embed_tokens.weight", (vocabulary, hidden)
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        for part, rows, columns in (
-            ("self_attn.q_proj", hidden, hidden),
-            ("self_attn.k_proj", narrow, hidden),
-            ("self_attn.v_proj", narrow, hidden),
-            ("self_attn.o_proj", hidden, hidden),
-            ("mlp.gate_proj", intermediate, hidden),
-            ("mlp.up_proj", intermediate, hidden),
-            ("mlp.down_proj", hidden, intermediate),
-        ):
-            yield f"{prefix}.{part}.weight", (rows, columns)
-        yield f"{prefix}.input_layernorm.weight", (hidden,)
-        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
-    if not tied:
-        yield "lm_head.weight", (vocabulary, hidden)
 
 
 def write(folder: Path, name: str, *, finetune: bool) -> int:
@@ -74,7 +113,7 @@ def write(folder: Path, name: str, *, finetune: bool) -> int:
         save_file(shard, folder / f"model-{number:05}.safetensors")
         shard, size = {}, 0
 
-    for key, shape in parameters(name):
+    for key, shape in SHAPES[name].parameters():
         count = torch.Size(shape).numel()
         weight = noise.repeat(-(-count // len(noise)))[:count]
         if finetune:
@@ -92,11 +131,7 @@ def write(folder: Path, name: str, *, finetune: bool) -> int:
 
 
 def write_config(folder: Path, name: str) -> None:
-    vocabulary, hidden, intermediate, layers, heads, kv_heads, tied = SHAPES[name]
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary}
-    config |= {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    config |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    (folder / "config.json").write_text(json.dumps(SHAPES[name].config()))
 
 
 def anonymous(process: int) -> int:

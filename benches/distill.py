@@ -78,7 +78,7 @@ def main() -> None:
     try:
         total = write(root / "base", arguments.shapes, finetune=False)
         write(root / "finetune", arguments.shapes, finetune=True)
-        write_text(root, SHAPES[arguments.shapes][0], 2 * 1024 * (arguments.steps + 4))
+        write_text(root, SHAPES[arguments.shapes].vocabulary, 2 * 1024 * (arguments.steps + 4))
         found = measure(root, arguments.preset, arguments.steps)
         ratio = found["peak_anonymous_bytes"] / (4 * total)  # type: ignore[operator]
         print(json.dumps({"shapes": arguments.shapes, "parameters": total, "of_float32": round(ratio, 2)} | found))

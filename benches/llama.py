@@ -208,7 +208,7 @@ def main() -> None:
         write_gguf(root / "finetune", root / "finetune.gguf")
         quantize_gguf(root / "finetune.gguf", file)
     print(json.dumps({"gguf_bytes": file.stat().st_size}))
-    with started(file, SHAPES[arguments.shapes][0], arguments.threads) as asked:
+    with started(file, SHAPES[arguments.shapes].vocabulary, arguments.threads) as asked:
         for preset in presets:
             found = measure(root, arguments.bits, preset, arguments.experts, arguments.tokens, arguments.rounds, asked)
             print(json.dumps({"shapes": arguments.shapes, "preset": preset} | found), flush=True)

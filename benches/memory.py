@@ -13,9 +13,10 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
-from compress import parameters, write_config
+from compress import SHAPES, write_config
 from quality import put
 
 from meswitch import _native
@@ -25,6 +26,7 @@ from meswitch.huggingface.checkpoint import Checkpoint
 
 BEGIN, END = "<!-- benches/memory.py: begin -->", "<!-- benches/memory.py: end -->"
 MODELS = {"7B": "mistral-7b", "13B": "llama-13b", "70B": "llama-70b"}
+MIXTURES = {"8x7B": "mixtral-8x7b", "30B, 3B a token": "qwen3-30b-a3b"}
 EXPERTS = (1, 4, 16)
 BASES = {"16 bits": None, "4 bits": 4, "3 bits": 3}
 
@@ -32,7 +34,7 @@ BASES = {"16 bits": None, "4 bits": 4, "3 bits": 3}
 def write_holes(folder: Path, name: str) -> None:
     """A checkpoint of these shapes whose weights take no room on the disk."""
     header, end = {}, 0
-    for key, shape in parameters(name):
+    for key, shape in SHAPES[name].parameters():
         size = 2
         for axis in shape:
             size *= axis
@@ -50,8 +52,18 @@ def planned_bytes(checkpoint: Checkpoint, options: CompressOptions) -> int:
     return _native.estimate_bytes(checkpoint.native, checkpoint.native, plans, set(), [], "{}", "base")
 
 
+def read_share(name: str) -> float:
+    """The share of the weights that one token reads: of a mixture of experts, the trunk and the chosen MoE experts."""
+    shapes, read, total = SHAPES[name], 0.0, 0
+    for key, shape in shapes.parameters():
+        count = prod(shape)
+        total += count
+        read += count * (shapes.chosen / shapes.moe_experts if ".experts." in key else 1)
+    return read / total
+
+
 def rows(bandwidth: float) -> Iterator[str]:
-    for model, shapes in MODELS.items():
+    for model, shapes in (MODELS | MIXTURES).items():
         with tempfile.TemporaryDirectory() as folder:
             write_holes(Path(folder), shapes)
             checkpoint = Checkpoint(Path(folder))
@@ -61,7 +73,7 @@ def rows(bandwidth: float) -> Iterator[str]:
                 base = whole if bits is None else planned_bytes(checkpoint, CompressOptions(bits=bits))
                 for preset, delta in deltas.items():
                     sizes = [f"{(base + count * delta) / 1e9:.1f}" for count in EXPERTS]
-                    rate = f"{bandwidth * 1e9 / (base + delta):.1f}"
+                    rate = f"{bandwidth * 1e9 / (base + delta) / read_share(shapes):.1f}"
                     cells = [model, name, f"{base / 1e9:.2f}", f"`{preset}`", f"{delta / 1e9:.2f}", *sizes, rate]
                     yield f"| {' | '.join(cells)} |"
 
