@@ -143,6 +143,15 @@ class ParameterNames:
             return StackPlace(found, int(number[1]), converter.source_patterns.index(pattern))
         return None
 
+    def stack(self, parameter: str, names: Iterable[str]) -> list[str] | None:
+        """The order in which all tensors of a plain stack lie in it; `None` if it is none, or not all of it."""
+        found = {name: self.stack_place(name) for name in names}
+        places = {place: name for name, place in found.items() if place is not None and place.parameter == parameter}
+        pieces = {place.piece for place in places}
+        if len(places) != len(found) or len(places) != len(pieces) * len({place.moe_expert for place in places}):
+            return None
+        return [places[place] for place in sorted(places)]
+
     def with_file_names(self, values: dict[str, T], names: Iterable[str]) -> dict[str, T]:
         """`values` by parameter, and again by each of the checkpoint's tensors (`names`) that is loaded into one."""
         parameters = self.parameters(names)

@@ -98,9 +98,9 @@ def _parts_of_stacks(ours: _Side, theirs: _Side) -> dict[str, Source]:
     parts: dict[str, Source] = {}
     for parameter, places in pieces.items():
         stacked = theirs.names[Place(parameter)]
-        order = _in_order(ours, [ours.names[place] for place in places])
-        shapes = [ours.checkpoint.shape(name) for name in order]
-        if sum(map(prod, shapes)) != prod(theirs.checkpoint.shape(stacked)):
+        order = ours.model.stack(parameter, [ours.names[place] for place in places]) if ours.model is not None else None
+        shapes = [] if order is None else [ours.checkpoint.shape(name) for name in order]
+        if order is None or sum(map(prod, shapes)) != prod(theirs.checkpoint.shape(stacked)):
             raise _layout_error(ours.names[places[0]], stacked)
         start = 0
         for name, shape in zip(order, shapes, strict=True):
@@ -110,13 +110,6 @@ def _parts_of_stacks(ours: _Side, theirs: _Side) -> dict[str, Source]:
         for place in places:
             del ours.names[place]
     return parts
-
-
-def _in_order(side: _Side, names: list[str]) -> list[str]:
-    """The tensors of one stack in the order in which they lie there; none of them where it is no plain stack."""
-    found = {name: side.model.stack_place(name) for name in names} if side.model is not None else {}
-    places = {name: place for name, place in found.items() if place is not None}
-    return sorted(names, key=lambda name: places[name]) if len(places) == len(names) else []
 
 
 def _refuse_unpaired(ours: _Side, theirs: _Side) -> None:
