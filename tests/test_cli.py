@@ -146,6 +146,7 @@ def test_version() -> None:
         ["generate", "base", "hi", "--temperature", "-1"],
         ["generate", "base", "hi", "--kernels", "abacus"],
         ["generate", "base", "hi", "--host-budget", "much"],
+        ["generate", "base", "hi", "--moe-budget", "much"],
         ["router"],
         ["router", "train", "base", "-o", "x"],
         ["router", "train", "base", "-o", "x", "--data", "y", "--kind", "oracle"],
@@ -377,10 +378,11 @@ def test_several_prompts_name_their_expert(stub: type[Stub]) -> None:
 
 @pytest.mark.parametrize("kernels", ["auto", "cpu", "torch"])
 def test_generate_passes_settings_on(stub: type[Stub], kernels: str) -> None:
-    asked = ["generate", "base", "hi", "--kernels", kernels, "--host-budget", "2KiB"]
+    asked = ["generate", "base", "hi", "--kernels", kernels, "--host-budget", "2KiB", "--moe-budget", "3KiB"]
     for flags in ([], ["--allow-quantized-base"]):
         assert run(*asked, *flags).exit_code == 0
-        assert stub.settings == {"kernels": kernels, "host_budget": 2048, "allow_quantized_base": bool(flags)}
+        allowed = {"allow_quantized_base": bool(flags)}
+        assert stub.settings == {"kernels": kernels, "host_budget": 2048, "moe_budget": 3072, **allowed}
 
 
 def test_generate_json(stub: type[Stub], tmp_path: Path) -> None:

@@ -74,6 +74,15 @@ HostBudget = Annotated[
         show_default=False,
     ),
 ]
+MoeBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory that the MoE experts of a mixture of experts may take: they are read from the checkpoint when a"
+        " gate chooses them (default: all are loaded).",
+        show_default=False,
+    ),
+]
 
 
 def generate(
@@ -88,6 +97,7 @@ def generate(
     stop: Stop = None,
     kernels: KernelsName = "auto",
     host_budget: HostBudget = None,
+    moe_budget: MoeBudget = None,
     allow_quantized_base: AllowQuantizedBase = False,
     as_json: Json = False,
 ) -> None:
@@ -111,6 +121,7 @@ def generate(
     check_choice("--kernels", kernels, BACKENDS)
     with usage_errors():
         budget = parse_bytes(host_budget, "--host-budget")
+        for_moe_experts = parse_bytes(moe_budget, "--moe-budget")
     optional = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": stop or None}
     sampling = {name: value for name, value in optional.items() if value is not None}
     with quiet_transformers(), show_status("loading the base"):
@@ -120,6 +131,7 @@ def generate(
             router=router,
             kernels=kernels,
             host_budget=budget,
+            moe_budget=for_moe_experts,
             allow_quantized_base=allow_quantized_base,
         )
     with quiet_transformers(), engine:

@@ -45,7 +45,9 @@ class Engine:
     most experts whose requests run at a time (no bound without). `eviction`: which idle expert leaves first when
     another needs its room, `"lru"` or `"lrfu"`. `trace`: a file to write to what is asked for, loaded and evicted, for
     `meswitch replay`. `allow_quantized_base`: whether deltas may be put on a quantized form of the base that they were
-    made against; refused without.
+    made against; refused without. `moe_budget`: memory for the MoE experts of a model whose MoE experts need not fit
+    it (CPU only): they stay in the checkpoint's files, which must not be written to, and are read when a gate chooses
+    them. Answers are those of the whole model bit for bit, at any budget. Deltas may change everything else.
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong
@@ -78,6 +80,7 @@ class Engine:
         trace: str | Path | None = None,
         watch: bool = False,
         allow_quantized_base: bool = False,
+        moe_budget: int | str | None = None,
     ) -> None:
         if device_budget is not None:
             raise RequestError(
@@ -86,6 +89,8 @@ class Engine:
             )
         if watch and not is_folder_of_experts(experts):
             raise RequestError(f"watch: expected a folder of delta directories as experts, found {experts!r}")
+        if moe_budget is not None and usable_device(device).type != "cpu":
+            raise RequestError(f"moe_budget: expected the device cpu beside it, found {device!r}")
         settings = Settings(
             base=Path(resolve(base)),
             dtype=usable_dtype(dtype),
@@ -99,6 +104,7 @@ class Engine:
             max_experts=None if max_experts is None else check_whole_number("max_experts", max_experts, least=1),
             eviction=eviction,
             allow_quantized_base=allow_quantized_base,
+            moe_budget=parse_bytes(moe_budget, "moe_budget"),
         )
         router = open_router(router, settings.base)
         self._worker = worker = Worker(settings)
@@ -177,7 +183,10 @@ class Engine:
         `failed` or `cancelled`. `steps`, `step_tokens`, `kv` (`bytes`, and `tokens` that one request can have).
         `host`: `budget`, `bytes` (spoken for by experts that are loading, in memory or not given back yet),
         `pinned_bytes` (in use), `hits`, `misses`, `loads`, `failed_loads`, `stopped_loads`, `evictions`,
-        `loaded_bytes`. `answered`: what each of `experts` says of its requests, over all and the base.
+        `loaded_bytes`. `moe`: `None` without `moe_budget`; else `budget`, `bytes` (of MoE experts in memory or being
+        read), `allocated_bytes` (free slots included, never above the budget), `hits` and `misses` (each matrix of a
+        MoE expert that a layer needs in a step counts once), the same for each of `layers`, `loads`, `failed_loads`,
+        `evictions`, `loaded_bytes`. `answered`: what each of `experts` says of its requests, over all and the base.
         """
         worker = self._worker
         return {

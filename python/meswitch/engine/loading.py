@@ -26,6 +26,9 @@ from meswitch.huggingface.models import load_model, own_weights
 from meswitch.kernels.invariance import BatchInvariance
 from meswitch.kernels.select import select_kernels
 from meswitch.layers.install import ExpertLayers
+from meswitch.moe.exact import ExactExperts
+from meswitch.moe.store import MoeStore
+from meswitch.moe.trunk import load_trunk
 
 _DEFAULT_KV_BYTES = 2**30
 
@@ -46,12 +49,13 @@ class Settings:
     max_experts: int | None
     eviction: str
     allow_quantized_base: bool
+    moe_budget: int | None
 
 
 @dataclass
 class LoadedBase:
     """`base`: what `model` was loaded from. `arithmetic`: what a step runs under. `plain_attention`: what the base
-    attends with outside of continuous batching."""
+    attends with outside of continuous batching. `moe`: the MoE experts, where they are read when they are chosen."""
 
     base: Checkpoint
     model: Any
@@ -63,6 +67,7 @@ class LoadedBase:
     batch: PagedBatch
     arithmetic: Callable[[], contextlib.AbstractContextManager[Any]]
     plain_attention: Any
+    moe: MoeStore | None
 
 
 def load_base(settings: Settings, run: Callable[[Callable[[], bool]], bool]) -> LoadedBase:
@@ -72,8 +77,10 @@ def load_base(settings: Settings, run: Callable[[Callable[[], bool]], bool]) -> 
     `BudgetError`.
     """
     check_transformers(settings.device)
-    base, packed = Checkpoint(settings.base), Packed()
-    if base.is_quantized:
+    base, packed, moe = Checkpoint(settings.base), Packed(), None
+    if settings.moe_budget is not None:
+        model, moe = _load_offloaded(base, settings, settings.moe_budget)
+    elif base.is_quantized:
         model, packed = load_packed(base, settings.dtype or "auto", check_supported)
     else:
         model = load_model(base, settings.dtype or "auto", check=check_supported)
@@ -101,9 +108,21 @@ def load_base(settings: Settings, run: Callable[[Callable[[], bool]], bool]) -> 
         batch,
         BatchInvariance if settings.exact else contextlib.nullcontext,
         plain,
+        moe,
     )
     _try_step(loaded)
     return loaded
+
+
+def _load_offloaded(base: Checkpoint, settings: Settings, budget: int) -> tuple[Any, MoeStore]:
+    """A model whose MoE experts are read when they are chosen, and those that are in memory."""
+    model, stacks = load_trunk(base, settings.dtype or "auto", check=check_supported)
+    choices = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", 1)
+    moe = MoeStore(budget, stacks, choices)
+    for name, layer in moe.layers.items():
+        module = model.get_submodule(name)
+        module.forward = ExactExperts(module, layer)
+    return model, moe
 
 
 def _plan_cache(settings: Settings, model: Any, text_config: Any, *, masks: bool) -> CachePlan:

@@ -93,6 +93,7 @@ class Worker(threading.Thread):
             "steps": self.steps,
             "step_tokens": self.step_tokens,
             "kv": {"bytes": self.plan.nbytes, "tokens": self.kv_tokens},
+            "moe": None if self.moe is None else self.moe.counters(),
         }
 
     def submit(self, requests: list[Request]) -> None:
@@ -156,6 +157,7 @@ class Worker(threading.Thread):
         self.plan, self.kv_tokens = loaded.plan, loaded.batch.kv_tokens
         self.text_config, self.settings_reader = loaded.text_config, loaded.settings_reader
         self._arithmetic, self._plain_attention = loaded.arithmetic, loaded.plain_attention
+        self.moe = loaded.moe
         self.chunk = PrefillChunk(settings.max_batch_tokens)
         self.pool = ExpertPool(
             self.layers,
@@ -174,7 +176,7 @@ class Worker(threading.Thread):
         self.inbox.close()
         self.registry.fail_all(reason)
         self.inbox.run_rest()
-        for close in (self.pool.close, self.batch.close):
+        for close in (self.pool.close, self.batch.close, *(() if self.moe is None else (self.moe.close,))):
             try:
                 close()
             except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -109,6 +110,7 @@ class Checkpoint:
             self._files, file_of = weight_files(path)
             self.native = _native.Checkpoint(path, self._files)
         self._open: dict[Path, Any] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # of files whose tensors' places were asked for
         self._zeros = False
         stored = self.native.stored_names()
         if not self.is_quantized:
@@ -212,6 +214,20 @@ class Checkpoint:
             return tensor
         start, shape = part
         return tensor.reshape(-1)[start : start + prod(shape)].view(shape)
+
+    def extent(self, name: str) -> tuple[Path, int, int]:
+        """Where a whole tensor lies: its file, its first byte in it, and the number of its bytes.
+
+        Not for a quantized model. Raises `CheckpointError` if there is none of that name.
+        """
+        file, on_disk, _ = self._find(name)
+        if file not in self._headers:
+            with file.open("rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                self._headers[file] = 8 + size, json.loads(opened.read(size))
+        data, header = self._headers[file]
+        start, end = header[on_disk]["data_offsets"]
+        return file, data + start, end - start
 
     def slices(self) -> dict[str, Any]:
         """Every tensor on disk by name, read where it is indexed: what transformers loads a model from."""

@@ -112,6 +112,8 @@ pub mod folder;
 pub mod kernels;
 pub mod layout;
 mod memory;
+#[cfg(not(shuttle))] // which has no part in it
+pub mod moe;
 pub mod residency;
 
 pub use delta::Delta;

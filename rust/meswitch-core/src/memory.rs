@@ -74,6 +74,12 @@ impl Deref for Region {
     }
 }
 
+impl AsRef<[u8]> for Region {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
 impl DerefMut for Region {
     fn deref_mut(&mut self) -> &mut [u8] {
         &mut self.map[self.offset..]

@@ -119,7 +119,7 @@ pub struct Residency<V: Send + Sync + 'static> {
     threads: Vec<thread::JoinHandle<()>>,
 }
 
-/// How many loads run at a time. Each may read with several threads.
+/// How many loads run at a time, unless the owner says otherwise. Each may read with several threads.
 const LOADS: usize = 2;
 
 impl<V: Send + Sync + 'static> Residency<V> {
@@ -128,8 +128,18 @@ impl<V: Send + Sync + 'static> Residency<V> {
     /// `notify` is called after events have come, on a thread that does nothing else; they may have been taken
     /// meanwhile. It must not panic, nor wait for the thread that drops the residency.
     pub fn new(budget: Option<u64>, policy: Box<dyn Policy>, notify: impl Fn() + Send + Sync + 'static) -> Self {
+        Self::with_loads(LOADS, budget, policy, notify)
+    }
+
+    /// [`Residency::new`] with so many loads at a time.
+    pub fn with_loads(
+        loads: usize,
+        budget: Option<u64>,
+        policy: Box<dyn Policy>,
+        notify: impl Fn() + Send + Sync + 'static,
+    ) -> Self {
         let shared = Arc::new(Shared::new(budget, policy));
-        let mut threads: Vec<_> = (0..LOADS).map(|_| workers::start_loading(shared.clone())).collect();
+        let mut threads: Vec<_> = (0..loads).map(|_| workers::start_loading(shared.clone())).collect();
         threads.push(workers::start_notifying(shared.clone(), notify));
         threads.push(workers::start_discarding(shared.clone()));
         Self { shared, threads }

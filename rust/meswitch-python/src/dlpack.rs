@@ -4,7 +4,6 @@ use std::ffi::{CStr, c_void};
 use std::sync::Arc;
 use std::thread;
 
-use meswitch_core::Region;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
@@ -48,12 +47,15 @@ struct Managed {
     deleter: unsafe extern "C" fn(*mut Managed),
 }
 
+/// Memory that stays where it is as long as it lives.
+type Memory = dyn AsRef<[u8]> + Send + Sync;
+
 /// What a capsule points to, and what it keeps alive.
 struct Lent {
     managed: Managed,
     length: i64,
     /// Taken when it is dropped.
-    region: Option<Arc<Region>>,
+    memory: Option<Arc<Memory>>,
 }
 
 /// From so many bytes on, memory is given back by a thread of its own: a gigabyte takes a tenth of a second, and whoever
@@ -62,17 +64,20 @@ const MANY_BYTES: usize = 1 << 24;
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        if let Some(region) = self.region.take().filter(|region| region.len() >= MANY_BYTES) {
+        let is_last = |memory: &Arc<Memory>| Arc::strong_count(memory) == 1 && (**memory).as_ref().len() >= MANY_BYTES;
+        if let Some(memory) = self.memory.take().filter(is_last) {
             // Where there can be no thread, it is dropped here.
-            let _ = thread::Builder::new().name("meswitch-free".to_owned()).spawn(move || drop(region));
+            let _ = thread::Builder::new().name("meswitch-free".to_owned()).spawn(move || drop(memory));
         }
     }
 }
 
-/// A capsule of a region as a tensor of bytes.
-pub fn capsule(py: Python<'_>, region: Arc<Region>) -> PyResult<Bound<'_, PyAny>> {
+/// A capsule of memory as a tensor of bytes.
+pub fn capsule(py: Python<'_>, memory: Arc<Memory>) -> PyResult<Bound<'_, PyAny>> {
+    let bytes = (*memory).as_ref();
+    let length = bytes.len() as i64;
     let tensor = Tensor {
-        data: region.as_ptr().cast_mut().cast(),
+        data: bytes.as_ptr().cast_mut().cast(),
         device: Device { kind: CPU, number: 0 },
         dimensions: 1,
         dtype: DataType { code: UNSIGNED, bits: 8, lanes: 1 },
@@ -81,7 +86,7 @@ pub fn capsule(py: Python<'_>, region: Arc<Region>) -> PyResult<Bound<'_, PyAny>
         byte_offset: 0,
     };
     let managed = Managed { tensor, context: std::ptr::null_mut(), deleter: delete };
-    let lent = Box::into_raw(Box::new(Lent { managed, length: region.len() as i64, region: Some(region) }));
+    let lent = Box::into_raw(Box::new(Lent { managed, length, memory: Some(memory) }));
     // SAFETY: `lent` was just allocated and nobody else has it; the capsule gets a pointer that stays valid until
     // `delete`, which whoever receives the capsule, or else `abandon`, calls once.
     unsafe {

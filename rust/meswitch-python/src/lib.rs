@@ -6,6 +6,7 @@ mod dlpack;
 mod errors;
 mod folder;
 mod matrix;
+mod moe;
 mod replay;
 mod residency;
 mod table;
@@ -46,6 +47,8 @@ mod _native {
     use super::folder::{Folder, Lock, resolve_target};
     #[pymodule_export]
     use super::matrix::Matrix;
+    #[pymodule_export]
+    use super::moe::{MoeMatrix, MoeStore, Visit};
     #[pymodule_export]
     use super::replay::{Trace, policies};
     #[pymodule_export]

@@ -23,34 +23,36 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::checksum::{Checksum, PIECE_BYTES, PieceHash};
 use crate::error::{Error, Result};
 
-pub(super) use self::fill::DIRECT_ALIGNMENT;
+pub(crate) use self::fill::DIRECT_ALIGNMENT;
 use self::fill::{Scratch, fill};
 use self::plan::{Job, Piece, plan};
-pub(super) use self::source::{FileSource, Source};
-pub(super) use self::stamp::Stamp;
+pub(crate) use self::source::{FileSource, Source};
+pub(crate) use self::stamp::Stamp;
 
 /// Makes the bytes of a tensor in the order of an older format version those of today's.
-pub(super) type Convert<'a> = Box<dyn Fn(Vec<u8>) -> Vec<u8> + Sync + 'a>;
+pub(crate) type Convert<'a> = Box<dyn Fn(Vec<u8>) -> Vec<u8> + Sync + 'a>;
 
 /// A tensor to be read.
-pub(super) struct Item<'a> {
+pub(crate) struct Item<'a> {
     /// Where it lies in the file.
-    pub(super) extent: Range<u64>,
+    pub(crate) extent: Range<u64>,
     /// Where it goes in memory: as many bytes, unless they are converted.
-    pub(super) place: Range<usize>,
+    pub(crate) place: Range<usize>,
     /// Where its bytes do not go there as they are.
-    pub(super) convert: Option<Convert<'a>>,
+    pub(crate) convert: Option<Convert<'a>>,
 }
 
 /// How tensors are read.
-pub(super) struct Loader<'a> {
-    pub(super) source: &'a dyn Source,
+pub(crate) struct Loader<'a> {
+    pub(crate) source: &'a dyn Source,
     /// The file, for messages.
-    pub(super) path: &'a Path,
+    pub(crate) path: &'a Path,
     /// Whether checksums are wanted.
-    pub(super) hashed: bool,
+    pub(crate) hashed: bool,
+    /// Whether it leaves the processors to threads that have work meanwhile, not where these wait for it.
+    pub(crate) yields: bool,
     /// Ends the load when it is set.
-    pub(super) stop: &'a AtomicBool,
+    pub(crate) stop: &'a AtomicBool,
 }
 
 impl Loader<'_> {
@@ -60,9 +62,9 @@ impl Loader<'_> {
     /// # Errors
     /// [`Error::Io`], or [`Error::Checksum`] where the file has become too short: of several, the first in the file.
     /// [`Error::Interrupted`] where it was stopped before all was read.
-    pub(super) fn load(&self, items: &[Item<'_>], memory: &mut [u8]) -> Result<Vec<Checksum>> {
+    pub(crate) fn load(&self, items: &[Item<'_>], memory: &mut [u8]) -> Result<Vec<Checksum>> {
         let mut jobs = plan(items, memory);
-        threads::run(&mut jobs, &|job, scratch| self.run(job, scratch))?;
+        threads::run(&mut jobs, self.yields, &|job, scratch| self.run(job, scratch))?;
         if !self.hashed {
             return Ok(Vec::new());
         }

@@ -9,7 +9,7 @@ mod estimate;
 mod header;
 #[cfg(feature = "compress")]
 mod journal;
-mod load;
+pub(crate) mod load;
 mod manifest;
 mod matrix;
 mod reader;

@@ -157,7 +157,7 @@ impl Delta {
         let (path, sites, now) = (self.path.join(TENSORS), 0..self.manifest().sites.len(), SystemTime::now());
         let stamp = || Stamp::of(&self.file).map_err(Error::io(&path));
         let (before, verified) = (stamp()?, *self.verified());
-        let loader = |hashed| Loader { source, path: &path, hashed, stop };
+        let loader = |hashed| Loader { source, path: &path, hashed, yields: true, stop };
         if verified != Some(before) {
             let tensors = Tensors::read(self, sites, memory, &loader(true))?;
             if before.is_settled(now) && stamp()? == before {
@@ -194,7 +194,8 @@ impl Delta {
     /// checksums.
     pub(super) fn read_site(&self, site: usize, memory: impl FnOnce(usize) -> io::Result<Region>) -> Result<Tensors> {
         let (source, path) = (FileSource::cached(&self.file), self.path.join(TENSORS));
-        let loader = Loader { source: &source, path: &path, hashed: true, stop: &AtomicBool::new(false) };
+        let stop = AtomicBool::new(false);
+        let loader = Loader { source: &source, path: &path, hashed: true, yields: true, stop: &stop };
         Tensors::read(self, site..site + 1, |_, bytes| memory(bytes), &loader)
     }
 

@@ -6,7 +6,7 @@ use super::source::Source;
 use crate::memory::Region;
 
 /// What reads past the page cache are aligned to, in the file and in memory: no disk has larger blocks.
-pub(in super::super) const DIRECT_ALIGNMENT: usize = 4096;
+pub(crate) const DIRECT_ALIGNMENT: usize = 4096;
 
 /// Memory of a thread for the two blocks of a read that are only partly wanted.
 #[derive(Default)]

@@ -1,12 +1,13 @@
 //! Where bytes come from: a file, as the operating system reads it.
 
+use std::borrow::Borrow;
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 /// Reads of one file, each at most one call of the operating system. It may return fewer bytes than are asked for.
-pub(in super::super) trait Source: Sync {
+pub(crate) trait Source: Sync {
     /// Reads through the page cache.
     fn read(&self, out: &mut [u8], start: u64) -> io::Result<usize>;
 
@@ -18,25 +19,25 @@ pub(in super::super) trait Source: Sync {
     fn is_cached(&self, extent: Range<u64>) -> bool;
 }
 
-/// A file that stays open.
-pub(in super::super) struct FileSource<'a> {
-    file: &'a File,
+/// A file that stays open, owned or borrowed.
+pub(crate) struct FileSource<F> {
+    file: F,
     #[cfg(target_os = "linux")]
     direct: Option<linux::Direct>,
 }
 
-impl<'a> FileSource<'a> {
+impl<F: Borrow<File>> FileSource<F> {
     /// Reads through the page cache, and past it where the system can and it does not hold the bytes.
-    pub(in super::super) fn new(file: &'a File) -> Self {
+    pub(crate) fn new(file: F) -> Self {
         Self {
-            file,
             #[cfg(target_os = "linux")]
-            direct: linux::Direct::of(file).ok(),
+            direct: linux::Direct::of(file.borrow()).ok(),
+            file,
         }
     }
 
     /// Reads through the page cache alone: better for little.
-    pub(in super::super) fn cached(file: &'a File) -> Self {
+    pub(crate) fn cached(file: F) -> Self {
         Self {
             file,
             #[cfg(target_os = "linux")]
@@ -45,9 +46,9 @@ impl<'a> FileSource<'a> {
     }
 }
 
-impl Source for FileSource<'_> {
+impl<F: Borrow<File> + Sync> Source for FileSource<F> {
     fn read(&self, out: &mut [u8], start: u64) -> io::Result<usize> {
-        self.file.read_at(out, start)
+        self.file.borrow().read_at(out, start)
     }
 
     #[cfg(target_os = "linux")]

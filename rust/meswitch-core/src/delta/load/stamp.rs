@@ -11,7 +11,7 @@ const TICK: Duration = Duration::from_secs(2);
 /// What the operating system says of a file; a write changes it, unless it comes in the same tick of the clock as the
 /// one before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) struct Stamp {
+pub(crate) struct Stamp {
     device: u64,
     inode: u64,
     bytes: u64,
@@ -20,14 +20,25 @@ pub(in super::super) struct Stamp {
 }
 
 impl Stamp {
-    pub(in super::super) fn of(file: &File) -> io::Result<Self> {
+    pub(crate) fn of(file: &File) -> io::Result<Self> {
         let found = file.metadata()?;
         let times = [(found.mtime(), found.mtime_nsec()), (found.ctime(), found.ctime_nsec())];
         Ok(Self { device: found.dev(), inode: found.ino(), bytes: found.size(), times })
     }
 
+    /// The size of the file.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whether the file of another stamp had the same content, as far as its size and its last write tell.
+    pub(crate) fn has_content_of(&self, other: &Self) -> bool {
+        let content = |stamp: &Self| (stamp.device, stamp.inode, stamp.bytes, stamp.times[0]);
+        content(self) == content(other)
+    }
+
     /// Whether a write from `now` on is sure to change the stamp.
-    pub(in super::super) fn is_settled(&self, now: SystemTime) -> bool {
+    pub(crate) fn is_settled(&self, now: SystemTime) -> bool {
         let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().saturating_sub(TICK);
         self.times.iter().all(|time| *time < (now.as_secs() as i64, i64::from(now.subsec_nanos())))
     }

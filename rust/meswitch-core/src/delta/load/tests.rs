@@ -81,7 +81,8 @@ impl Tensors {
 }
 
 fn load(source: &dyn Source, items: &[Item<'_>], memory: &mut [u8]) -> Result<Vec<Checksum>> {
-    Loader { source, path: Path::new("tensors"), hashed: true, stop: &AtomicBool::new(false) }.load(items, memory)
+    Loader { source, path: Path::new("tensors"), hashed: true, yields: true, stop: &AtomicBool::new(false) }
+        .load(items, memory)
 }
 
 /// What becomes of a read.
@@ -96,7 +97,7 @@ enum Outcome {
 
 /// A file whose reads have outcomes that a test chooses, by whether they go past the cache and how many there were.
 struct Faulty<'a, F> {
-    file: FileSource<'a>,
+    file: FileSource<&'a File>,
     cached: bool,
     reads: AtomicUsize,
     outcome: F,
@@ -250,7 +251,7 @@ fn a_load_ends_when_it_is_stopped() {
         Outcome::Real
     };
     let source = Faulty::new(&tensors.file, true, outcome);
-    let loader = Loader { source: &source, path: Path::new("tensors"), hashed: true, stop: &stop };
+    let loader = Loader { source: &source, path: Path::new("tensors"), hashed: true, yields: true, stop: &stop };
     assert!(matches!(loader.load(&tensors.items(), &mut vec![0; tensors.bytes()]), Err(Error::Interrupted)));
     assert!(source.reads.load(Ordering::Relaxed) < 8, "went on after it was stopped");
 }
@@ -274,7 +275,7 @@ fn converted_tensors_lie_among_others() {
 fn nothing_is_hashed_where_no_checksums_are_wanted() {
     let tensors = Tensors::new();
     let (source, stop) = (FileSource::cached(&tensors.file), AtomicBool::new(false));
-    let loader = Loader { source: &source, path: Path::new("tensors"), hashed: false, stop: &stop };
+    let loader = Loader { source: &source, path: Path::new("tensors"), hashed: false, yields: true, stop: &stop };
     let mut memory = vec![0; tensors.bytes()];
     assert_eq!(loader.load(&tensors.items(), &mut memory).unwrap(), []);
     assert!(

@@ -28,17 +28,20 @@ struct Shared<'a, 'b> {
 /// Work on one job.
 type Work<'a> = &'a (dyn Fn(&mut Job<'_>, &mut Scratch) -> Result<()> + Sync);
 
-/// Runs every job, a single one on the calling thread, others on several. After an error no batch is begun.
+/// Runs every job, a single one on the calling thread, others on several, which have a low priority where the load
+/// `yields`. After an error no batch is begun.
 ///
 /// # Errors
 /// Of the jobs that failed, the error of the first.
-pub(super) fn run(jobs: &mut [Job<'_>], work: Work<'_>) -> Result<()> {
+pub(super) fn run(jobs: &mut [Job<'_>], yields: bool, work: Work<'_>) -> Result<()> {
     let threads = jobs.len().min(thread_count());
     let batch = (jobs.len() / (2 * threads).max(1)).clamp(1, BATCH);
     let shared = Mutex::new(Shared { batches: jobs.chunks_mut(batch), taken: 0, error: None });
     thread::scope(|scope| {
         let load = || {
-            lower_priority();
+            if yields {
+                lower_priority();
+            }
             drain(&shared, work);
         };
         let start = |_: &usize| Builder::new().name("meswitch load".to_owned()).spawn_scoped(scope, load).is_ok();

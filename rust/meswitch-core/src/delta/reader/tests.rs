@@ -48,7 +48,7 @@ impl Delta {
 
 /// A file whose first read is preceded by something, and whose bytes are changed on the way.
 struct Changed<'a, F> {
-    file: FileSource<'a>,
+    file: FileSource<&'a File>,
     before: F,
     mask: u8,
 }

@@ -1,0 +1,12 @@
+"""One model whose MoE experts do not fit in memory: they are read when a gate chooses them.
+
+    extents   where each MoE expert of a checkpoint lies in its files
+    trunk     the model without its MoE experts
+    store     those that are in memory, under a byte budget
+    exact     the forward of a module of MoE experts over a store: bit for bit that of the whole model
+
+Threads: a store's counters may be read from any; everything else is the engine's thread's. Memory: slots are the native
+store's, and tensors over one must not outlive its visit.
+
+Imports: `huggingface`, `_native`.
+"""
