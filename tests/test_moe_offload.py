@@ -72,9 +72,9 @@ def test_logits_are_the_whole_models_bit_for_bit(family: str, dtype: torch.dtype
     base = save(tmp_path, family, dtype)
     whole, ids = AutoModelForCausalLM.from_pretrained(base), torch.tensor(prompts_of(45))
     least = least_budget(base)
-    for budget in (least, 3 * least // 2, 100 * least):
+    for budget in (least, 100 * least):
         model, store = offloaded(base, budget)
-        for implementation in ("grouped_mm", "eager"):
+        for implementation in ("grouped_mm", "eager")[: 2 if budget == least else 1]:
             model.set_experts_implementation(implementation)
             whole.set_experts_implementation(implementation)
             for found, expected in zip(logits(model, ids), logits(whole, ids), strict=True):

@@ -188,7 +188,7 @@ def test_moe_experts_of_another_form_are_refused_in_a_delta(tmp_path: Path) -> N
 def test_moe_experts_of_another_form_are_decoded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meswitch.engine.packed.is_plain", lambda module: False)
+    monkeypatch.setattr("meswitch.moe.copies.is_plain", lambda module: False)
     base = save_random(tmp_path / "base", config_of("mixtral", **MOE_FAMILIES["mixtral"]))
     quantized, experts, models = served(tmp_path, base, {})
     experts.mkdir()

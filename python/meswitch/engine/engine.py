@@ -13,6 +13,7 @@ import torch
 
 from meswitch.engine.loading import Settings
 from meswitch.engine.model import ServedModel
+from meswitch.engine.offloaded import Offloading
 from meswitch.engine.preparation import Preparation
 from meswitch.engine.prompt import Conversation, Prompt, conversations_of, one_prompt, prompts_of
 from meswitch.engine.request import Answer, Request
@@ -47,7 +48,10 @@ class Engine:
     `meswitch replay`. `allow_quantized_base`: whether deltas may be put on a quantized form of the base that they were
     made against; refused without. `moe_budget`: memory for the MoE experts of a model whose MoE experts need not fit
     it (CPU only): they stay in the checkpoint's files, which must not be written to, and are read when a gate chooses
-    them. Answers are those of the whole model bit for bit, at any budget. Deltas may change everything else.
+    them. Deltas may change everything else. `moe_mode`: `"exact"`, answers are those of the whole model bit for bit at
+    any budget; or `"fallback"`, with `moe_copies`, a model that `quantize` made of this one: low-bit copies of its MoE
+    experts are in memory too, beside the budget, and answer for what is not, except for the `moe_fetched` choices of
+    a token that weigh most.
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong
@@ -81,6 +85,9 @@ class Engine:
         watch: bool = False,
         allow_quantized_base: bool = False,
         moe_budget: int | str | None = None,
+        moe_mode: str = "exact",
+        moe_copies: str | Path | None = None,
+        moe_fetched: int = 1,
     ) -> None:
         if device_budget is not None:
             raise RequestError(
@@ -89,8 +96,6 @@ class Engine:
             )
         if watch and not is_folder_of_experts(experts):
             raise RequestError(f"watch: expected a folder of delta directories as experts, found {experts!r}")
-        if moe_budget is not None and usable_device(device).type != "cpu":
-            raise RequestError(f"moe_budget: expected the device cpu beside it, found {device!r}")
         settings = Settings(
             base=Path(resolve(base)),
             dtype=usable_dtype(dtype),
@@ -104,7 +109,14 @@ class Engine:
             max_experts=None if max_experts is None else check_whole_number("max_experts", max_experts, least=1),
             eviction=eviction,
             allow_quantized_base=allow_quantized_base,
-            moe_budget=parse_bytes(moe_budget, "moe_budget"),
+            offloading=Offloading.of(
+                moe_budget,
+                moe_mode,
+                moe_copies,
+                moe_fetched,
+                cpu=usable_device(device).type == "cpu",
+                exact=exact,
+            ),
         )
         router = open_router(router, settings.base)
         self._worker = worker = Worker(settings)
@@ -186,7 +198,8 @@ class Engine:
         `loaded_bytes`. `moe`: `None` without `moe_budget`; else `budget`, `bytes` (of MoE experts in memory or being
         read), `allocated_bytes` (free slots included, never above the budget), `hits` and `misses` (each matrix of a
         MoE expert that a layer needs in a step counts once), the same for each of `layers`, `loads`, `failed_loads`,
-        `evictions`, `loaded_bytes`. `answered`: what each of `experts` says of its requests, over all and the base.
+        `evictions`, `loaded_bytes`; in mode `"fallback"` also `choices` of MoE experts by tokens, and `copied`, those
+        that a copy answered. `answered`: what each of `experts` says of its requests, over all and the base.
         """
         worker = self._worker
         return {

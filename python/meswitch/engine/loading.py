@@ -17,6 +17,7 @@ from meswitch.batching.cache import CachePlan, cache_geometry, plan_cache
 from meswitch.batching.compatibility import check_supported, check_transformers
 from meswitch.batching.sampler import RequestSampler, SamplingState
 from meswitch.batching.scheduler import ExpertScheduler, RequestSlot
+from meswitch.engine.offloaded import OffloadedExperts, Offloading, load_offloaded
 from meswitch.engine.packed import Packed, load_packed
 from meswitch.errors import BudgetError, MeswitchError, UnsupportedModelError
 from meswitch.experts.settings import SettingsReader
@@ -26,9 +27,6 @@ from meswitch.huggingface.models import load_model, own_weights
 from meswitch.kernels.invariance import BatchInvariance
 from meswitch.kernels.select import select_kernels
 from meswitch.layers.install import ExpertLayers
-from meswitch.moe.exact import ExactExperts
-from meswitch.moe.store import MoeStore
-from meswitch.moe.trunk import load_trunk
 
 _DEFAULT_KV_BYTES = 2**30
 
@@ -49,7 +47,7 @@ class Settings:
     max_experts: int | None
     eviction: str
     allow_quantized_base: bool
-    moe_budget: int | None
+    offloading: Offloading | None
 
 
 @dataclass
@@ -67,7 +65,7 @@ class LoadedBase:
     batch: PagedBatch
     arithmetic: Callable[[], contextlib.AbstractContextManager[Any]]
     plain_attention: Any
-    moe: MoeStore | None
+    moe: OffloadedExperts | None
 
 
 def load_base(settings: Settings, run: Callable[[Callable[[], bool]], bool]) -> LoadedBase:
@@ -78,8 +76,9 @@ def load_base(settings: Settings, run: Callable[[Callable[[], bool]], bool]) -> 
     """
     check_transformers(settings.device)
     base, packed, moe = Checkpoint(settings.base), Packed(), None
-    if settings.moe_budget is not None:
-        model, moe = _load_offloaded(base, settings, settings.moe_budget)
+    kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
+    if settings.offloading is not None:
+        model, moe = load_offloaded(base, settings.dtype or "auto", settings.offloading, kernels, check_supported)
     elif base.is_quantized:
         model, packed = load_packed(base, settings.dtype or "auto", check_supported)
     else:
@@ -90,7 +89,6 @@ def load_base(settings: Settings, run: Callable[[Callable[[], bool]], bool]) -> 
     if settings.exact and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # products of rows with one matrix, which can be kept apart
     text_config = model.config.get_text_config(decoder=True)
-    kernels = select_kernels(settings.kernels, settings.device, exact=settings.exact)
     layers = ExpertLayers(model, kernels, run, packed.weights, packed.moe_experts)
     paged = attention.can_be_paged(model)
     plain = attention.plain_attention(model)
@@ -112,17 +110,6 @@ def load_base(settings: Settings, run: Callable[[Callable[[], bool]], bool]) -> 
     )
     _try_step(loaded)
     return loaded
-
-
-def _load_offloaded(base: Checkpoint, settings: Settings, budget: int) -> tuple[Any, MoeStore]:
-    """A model whose MoE experts are read when they are chosen, and those that are in memory."""
-    model, stacks = load_trunk(base, settings.dtype or "auto", check=check_supported)
-    choices = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", 1)
-    moe = MoeStore(budget, stacks, choices)
-    for name, layer in moe.layers.items():
-        module = model.get_submodule(name)
-        module.forward = ExactExperts(module, layer)
-    return model, moe
 
 
 def _plan_cache(settings: Settings, model: Any, text_config: Any, *, masks: bool) -> CachePlan:

@@ -11,13 +11,11 @@ which are never made. Matrices of any other module are decoded too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from meswitch.delta.directory import Delta
 from meswitch.huggingface.checkpoint import Checkpoint
@@ -30,8 +28,9 @@ from meswitch.huggingface.models import (
     skeleton,
     without_parameters,
 )
-from meswitch.huggingface.names import ParameterNames, StackPlace
-from meswitch.layers.moe import STACKS, fits, has_moe_experts, is_plain
+from meswitch.huggingface.names import ParameterNames
+from meswitch.layers.moe import STACKS
+from meswitch.moe.copies import packed_moe_experts
 from meswitch.site import DeltaSite, LowRankSite, QuantizedSite, Site
 
 _log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def load_packed(base: Checkpoint, dtype: str | torch.dtype, check: Check | None 
     owners = names.parameters(sites)
     weights = dict(empty.named_parameters(remove_duplicate=False))
     packed = {parameter: sites[name] for name, parameter in owners.items() if _owns(empty, parameter, sites[name])}
-    moe_experts = _moe_experts(empty, names, loaded.values())
+    moe_experts = packed_moe_experts(empty, names, loaded.values())
     placeholders = {
         name: placeholder(weights[parameter].shape, weights[parameter].dtype)
         for name, parameter in owners.items()
@@ -76,31 +75,6 @@ def load_packed(base: Checkpoint, dtype: str | torch.dtype, check: Check | None 
             stands_for_it = nn.Parameter(placeholder(of.shape, of.dtype), requires_grad=False)
             setattr(model.get_submodule(module), stack, stands_for_it)
     return model, Packed(_by_module(model, packed), moe_experts)
-
-
-def _moe_experts(empty: nn.Module, names: ParameterNames, sites: Iterable[Site]) -> dict[str, list[Site]]:
-    """The sites of MoE experts that can stay packed, by module: all modules of a class, or none."""
-    stacked: dict[str, dict[StackPlace, Site]] = {}
-    for site in sites:
-        place = names.stack_place(site.name)
-        if place is not None:
-            stacked.setdefault(place.parameter.rpartition(".")[0], {})[place] = site
-    holders = {name: module for name, module in empty.named_modules() if has_moe_experts(module)}
-    refused = {type(module) for name, module in holders.items() if not _fills(module, name, stacked.get(name, {}))}
-    return {name: list(stacked[name].values()) for name, module in holders.items() if type(module) not in refused}
-
-
-def _fills(module: nn.Module, name: str, sites: dict[StackPlace, Site]) -> bool:
-    """Whether sites are all of a module's MoE experts, in the form that is served."""
-    if not is_plain(module):
-        return False
-    for stack in STACKS:
-        weight: Tensor = module._parameters[stack]  # type: ignore[assignment]
-        own = {place: site for place, site in sites.items() if place.parameter == f"{name}.{stack}"}
-        whole = sum(prod(site.shape) for site in own.values()) == weight.numel()
-        if not whole or not all(fits(site, place, weight) for place, site in own.items()):
-            return False
-    return True
 
 
 def _owns(empty: nn.Module, parameter: str, site: DeltaSite) -> bool:

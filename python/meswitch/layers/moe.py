@@ -6,7 +6,7 @@ hidden [T, H] ── each row once for each of its k choices [T·k, H] ──┬
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class MoeWrapper(Wrapper):
         super().__init__(name, module, step, kernels)
         self._place = place
         self._plain = is_plain(module)
-        self._count = next(len(module._parameters[stack]) for stack in STACKS if stack in module._parameters)
+        self._count = next(len(getattr(module, stack)) for stack in STACKS if hasattr(module, stack))
         self._packed = packed
         self._stacks = {stack: _Stack(module, stack, kernels, packed=packed) for stack in STACKS}
 
@@ -99,18 +99,23 @@ class MoeWrapper(Wrapper):
         if not active and not self._packed and not self.kernels.exact:
             base: Tensor = self.base_forward(hidden_states, top_k_index, top_k_weights)
             return base
-        choices = top_k_index.shape[-1]
+        tokens, choices = top_k_index.shape
         # An index beyond the MoE experts is that of a row that only fills up a step.
         chosen = top_k_index.masked_fill(top_k_index >= self._count, BASE_SLOT)
         rows = [Rows.of_tensor(chosen.reshape(-1))]
         if active:
             self.expect_rows(len(hidden_states), self.step.tokens)
             rows.append(self._own_rows(chosen))
-        x = hidden_states.repeat_interleave(choices, dim=0)
+        y = self._of_rows(hidden_states.repeat_interleave(choices, dim=0), *rows) * top_k_weights.reshape(-1, 1)
+        return y.view(tokens, choices, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def outputs(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """What the base's MoE experts `chosen [S]` make of rows `x [S, H]`, one each."""
+        return self._of_rows(x, Rows.of_tensor(chosen)) if len(x) else x
+
+    def _of_rows(self, x: Tensor, *rows: Rows) -> Tensor:
         gate_up = self._stacks["gate_up_proj"].product(x, *rows)
-        y = self._stacks["down_proj"].product(self.module._apply_gate(gate_up), *rows)  # type: ignore[operator]
-        y = y * top_k_weights.reshape(-1, 1)
-        return y.view(-1, choices, y.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+        return self._stacks["down_proj"].product(self.module._apply_gate(gate_up), *rows)  # type: ignore[operator]
 
     def _own_rows(self, chosen: Tensor) -> Rows:
         """The key of every choice `[T, k]` of a fine-tune's token; the base's have none."""
@@ -120,6 +125,18 @@ class MoeWrapper(Wrapper):
 
     def _key(self, slot: int, moe_expert: int) -> int:
         return (slot - BASE_SLOT) * self._count + moe_expert
+
+
+def packed_experts(
+    module: nn.Module, kernels: Kernels, place: Callable[[str], StackPlace | None], sites: Iterable[Site]
+) -> MoeWrapper:
+    """The packed MoE experts of a module, for `outputs` alone; `place` as in `MoeWrapper`."""
+    wrapper = MoeWrapper("", module, Step(), kernels, place, packed=True)
+    for site in sites:
+        found = place(site.name)
+        assert found is not None, "a site of a stack"
+        wrapper.set(BASE_SLOT, found.parameter.rpartition(".")[2], site)
+    return wrapper
 
 
 class _Stack:

@@ -5,8 +5,11 @@
     store     those that are in memory, under a byte budget
     exact     the forward of a module of MoE experts over a store: bit for bit that of the whole model
 
+    copies    low-bit copies of MoE experts, out of a quantized model
+    fallback  a forward that has the copies answer for light choices that are not in memory
+
 Threads: a store's counters may be read from any; everything else is the engine's thread's. Memory: slots are the native
 store's, and tensors over one must not outlive its visit.
 
-Imports: `huggingface`, `_native`.
+Imports: `layers`, `kernels`, `delta`, `huggingface`, `_native`.
 """

@@ -10,6 +10,7 @@ equal bit for bit. An index beyond the MoE experts is that of a row that only fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meswitch.moe.extents import stack_names
-from meswitch.moe.store import Layer
+from meswitch.moe.store import Layer, Use
 
 
 class ExactExperts:
@@ -51,20 +52,24 @@ class ExactExperts:
         module = self._module
         numbers, counts = (each.tolist() for each in chosen.unique_consecutive(return_counts=True))
         with self._layer.visit(numbers) as run:
-            for name in self._names:
-                rows = x.split(counts)
-                products = list(rows)
-
-                def multiply(
-                    position: int, weight: Tensor, rows: Any = rows, products: Any = products, name: str = name
-                ) -> None:
-                    products[position] = self._product(rows[position], weight, name, numbers[position])
-
-                run(multiply)
-                x = torch.cat(products)
-                if name == self._names[0]:  # of all rows at once: a function may depend on where an element lies
-                    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+            x = self._products(run, x, numbers, counts, self._names[0])
+            # Of all rows at once: the last bits of a function may depend on where an element lies.
+            x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+            x = self._products(run, x, numbers, counts, self._names[1])
         return module.post_expert_norm(x) if module.has_post_expert_norm else x
+
+    def _products(
+        self, run: Callable[[Use], None], x: Tensor, numbers: list[int], counts: list[int], name: str
+    ) -> Tensor:
+        """Rows `x`, the first of `counts` for the first of `numbers` and so on, each with its MoE expert's matrix."""
+        rows = x.split(counts)
+        products = list(rows)
+
+        def multiply(position: int, weight: Tensor) -> None:
+            products[position] = self._product(rows[position], weight, name, numbers[position])
+
+        run(multiply)
+        return torch.cat(products)
 
     def _product(self, x: Tensor, weight: Tensor, name: str, number: int) -> Tensor:
         x = x.to(weight.dtype)
