@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from families import config_of, save_random
@@ -14,11 +16,14 @@ from meswitch.compression.options import CompressOptions
 from meswitch.engine.offloaded import Offloading
 from meswitch.errors import BaseMismatchError, BudgetError, RequestError, UnsupportedModelError
 from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.huggingface.names import ParameterNames, StackPlace
 from meswitch.kernels.torch import TorchKernels
+from meswitch.layers.moe import MoeWrapper, packed_experts
 from meswitch.moe.copies import load_copies
 from meswitch.moe.fallback import FallbackExperts
 from meswitch.moe.store import MoeStore
 from meswitch.moe.trunk import load_trunk
+from meswitch.site import Site
 from test_engine_families import alone, in_order, prompts_of, watch
 from test_moe_offload import FAMILIES, least_budget, logits, save
 
@@ -36,13 +41,17 @@ def copies_of(base: Path, bits: int) -> Path:
     return base.parent / f"{bits}bit"
 
 
+def packed(model: Any, module: nn.Module, sites: list[Site]) -> MoeWrapper:
+    return packed_experts(module, TorchKernels(), ParameterNames(model).stack_place, sites)
+
+
 def test_with_every_choice_fetched_it_is_the_whole_model(base: Path) -> None:
     model, stacks = load_trunk(Checkpoint(base))
     store, copies = MoeStore(least_budget(base), stacks, 2), load_copies(copies_of(base, 2), Checkpoint(base))
     modules = []
     for name, layer in store.layers.items():
         module = model.get_submodule(name)
-        module.forward = FallbackExperts(module, layer, TorchKernels(), copies[name], fetched=2)
+        module.forward = FallbackExperts(module, layer, packed(model, module, copies[name]), fetched=2)
         modules.append(module.forward)
     whole, ids = AutoModelForCausalLM.from_pretrained(base), torch.tensor(prompts_of(45))
     assert all(map(torch.equal, logits(model, ids), logits(whole, ids)))
@@ -55,7 +64,8 @@ def test_light_choices_that_are_not_in_memory_are_the_copies(base: Path) -> None
     whole = AutoModelForCausalLM.from_pretrained(base)
     name, layer = next(iter(store.layers.items()))
     module, exact = model.get_submodule(name), whole.get_submodule(name)
-    fallback = FallbackExperts(module, layer, TorchKernels(), copies[name], fetched=1)
+    fallback = FallbackExperts(module, layer, packed(model, module, copies[name]), fetched=1)
+    place = ParameterNames(model).stack_place
     x = torch.randn(4, 32)
     index = torch.tensor([[0, 1], [2, 0], [3, 2], [8, 8]])  # the last only fills up the step
     weights = torch.tensor([[0.7, 0.3], [0.4, 0.6], [0.9, 0.1], [0.5, 0.5]])
@@ -65,7 +75,12 @@ def test_light_choices_that_are_not_in_memory_are_the_copies(base: Path) -> None
         if number in fetched:
             up, down = exact.gate_up_proj[number], exact.down_proj[number]
         else:
-            up, down = (torch.cat([reference.dense(site) for site in own[number]]) for own in copies[name].values())
+            dense = {place(site.name): reference.dense(site) for site in copies[name]}
+            gate, up, down = (
+                dense[StackPlace(f"{name}.{stack}", number, piece)]
+                for stack, piece in (("gate_up_proj", 0), ("gate_up_proj", 1), ("down_proj", 0))
+            )
+            up = torch.cat([gate, up])
         return down @ module._apply_gate(up @ x[token])
 
     with torch.inference_mode():

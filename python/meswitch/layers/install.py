@@ -167,8 +167,7 @@ class ExpertLayers:
                 owners[id(module)] = module
         if not owners and (place := self._parameter_names.stack_place(name)) is not None:
             path, _, leaf = place.parameter.rpartition(".")
-            if leaf in self._modules[path]._parameters:  # not where MoE experts stay on disk
-                owners[0] = self._modules[path]
+            owners[0] = self._modules[path]
         if len(owners) > 1:
             raise UnsupportedModelError(f"{name}: expected one parameter of that name, found {len(owners)}")
         return (next(iter(owners.values())) if owners else None), leaf

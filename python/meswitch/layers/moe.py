@@ -30,11 +30,13 @@ def has_moe_experts(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module of MoE experts computes what `MoeWrapper` does: transformers' interface in its plain form."""
+    """Whether a module of MoE experts computes what `MoeWrapper` does: transformers' interface in its plain form, and
+    no forward in its place, such as that of MoE experts which stay on disk."""
     plain = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
     plain["has_post_expert_norm"] = False
     flags = all(getattr(module, flag, None) == value for flag, value in plain.items())
-    return flags and hasattr(module, "_apply_gate") and set(module._parameters) == set(STACKS)
+    own = hasattr(module, "_apply_gate") and set(module._parameters) == set(STACKS)
+    return flags and own and "forward" not in module.__dict__
 
 
 def fits(site: Site, place: StackPlace, stack: Tensor) -> bool:
@@ -76,7 +78,7 @@ class MoeWrapper(Wrapper):
         if not self._plain or place is None:
             raise UnsupportedModelError(
                 f"{site.name}: no way to give each request its own MoE experts of type {type(self.module).__name__}",
-                hint="served are MoE experts that transformers stacks from plain matrices: [out, in], without biases",
+                hint="served are MoE experts in memory that transformers stacks from plain matrices, without biases",
             )
         stack: Tensor = getattr(self.module, leaf)
         if not fits(site, place, stack):

@@ -79,13 +79,12 @@ class ExactExperts:
     def _one_after_another(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The module's own loop, over stacks that are read as it goes."""
         module, numbers = self._module, top_k_index.unique().tolist()
-        kept = [getattr(module, name) for name in self._names]
         with self._layer.in_order([number for number in numbers if number < len(self._layer)]) as stacks:
             try:
                 for name, stack in zip(self._names, stacks, strict=True):
-                    setattr(module, name, stack)
+                    module.__dict__[name] = stack  # found before the parameter of that name
                 y: Tensor = type(module).forward(module, hidden_states, top_k_index, top_k_weights)
             finally:
-                for name, placeholder in zip(self._names, kept, strict=True):
-                    setattr(module, name, placeholder)
+                for name in self._names:
+                    module.__dict__.pop(name, None)
         return y

@@ -24,7 +24,8 @@ class FallbackExperts(ExactExperts):
     """Stands for the forward of a module of MoE experts.
 
     `copies`: the same MoE experts, packed. `fetched`: how many of a token's choices, those of the greatest weights, are
-    computed with the exact weights whatever that takes. `choices`, `copied`: choices of all tokens so far, and those of them that copies answered.
+    computed with the exact weights whatever that takes. `choices`, `copied`: choices of all tokens so far, and those of
+    them that copies answered.
     Raises what reading raises, and `BudgetError` where the fetched choices of a token exceed the budget.
     """
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 
 from meswitch.errors import UnsupportedModelError
 from meswitch.huggingface.checkpoint import Checkpoint
@@ -47,5 +48,6 @@ def load_trunk(
                     hint="MoE experts are used as they are read: leave dtype out, or save the checkpoint in that one",
                 )
             shape = (len(stack.extents), *stack.shape)
-            setattr(model.get_submodule(name), leaf, placeholder(shape, stack.dtype))
+            stands_for_it = nn.Parameter(placeholder(shape, stack.dtype), requires_grad=False)
+            setattr(model.get_submodule(name), leaf, stands_for_it)
     return model, stacks
