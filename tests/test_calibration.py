@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from families import VOCABULARY, config_of, save_random, tokenizer_of
 from meswitch.compression.calibration import calibrate
 from meswitch.errors import DataError
+from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.text import batches, token_windows
 
 TEXT = "the quick brown fox jumps over the lazy dog, and naps. " * 40
@@ -106,14 +107,29 @@ def test_moments_are_those_of_the_inputs(tmp_path: Path, architecture: str) -> N
         torch.testing.assert_close(found.second_moments[name], moments)
 
 
-def test_what_cannot_be_streamed_is_run_whole(tmp_path: Path) -> None:
+def test_what_cannot_be_streamed_is_run_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that hands its blocks what it made of the hidden states before them."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
+
+    plain = MixtralRotaryEmbedding.forward
+
+    def skewed(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        cos, sin = plain(self, x, position_ids)
+        return cos + x.mean(), sin
+
+    monkeypatch.setattr(MixtralRotaryEmbedding, "forward", skewed)
     folder = save_random(tmp_path / "model", config_of("mixtral", tie_word_embeddings=True))
     (tmp_path / "a.txt").write_text(TEXT[:100])
-    found = calibrate(folder, tmp_path / "a.txt", window=32).second_moments
+    seen = calibrate(folder, tmp_path / "a.txt", window=100)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for name, moments in by_hand(model, token_windows([TEXT[:100]], tokenizer_of_once(), 32)).items():
-        torch.testing.assert_close(found[name], moments)
-    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    for name, moments in by_hand(model, token_windows([TEXT[:100]], tokenizer_of_once(), 100)).items():
+        torch.testing.assert_close(seen.second_moments[name], moments)
+    assert torch.equal(seen.second_moments["lm_head.weight"], seen.second_moments["model.embed_tokens.weight"])
+    for layer in range(2):
+        use = seen.moe_expert_tokens[f"model.layers.{layer}.mlp.experts"]
+        assert int(use.sum()) == 200
+        for name in (name for name in Checkpoint.open(folder).names() if f".{layer}.block_sparse_moe.experts" in name):
+            assert bool((seen.second_moments[name] > 0).all())
 
 
 def test_the_models_own_type(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from families import VOCABULARY, config_of, save_finetune, save_random
 from meswitch.errors import UnsupportedModelError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.decoder import Decoder, Weights
+from test_moe_statistics import MOE
 
 FAMILIES = ("llama", "qwen2", "gemma", "gpt2", "phi3", "qwen3", "gpt_neox", "olmo2", "cohere", "gemma2", "gemma3_text")
 MORE = ("opt", "stablelm", "falcon", "mistral", "bloom", "mamba", "apertus")
@@ -101,6 +102,20 @@ def test_its_own_type(tmp_path: Path) -> None:
         logits, wanted = run(decoder, checkpoint.tensor, ids_of()), model(input_ids=ids_of()).logits
     assert decoder.dtype == logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits, wanted)
+
+
+@pytest.mark.parametrize("family", MOE)
+@torch.no_grad()
+def test_stacks_of_moe_experts_are_put_together(tmp_path: Path, family: str) -> None:
+    folder = save_random(tmp_path / "model", config_of(family, **MOE[family]))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    checkpoint, ids = Checkpoint.open(folder), ids_of()
+    wanted = model(input_ids=ids, use_cache=False).logits
+    decoder = Decoder(folder, checkpoint.names(), stacks=True)
+    torch.testing.assert_close(run(decoder, checkpoint.tensor, ids), wanted, rtol=1e-5, atol=1e-5)
+    owned = [name for experts in decoder.moe_experts.values() for names in experts for name in names]
+    assert sorted(owned) == [name for name in checkpoint.names() if ".experts." in name]
+    assert not {*owned} & {name for block in range(2) for name in decoder.block_names(block).values()}
 
 
 def test_fused_moe_experts_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from families import config_of, save_finetune, save_random
 from meswitch import reference
@@ -119,19 +119,6 @@ def test_evaluate_compares_with_the_fine_tune(made: tuple[str, Path], tmp_path: 
     )
     assert fine.kl < rough.kl < 0.1
     assert fine.top1_agreement > 0.98
-
-
-def test_calibration_sees_what_moe_experts_read(made: tuple[str, Path]) -> None:
-    family, folder = made
-    moments = calibrate(folder / "finetune", folder / "text.txt", max_tokens=64).second_moments
-    model, seen = AutoModelForCausalLM.from_pretrained(folder / "finetune"), []
-    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "finetune")
-    model(torch.tensor([tokenizer((folder / "text.txt").read_text())["input_ids"][:64]]))
-    reads = [name for name in INSIDE[family] if not name.endswith(("w2.weight", "down_proj.weight"))]
-    expected = seen[0].flatten(0, 1).square().mean(0)
-    for name in reads:
-        torch.testing.assert_close(moments[f"model.layers.1.{name}"], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

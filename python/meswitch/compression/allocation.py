@@ -123,7 +123,7 @@ def _fit(
 
 
 def _scale_unknown_losses(sites: list[CandidateSite]) -> None:
-    """Gives sites without sensitivity (MoE experts that transformers fuses) the mean loss a weight of the others."""
+    """Gives sites without sensitivity (MoE experts of a form of their own) the mean loss a weight of the others."""
     measured = [site for site in sites if site.has_sensitivity]
     if measured:
         mean = sum(float((site.weight * site.energy).sum()) for site in measured) / sum(s.parameters for s in measured)

@@ -3,24 +3,27 @@
     data file ── windows of tokens ── the fine-tune, a block at a time ── a hook before each linear module
                                                                           └ Σ x² and token counts ── Calibration
 
-The codec weighs the error of input channel i by E[x_i²], and gives the rows of frequent tokens more bits.
+The codec weighs the error of input channel i by E[x_i²], and gives the rows of frequent tokens more bits. A MoE expert
+has the E[x²] of the tokens that its gate sends to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from meswitch.compression.moe_experts import RoutedMoments
 from meswitch.errors import UnsupportedModelError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.decoder import Decoder
 from meswitch.huggingface.models import LINEAR_MODULES, load_model
+from meswitch.huggingface.moe import ObservedExperts, Observer, input_stack
 from meswitch.huggingface.names import ParameterNames
 from meswitch.huggingface.text import FORWARD_TOKENS, batches, check_vocabulary, draw_windows
 from meswitch.progress import ProgressCallback, ProgressMeter
@@ -33,16 +36,19 @@ class Calibration:
     """Statistics of one fine-tune over `tokens` tokens of text.
 
     `second_moments`: E[x²] as `float32 [in_features]` by parameter name (`….weight`), under the model's names and the
-    checkpoint's. There is one for each linear module, and one for each gate or up projection of a MoE expert, which is
-    that of all inputs of its block. An embedding that is also the lm_head has the moments of the lm_head's input, under
-    both names.
+    checkpoint's. There is one for each linear module and each matrix of a MoE expert: of the tokens that its gate sends
+    to it and 16 more of the mean of its block, so that one which few reach has about that mean. Where transformers runs
+    MoE experts in a way of their own, their gate and up projections have the moments of all inputs of the block, and
+    the others none. An embedding that is also the lm_head has the moments of the lm_head's input, under both names.
     `token_counts`: `int64 [vocabulary]`. `windows`: the tokens themselves, `int64 [length]` each.
+    `moe_expert_tokens`: how many tokens each MoE expert saw, `int64 [MoE experts]` by the model's name of their module.
     """
 
     second_moments: dict[str, Tensor]
     token_counts: Tensor
     tokens: int
     windows: tuple[Tensor, ...] = ()
+    moe_expert_tokens: dict[str, Tensor] = field(default_factory=dict)
 
 
 def calibrate(
@@ -83,14 +89,14 @@ def calibrate(
 
     meter = ProgressMeter(progress, "calibrating", total)
     try:
-        decoder = Decoder(checkpoint.path, checkpoint.names(), _dtype_of_weights(checkpoint))
+        decoder = Decoder(checkpoint.path, checkpoint.names(), _dtype_of_weights(checkpoint), stacks=True)
         counts = count_tokens(decoder.vocabulary)
-        moments = _moments_by_block(decoder, checkpoint, windows, meter)
+        moments, use = _moments_by_block(decoder, checkpoint, windows, meter)
     except UnsupportedModelError:
         model = load_model(checkpoint)
         counts = count_tokens(model.get_input_embeddings().num_embeddings)
-        moments = _moments_of_model(model, checkpoint, windows, meter)
-    return Calibration(moments, counts, total, tuple(windows))
+        moments, use = _moments_of_model(model, checkpoint, windows, meter)
+    return Calibration(moments, counts, total, tuple(windows), use)
 
 
 def frequencies(counts: Tensor) -> Tensor:
@@ -113,14 +119,16 @@ def frequencies(counts: Tensor) -> Tensor:
 
 
 def input_weight_name(module: nn.Module) -> str | None:
-    """The parameter that a module multiplies its input by: `weight` of a linear, or the stack of MoE experts'.
+    """The parameter that a module multiplies its input by: `weight` of a linear, or a stack of MoE experts.
 
-    `None` for other modules, and for stacks that are stored transposed.
+    `None` for other modules, for stacks that are stored transposed, and for those that `ObservedExperts` runs.
     """
     if isinstance(module, LINEAR_MODULES):
         return "weight"
     stacked = getattr(module, "gate_up_proj", None)
-    if isinstance(stacked, Tensor) and stacked.dim() == 3 and not getattr(module, "is_transposed", False):
+    if input_stack(module) is not None or getattr(module, "is_transposed", False):
+        return None
+    if isinstance(stacked, Tensor) and stacked.dim() == 3:
         return "gate_up_proj"
     return None
 
@@ -135,8 +143,8 @@ def _dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype | None:
 @torch.no_grad()
 def _moments_by_block(
     decoder: Decoder, checkpoint: Checkpoint, windows: list[Tensor], meter: ProgressMeter
-) -> dict[str, Tensor]:
-    """Second moments under the model's names and the checkpoint's, with one block in memory at a time."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Second moments under the model's names and the checkpoint's, and the use of MoE experts; a block at a time."""
     sums, outer = _SecondMomentSums(), decoder.outer_parameters(checkpoint.tensor)
     ids, tokens = list(batches(windows, FORWARD_TOKENS)), torch.cat(windows).unique()
     rows = checkpoint.tensor(decoder.embedding)[tokens].to(decoder.dtype)
@@ -159,12 +167,13 @@ def _moments_by_block(
     if decoder.head == decoder.embedding:
         moments[decoder.embedding_parameter] = moments[decoder.head_parameter]
     names = decoder.checkpoint_names
-    return moments | {names[parameter]: value for parameter, value in moments.items() if parameter in names}
+    moments |= {names[parameter]: value for parameter, value in moments.items() if parameter in names}
+    return sums.with_moe_experts(moments, decoder.moe_experts), sums.moe_expert_tokens
 
 
 def _moments_of_model(
     model: Any, checkpoint: Checkpoint, windows: list[Tensor], meter: ProgressMeter
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same with the whole model in memory."""
     sums, head = _SecondMomentSums(), model.get_output_embeddings()
     with sums.observe(model.named_modules(), head), torch.inference_mode():
@@ -175,7 +184,9 @@ def _moments_of_model(
     if head is not None and head.weight is model.get_input_embeddings().weight:
         parameters = {id(module): f"{name}.weight" for name, module in model.named_modules()}
         moments[parameters[id(model.get_input_embeddings())]] = moments[parameters[id(head)]]
-    return ParameterNames(model).with_file_names(moments, checkpoint.names())
+    names, tensors = ParameterNames(model), checkpoint.names()
+    moments = names.with_file_names(moments, tensors)
+    return sums.with_moe_experts(moments, names.moe_experts(tensors)), sums.moe_expert_tokens
 
 
 class _SecondMomentSums:
@@ -184,10 +195,12 @@ class _SecondMomentSums:
     def __init__(self) -> None:
         self._squares: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
+        self._stacks: dict[str, RoutedMoments] = {}
+        self.moe_expert_tokens: dict[str, Tensor] = {}  # as in `Calibration`
 
     @contextmanager
     def observe(self, modules: Iterable[tuple[str, nn.Module]], head: nn.Module | None = None) -> Iterator[None]:
-        """Hooks before the linear modules and stacked MoE experts among `modules` (by name), while the context lasts.
+        """Observes the linear modules and MoE experts among `modules` (by name), while the context lasts.
 
         `head`, if it is one of them, then computes the logits of each window's last token only.
         """
@@ -202,11 +215,12 @@ class _SecondMomentSums:
 
             return before_forward
 
-        handles = [
-            module.register_forward_pre_hook(hook(f"{name}.{weight}", module is head))
-            for name, module in modules
-            if (weight := input_weight_name(module)) is not None
-        ]
+        handles: list[Any] = []
+        for name, module in modules:
+            if (weight := input_weight_name(module)) is not None:
+                handles.append(module.register_forward_pre_hook(hook(f"{name}.{weight}", module is head)))
+            elif input_stack(module) is not None:
+                handles.append(ObservedExperts(module, self._moe_observer(name, module)))
         try:
             yield
         finally:
@@ -220,10 +234,40 @@ class _SecondMomentSums:
         self._squares[parameter] = self._squares[parameter] + squares if parameter in self._squares else squares
         self._tokens[parameter] = self._tokens.get(parameter, 0) + rows.shape[0]
 
+    def _moe_observer(self, name: str, module: nn.Module) -> Observer:
+        """Adds what each MoE expert of the module `name` reads. The matrices of a transposed stack have other rows."""
+        first, count = input_stack(module), len(module.get_parameter("down_proj"))
+        use = self.moe_expert_tokens.setdefault(name, torch.zeros(count, dtype=torch.int64))
+
+        def observe(stack: str, moe_expert: int, x: Tensor, y: Tensor) -> None:
+            if stack == first:
+                use[moe_expert] += len(x)
+            if not module.is_transposed:
+                empty = RoutedMoments.of(count, x.shape[1], shared_input=stack == first)
+                self._stacks.setdefault(f"{name}.{stack}", empty).add(moe_expert, x)
+
+        return observe
+
     def means(self) -> dict[str, Tensor]:
-        """E[x²] by parameter, `float32 [in_features]`."""
-        return {
+        """E[x²] by parameter, `float32 [in_features]`; of a stack, over all rows that its MoE experts read."""
+        whole = {
             parameter: (squares / self._tokens[parameter]).float()
             for parameter, squares in self._squares.items()
             if self._tokens[parameter]
         }
+        return whole | {parameter: sums.mean() for parameter, sums in self._stacks.items()}
+
+    def with_moe_experts(
+        self, moments: dict[str, Tensor], moe_experts: dict[str, list[list[str]]]
+    ) -> dict[str, Tensor]:
+        """`moments` by the checkpoint's tensors of each MoE expert too; `moe_experts` as in `Decoder`."""
+        found = dict(moments)
+        for parameter, tensors in moe_experts.items():
+            if parameter in self._stacks:
+                means = self._stacks[parameter].means()
+            elif parameter in moments:  # observed as a whole
+                means = moments[parameter].expand(len(tensors), -1)
+            else:
+                continue
+            found |= {name: mean for own, mean in zip(tensors, means, strict=True) for name in own}
+        return found

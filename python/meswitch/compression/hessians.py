@@ -6,11 +6,16 @@
 
 The codec visits sites in the order in which the model runs them, so the sums of one block are in memory at a time: four
 square matrices for most models, the largest of which has the MLP's inner width.
+
+Each MoE expert has an H of its own, of the tokens that its gate sends to it. A block's would take more memory than the
+block, so the rows that MoE experts read are kept instead, and H is made when its site is asked for. That is at most
+tokens × MoE experts a token × (hidden width + inner width) floats, however many MoE experts there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +23,11 @@ from torch import Tensor, nn
 from meswitch.compression.calibration import input_weight_name
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.decoder import Decoder
+from meswitch.huggingface.moe import ObservedExperts, Observer, input_stack
 from meswitch.huggingface.text import FORWARD_TOKENS, batches
+
+MoeExpert: TypeAlias = tuple[str, int]
+"""A stack, by its name in the model, and the number of a MoE expert in it."""
 
 _DAMPING = 0.01  # of the mean channel's second moment, added to every channel
 
@@ -32,20 +41,29 @@ class Hessians:
 
     def __init__(self, checkpoint: Checkpoint, windows: Sequence[Tensor]) -> None:
         self._checkpoint = checkpoint
-        self._decoder = decoder = Decoder(checkpoint.path, checkpoint.names())
+        self._decoder = decoder = Decoder(checkpoint.path, checkpoint.names(), stacks=True)
         self._outer = decoder.outer_parameters(checkpoint.tensor)
         self._batches, self._tokens = list(batches(list(windows), FORWARD_TOKENS)), sum(map(len, windows))
         self._block_of = {name: block for block in range(len(decoder)) for name in decoder.block_names(block).values()}
+        self._stack_of = {
+            name: (parameter, moe_expert)
+            for parameter, experts in decoder.moe_experts.items()
+            for moe_expert, names in enumerate(experts)
+            for name in names
+        }
+        for name, (parameter, _) in self._stack_of.items():
+            self._block_of[name] = int(parameter.removeprefix(f"{decoder.blocks_path}.").partition(".")[0])
         if decoder.head != decoder.embedding:
             self._block_of[decoder.head] = len(decoder)
-        # The number of the last factor's input and its bytes, since sites that share an input follow one another.
-        self._last_factor: tuple[int, bytes] | None = None
+        # The last factor's input and its bytes, since sites that share an input follow one another.
+        self._last_factor: tuple[int | MoeExpert, bytes] | None = None
         self._restart()
 
     @torch.no_grad()
     def factor(self, site: str) -> bytes | None:
-        """U of H⁻¹ = UᵀU as little-endian `float32 [in, in]`; `None` for a site that no linear module reads.
+        """U of H⁻¹ = UᵀU as little-endian `float32 [in, in]`; `None` for a site whose input is not known.
 
+        That is a site which is neither a linear module's nor a MoE expert's, or a MoE expert's that no token reached.
         The fewer tokens there are for a channel, the more H is shrunk towards its diagonal (see `inverse_factor`).
         """
         block = self._block_of.get(site)
@@ -55,13 +73,19 @@ class Hessians:
             self._restart()
         while self._next_block <= block:
             self._run_next_block()
-        number = self._input_of.get(site)
-        if number is None:
+        source = self._stack_of.get(site, self._input_of.get(site))
+        if source is None or (isinstance(source, tuple) and source not in self._routed):
             return None
-        if self._last_factor is None or self._last_factor[0] != number:
-            values = inverse_factor(self._sums[number] / self._tokens, self._tokens).numpy().tobytes()
-            self._last_factor = number, values
+        if self._last_factor is None or self._last_factor[0] != source:
+            self._last_factor = source, inverse_factor(*self._hessian(source)).numpy().tobytes()
         return self._last_factor[1]
+
+    def _hessian(self, source: int | MoeExpert) -> tuple[Tensor, int]:
+        """H of an input, and over how many tokens: of the block, or of those that reach one MoE expert."""
+        if isinstance(source, int):
+            return self._sums[source] / self._tokens, self._tokens
+        rows = torch.cat(self._routed[source]).float()
+        return rows.T @ rows / len(rows), len(rows)
 
     def _restart(self) -> None:
         """Back to the hidden states before the first block."""
@@ -74,6 +98,7 @@ class Hessians:
     def _clear_sums(self) -> None:
         self._sums: list[Tensor] = []  # Σ x xᵀ of each distinct input
         self._input_of: dict[str, int] = {}  # the number of a site's input in `_sums`
+        self._routed: dict[MoeExpert, list[Tensor]] = {}  # the rows that each MoE expert of a stack reads
         self._last_factor = None
 
     def _run_next_block(self) -> None:
@@ -87,11 +112,12 @@ class Hessians:
             return
         names, parameters = decoder.block_names(block), decoder.block_parameters(block, self._checkpoint.tensor)
         last_input: list[tuple[Tensor, int]] = []  # the input of the module that ran last, and its number
-        handles = [
-            module.register_forward_pre_hook(self._hook(names[f"{name}.weight"], last_input))
-            for name, module in decoder.block_module(block).named_modules()
-            if input_weight_name(module) == "weight" and f"{name}.weight" in names
-        ]
+        handles: list[Any] = []
+        for name, module in decoder.block_module(block).named_modules():
+            if input_weight_name(module) == "weight" and f"{name}.weight" in names:
+                handles.append(module.register_forward_pre_hook(self._hook(names[f"{name}.weight"], last_input)))
+            elif input_stack(module) is not None:
+                handles.append(ObservedExperts(module, self._observer(f"{decoder.blocks_path}.{block}.{name}")))
         try:
             for number, hidden in enumerate(self._hidden):
                 self._hidden[number] = decoder.run_block(block, parameters, hidden)
@@ -112,6 +138,15 @@ class Hessians:
             self._input_of.setdefault(site, last_input[0][1])
 
         return before_forward
+
+    def _observer(self, name: str) -> Observer:
+        """Keeps the rows that MoE experts of the module `name` read, if they are sites of their own."""
+
+        def observe(stack: str, moe_expert: int, x: Tensor, y: Tensor) -> None:
+            if f"{name}.{stack}" in self._decoder.moe_experts:
+                self._routed.setdefault((f"{name}.{stack}", moe_expert), []).append(x)
+
+        return observe
 
     def _add(self, site: str, x: Tensor) -> int:
         """Adds Σ x xᵀ to the sum of a site's input; returns the number of that input."""

@@ -6,6 +6,9 @@
 To second order KL ≈ ½·E[(Σ g·δ·x)²] for an error δ. If the entries of δ are uncorrelated, as unbiased scales make
 them, that is Σ_o s_o · Σ_i E[x_i²]·δ_oi² with one number a row, its *sensitivity* s_o. The gradients of one window are
 summed before they are squared, since all of its tokens see the same δ.
+
+The rows of a MoE expert see the tokens that its gate sends to it, and gradients hold the weight that the gate gives it:
+a MoE expert that is used little costs little.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from meswitch.compression.calibration import Calibration, frequencies
+from meswitch.compression.moe_experts import RoutedCosts
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.models import LINEAR_MODULES, load_model
+from meswitch.huggingface.moe import ObservedExperts, Observer, input_stack
 from meswitch.huggingface.names import ParameterNames
 from meswitch.huggingface.text import check_vocabulary, draw_windows
 from meswitch.progress import ProgressCallback, ProgressMeter
@@ -38,6 +43,9 @@ def measure_sensitivity(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """The sensitivity of every linear and embedding site: `float32 [rows of the delta's matrix]` by parameter name.
+
+    Matrices of MoE experts are such sites where the checkpoint has them one by one and transformers runs them in its
+    own interface; one that no token reaches costs what one does that a token reaches.
 
     `model_path`: the fine-tune, a folder or hub id. `data`: a `.txt` or `.jsonl` file (see
     `huggingface.documents`). `calibration`: of the same model; it says how often an embedding's rows are used.
@@ -63,6 +71,7 @@ def measure_sensitivity(
     purpose = "measure sensitivity on"
     windows = draw_windows(checkpoint.path, data, max_tokens=max_tokens, window=window, seed=seed, purpose=purpose)
     model = load_model(checkpoint).eval().requires_grad_(False)
+    names, tensors = ParameterNames(model), checkpoint.names()
     sums = _GradientSums(model)
     generator = torch.Generator().manual_seed(seed)
     meter = ProgressMeter(progress, "measuring what errors cost", sum(map(len, windows)))
@@ -70,8 +79,11 @@ def measure_sensitivity(
         check_vocabulary(ids, model.get_input_embeddings().num_embeddings, data)
         sums.run(ids, generator)
         meter.advance(len(ids))
-    rows = sums.sensitivities(frequencies(calibration.token_counts))
-    return ParameterNames(model).with_file_names(rows, checkpoint.names())
+    found = names.with_file_names(sums.sensitivities(frequencies(calibration.token_counts)), tensors)
+    for parameter, experts in names.moe_experts(tensors).items():
+        for own, rows in zip(experts, sums.stack_sensitivities(parameter), strict=False):
+            found |= zip(own, rows.split([checkpoint.shape(name)[0] for name in own]), strict=True)
+    return found
 
 
 class _GradientSums:
@@ -88,12 +100,15 @@ class _GradientSums:
         self._products: dict[str, Tensor] = {}  # Σ over windows and channels of (Σ g·x)², a row each
         self._gradients: dict[str, Tensor] = {}  # of embeddings: Σ over tokens of the mean g² over channels
         self._lookups: dict[str, Tensor] = {}  # of embeddings: how often each row was read
+        self._stacks: dict[str, RoutedCosts] = {}
         self._names = {module: f"{name}.weight" for name, module in model.named_modules()}
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, nn.Embedding):
                 module.register_forward_hook(self._after_embedding)
             elif isinstance(module, LINEAR_MODULES):
                 module.register_forward_hook(self._after_linear)
+            elif input_stack(module) is not None:
+                ObservedExperts(module, self._moe_observer(name, module))
 
     def run(self, ids: Tensor, generator: torch.Generator) -> None:
         """One forward and backward pass over the window `ids int64 [length]`."""
@@ -129,6 +144,11 @@ class _GradientSums:
             rows[embedding] = rows[head] = rows[head] + rows[embedding] / mean_input
         return {name: value.float() for name, value in rows.items()}
 
+    def stack_sensitivities(self, parameter: str) -> Tensor:
+        """The sensitivities of a stack, `float32 [MoE experts, out_features]`; of none where it was not observed."""
+        costs = self._stacks.get(parameter)
+        return torch.empty(0) if costs is None else costs.sensitivities(self._tokens).float()
+
     @staticmethod
     def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
         value = value.double()
@@ -152,9 +172,29 @@ class _GradientSums:
         y.register_hook(self._output_gradient_hook(name, x))
 
     def _output_gradient_hook(self, name: str, x: Tensor) -> Callable[[Tensor], None]:
-        def add(g: Tensor) -> None:
-            g = g.reshape(-1, g.shape[-1]).float()
-            width = max(1, _PRODUCT_ENTRIES // x.shape[-1])
-            self._add(self._products, name, torch.cat([(part.T @ x).square().sum(1) for part in g.split(width, dim=1)]))
+        return lambda g: self._add(self._products, name, _squared_products(g, x))
 
-        return add
+    def _moe_observer(self, name: str, module: nn.Module) -> Observer:
+        count = len(module.get_parameter("down_proj"))
+
+        def observe(stack: str, moe_expert: int, x: Tensor, y: Tensor) -> None:
+            if not y.requires_grad:
+                return
+            costs = self._stacks.setdefault(f"{name}.{stack}", RoutedCosts.of(count, y.shape[-1]))
+            x = x.detach().float()
+            costs.inputs[moe_expert] += x.square().sum(dtype=torch.float64)
+            costs.rows[moe_expert] += len(x)
+
+            def add(g: Tensor) -> None:
+                costs.products[moe_expert] += _squared_products(g, x)
+
+            y.register_hook(add)
+
+        return observe
+
+
+def _squared_products(g: Tensor, x: Tensor) -> Tensor:
+    """Σ over input channels of (Σ g·x)², `[out_features]`, of gradients `g […, out_features]`, inputs `x [n, in]`."""
+    g = g.reshape(-1, g.shape[-1]).float()
+    width = max(1, _PRODUCT_ENTRIES // x.shape[-1])
+    return torch.cat([(part.T @ x).square().sum(1) for part in g.split(width, dim=1)])

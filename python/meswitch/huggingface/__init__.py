@@ -4,6 +4,7 @@
     checkpoint   a folder's tensors, mapped                      names     one parameter's names: file, model, adapter
     pairing      base and fine-tune under one set of names         quantization   what is quantized, and so no input
     models       a model with all of its weights, or none        decoder   a model run a block at a time
+    moe          MoE experts one after another, observed
     documents    data files to documents, line by line       text      tokenizers, windows of tokens
 
 Every other package reads checkpoint folders, loads models and looks for parameters through this one.

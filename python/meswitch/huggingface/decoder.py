@@ -60,23 +60,29 @@ class Decoder:
     `embedding`, `head`: the checkpoint's names of these parameters, the same one where the model ties them.
     `embedding_parameter`, `head_parameter`: the model's names of them. `checkpoint_names`: the checkpoint's name of
     every parameter and buffer, by the model's. `blocks_path`: the path of the list of blocks in the model.
-    `vocabulary`: rows of the embedding.
+    `vocabulary`: rows of the embedding. `moe_experts`: of each parameter in which transformers stacks tensors of the
+    checkpoint, those of each MoE expert (`ParameterNames.moe_experts`). With `stacks`, `block_parameters` puts them
+    together; `block_names` has tensors of their own only.
 
     Hidden states are `dtype [windows, length, hidden]`, and the parameters that blocks run with have that dtype too;
     `dtype=None` takes the config's. The decoder keeps no weights, so it serves any fine-tune of the same shapes. One
     thread at a time may use it.
 
-    Raises `UnsupportedModelError` for a model whose checkpoint has other tensors than its modules have parameters
-    (fused MoE experts), or whose blocks are not a plain sequence; `CheckpointError` where transformers knows no such
-    model.
+    Raises `UnsupportedModelError` for a model whose checkpoint has other tensors than its modules have parameters (MoE
+    experts that transformers stacks, unless `stacks`), or whose blocks are not a plain sequence; `CheckpointError`
+    where transformers knows no such model.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str], dtype: torch.dtype | None = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, names: Iterable[str], dtype: torch.dtype | None = torch.float32, *, stacks: bool = False
+    ) -> None:
         model: Any = skeleton(folder, dtype)
         self._model = model.eval().requires_grad_(False)
         self._type = type(self._model).__name__
         _fill_buffers(self._model)
-        self.checkpoint_names = on_disk = ParameterNames(self._model).on_disk(names)
+        own, names = ParameterNames(self._model), list(names)
+        self.checkpoint_names = on_disk = own.on_disk(names)
+        self.moe_experts = own.moe_experts(names) if stacks else {}
         embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
             raise UnsupportedModelError(f"expected an embedding and a linear head, found otherwise: {self._type}")
@@ -127,7 +133,12 @@ class Decoder:
 
     def block_parameters(self, block: int, weights: Weights) -> dict[str, Tensor]:
         """The parameters that `run_block` takes, as copies."""
-        return _copies(self._blocks[block], self._block_names[block], weights)
+        parameters = _copies(self._blocks[block], self._block_names[block], weights)
+        for name, own in self._blocks[block].named_parameters():
+            moe_experts = self.moe_experts.get(f"{self.blocks_path}.{block}.{name}")
+            if moe_experts is not None:
+                parameters[name] = _stack(moe_experts, own, weights)
+        return parameters
 
     def outer_parameters(self, weights: Weights) -> dict[str, Tensor]:
         """The parameters that belong to no block, without embedding and head (norms, learned positions), as copies."""
@@ -187,7 +198,7 @@ class Decoder:
     def _check_parameters(self) -> list[str]:
         """The model's parameters. Raises `UnsupportedModelError` for one that is no tensor of the checkpoint."""
         parameters = [name for name, _ in self._model.named_parameters()]
-        missing = [name for name in parameters if name not in self.checkpoint_names]
+        missing = [name for name in parameters if name not in self.checkpoint_names and name not in self.moe_experts]
         if missing:
             raise UnsupportedModelError(
                 f"expected a tensor of the checkpoint for every parameter of {self._type}, found none for "
@@ -321,6 +332,14 @@ def _copies(module: nn.Module, names: dict[str, str], weights: Weights) -> dict[
     """Copies of weights in the dtypes of the module's parameters; `names`: the checkpoint's by the module's."""
     state = module.state_dict()
     return {parameter: weights(name).to(state[parameter].dtype, copy=True) for parameter, name in names.items()}
+
+
+def _stack(moe_experts: list[list[str]], own: Tensor, weights: Weights) -> Tensor:
+    """The stack `own`, which has no memory, of the tensors of each MoE expert."""
+    stack = torch.empty(own.shape, dtype=own.dtype)
+    for part, tensors in zip(stack, moe_experts, strict=True):
+        torch.cat([weights(tensor).to(own.dtype) for tensor in tensors], out=part)
+    return stack
 
 
 def _hidden_states(output: Any) -> Tensor:

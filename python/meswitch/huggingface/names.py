@@ -152,6 +152,23 @@ class ParameterNames:
             return None
         return [places[place] for place in sorted(places)]
 
+    def moe_experts(self, names: Iterable[str]) -> dict[str, list[list[str]]]:
+        """The tensors of each MoE expert in every parameter that is a plain stack of them, by parameter.
+
+        The rows of one MoE expert's tensors lie one below another in its part of the stack.
+        """
+        tensors: dict[str, list[str]] = {}
+        for place, name in self.places(names).items():
+            if place.piece:
+                tensors.setdefault(place.parameter, []).append(name)
+        found, state = dict[str, list[list[str]]](), self._model.state_dict()
+        for parameter, own in tensors.items():
+            order, count = self.stack(parameter, own), len(state[parameter])
+            if order is not None and len(order) % count == 0:
+                pieces = len(order) // count
+                found[parameter] = [order[start : start + pieces] for start in range(0, len(order), pieces)]
+        return found
+
     def with_file_names(self, values: dict[str, T], names: Iterable[str]) -> dict[str, T]:
         """`values` by parameter, and again by each of the checkpoint's tensors (`names`) that is loaded into one."""
         parameters = self.parameters(names)
