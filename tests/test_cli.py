@@ -38,6 +38,7 @@ COMMANDS = (
     "demo",
     "doctor",
     "router",
+    "moe",
 )
 
 
@@ -147,6 +148,11 @@ def test_version() -> None:
         ["generate", "base", "hi", "--kernels", "abacus"],
         ["generate", "base", "hi", "--host-budget", "much"],
         ["generate", "base", "hi", "--moe-budget", "much"],
+        ["moe"],
+        ["moe", "plan"],
+        ["moe", "plan", "model", "--budget", "much"],
+        ["moe", "compress", "model", "-o", "x"],
+        ["moe", "compress", "model", "--budget", "1GB"],
         ["router"],
         ["router", "train", "base", "-o", "x"],
         ["router", "train", "base", "-o", "x", "--data", "y", "--kind", "oracle"],

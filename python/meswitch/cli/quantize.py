@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import typer
 
 from meswitch.cli.arguments import Base, DeltaOutput, Json
@@ -18,6 +21,12 @@ from meswitch.cli.compress import (
 )
 from meswitch.terminal.progress import show_imports, show_progress
 from meswitch.terminal.tables import format_size, print_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from meswitch.compression.calibration import Calibration
+    from meswitch.compression.options import CompressOptions
 
 DEFAULT_BITS = 4
 
@@ -50,11 +59,23 @@ def quantize(
         width = DEFAULT_BITS if bits is None and not chosen else bits
         options = options_of("default", width, embedding_bits, "preset", bpw, target_size)
         check_output(out)
-    calibration, sensitivity = measure(base, calibrate, options)
+    write_quantized(base, out, options, *measure(base, calibrate, options), as_json=as_json)
+
+
+def write_quantized(
+    model: str,
+    out: Path,
+    options: CompressOptions,
+    calibration: Calibration | None,
+    sensitivity: dict[str, Tensor] | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Quantizes a model and prints what came of it."""
     with show_progress(first="quantizing") as progress:
         from meswitch.compression import job
 
-        report = job.quantize(base, out, options, calibration=calibration, sensitivity=sensitivity, progress=progress)
+        report = job.quantize(model, out, options, calibration=calibration, sensitivity=sensitivity, progress=progress)
     if as_json:
         print_json(report.to_json())
     else:

@@ -6,6 +6,7 @@
     allocation      bits site by site under a target of bytes              forms      the ways to store one site
     calibration     `calibrate`: E[x²] and token counts over text          hessians   E[x xᵀ], a block at a time
     sensitivity     `measure_sensitivity`: the cost of errors, in nats     low_rank   two thin factors
+    moe_experts     statistics of single MoE experts                       moe_plan   what a MoE model takes in memory
     evaluation      `evaluate`: NLL, KL, recovered share                   likelihood sums of NLL and KL
     lora, adapter   `import_adapter`: a LoRA of peft as a delta
     distillation/   `distill`: the scales trained against the fine-tune

@@ -229,9 +229,13 @@ class CandidateSite:
         return Form(plan, self._weigh(tensors) + 40 * len(counts), loss, widths)
 
     def _weigh(self, tensors: list[tuple[str, int]]) -> int:
-        """Bytes of aligned tensors, plus an estimate of their entries in header and manifest, padding included."""
-        entries = sum(len(self.name) + 2 * len(role) + (185 if size % _ALIGNMENT else 115) for role, size in tensors)
-        return entries + sum(-(-size // _ALIGNMENT) * _ALIGNMENT for _, size in tensors)
+        return weigh(self.name, tensors)
+
+
+def weigh(site: str, tensors: list[tuple[str, int]]) -> int:
+    """Bytes of a site's aligned tensors (role, bytes), and about those of their entries in header and manifest."""
+    entries = sum(len(site) + 2 * len(role) + (185 if size % _ALIGNMENT else 115) for role, size in tensors)
+    return entries + sum(-(-size // _ALIGNMENT) * _ALIGNMENT for _, size in tensors)
 
 
 def _floats(raw: bytes) -> Tensor:

@@ -324,8 +324,11 @@ class _Job:
         self, plans: list[Plan], candidates: list[Plan], costs: ErrorCosts, meter: ProgressMeter
     ) -> Allocation:
         """A form for every matrix of `candidates` within the target; without one, within the bytes of `plans`."""
-        bpw, target = self._options.bpw, self._options.target_bytes
+        bpw, target, budget = self._options.bpw, self._options.target_bytes, self._options.budget_bytes
         target = math.floor(bpw * self._parameters / 8) if bpw is not None else target
+        # Of a budget for the whole directory, the small files take their part.
+        carried = 0 if budget is None else sum(Path(file).stat().st_size for file in self._files)
+        target = target if budget is None else budget
         self.settings |= {"method": "auto", "target_bytes": target}
         shared = {plan.name for plan in plans if _native.is_shared(*self._pair, plan.name)}
 
@@ -333,7 +336,8 @@ class _Job:
             # With the longest number, so that the smallest possible size does not depend on the target.
             settings = json_text({**self.settings, "target_bytes": 10**15, "chosen": summary})
             native = [plan.to_native() for plan in plans]
-            return _native.estimate_bytes(*self._pair, native, shared, self._files, settings, self._name)
+            estimate = _native.estimate_bytes(*self._pair, native, shared, self._files, settings, self._name)
+            return carried + estimate
 
         if target is None:
             target = self.settings["target_bytes"] = weigh(plans, [])

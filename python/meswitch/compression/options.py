@@ -35,6 +35,7 @@ class CompressOptions:
     method: Method = "preset"
     bpw: float | None = None
     target_bytes: int | None = None
+    budget_bytes: int | None = None
     compensate: bool = True
 
     def __post_init__(self) -> None:
@@ -45,12 +46,11 @@ class CompressOptions:
         for bits in (self.bits, self.embedding_bits):
             if bits is not None and bits not in BITS:
                 raise ValueError(f"expected 1, 2, 3, 4 or 8 bits, found {bits}")
-        if self.bpw is not None and self.target_bytes is not None:
-            raise ValueError(f"expected bits a weight or bytes, found both: {self.bpw}, {self.target_bytes}")
-        bpw_in_range = self.bpw is None or 0 < self.bpw < math.inf
-        if not bpw_in_range or (self.target_bytes is not None and self.target_bytes < 1):
-            found = self.bpw if self.target_bytes is None else self.target_bytes
-            raise ValueError(f"expected a target above 0, found {found}")
+        targets = [target for target in (self.bpw, self.target_bytes, self.budget_bytes) if target is not None]
+        if len(targets) > 1:
+            raise ValueError(f"expected bits a weight or bytes, found both: {', '.join(map(str, targets))}")
+        if targets and not (0 < targets[0] < math.inf and (self.bpw is not None or targets[0] >= 1)):
+            raise ValueError(f"expected a target above 0, found {targets[0]}")
         if self.chooses_per_site and (self.bits is not None or self.embedding_bits is not None):
             raise ValueError(
                 "expected a target or numbers of bits, found both: "
@@ -60,7 +60,7 @@ class CompressOptions:
     @property
     def chooses_per_site(self) -> bool:
         """Whether the form of every site is chosen, within a target of bytes."""
-        return self.method == "auto" or self.bpw is not None or self.target_bytes is not None
+        return self.method == "auto" or (self.bpw, self.target_bytes, self.budget_bytes) != (None, None, None)
 
     @property
     def label(self) -> str:

@@ -62,7 +62,9 @@ def make_plans(
     for name in sorted(names, key=lambda name: (owners.get(name, unknown).order, _natural_order(name))):
         owner = owners.get(name, unknown)
         rule, shape = preset.rule(owner.role), finetune.shape(name)
-        if rule is None or len(shape) < 2 or not finetune.dtype(name).is_floating_point:
+        # The biases of MoE experts may be one tensor with a row for each; they are vectors all the same.
+        is_vector = len(shape) < 2 or name.endswith("bias")
+        if rule is None or is_vector or not finetune.dtype(name).is_floating_point:
             yield Plan(name, owner.role, owner.transposed, place=owner.place)
             continue
         by_token = owner.role in ("embedding", "head")
