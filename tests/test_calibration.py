@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from families import VOCABULARY, config_of, save_random, tokenizer_of
 from meswitch.compression.calibration import calibrate
-from meswitch.errors import DataError
+from meswitch.compression.hessians import Hessians
+from meswitch.errors import DataError, UnsupportedModelError
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.huggingface.text import batches, token_windows
 
@@ -119,6 +120,8 @@ def test_what_cannot_be_streamed_is_run_whole(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(MixtralRotaryEmbedding, "forward", skewed)
     folder = save_random(tmp_path / "model", config_of("mixtral", tie_word_embeddings=True))
+    with pytest.raises(UnsupportedModelError):
+        Hessians(Checkpoint.open(folder), [torch.arange(5)])
     (tmp_path / "a.txt").write_text(TEXT[:100])
     seen = calibrate(folder, tmp_path / "a.txt", window=100)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -37,9 +37,10 @@ class Calibration:
 
     `second_moments`: E[x²] as `float32 [in_features]` by parameter name (`….weight`), under the model's names and the
     checkpoint's. There is one for each linear module and each matrix of a MoE expert: of the tokens that its gate sends
-    to it and 16 more of the mean of its block, so that one which few reach has about that mean. Where transformers runs
-    MoE experts in a way of their own, their gate and up projections have the moments of all inputs of the block, and
-    the others none. An embedding that is also the lm_head has the moments of the lm_head's input, under both names.
+    to it and 16 more of the mean of its block, so that one which few reach has about that mean. A stack that the
+    checkpoint has whole has the mean itself, and its MoE experts theirs as `STACK.NUMBER`. Where transformers runs MoE
+    experts in a way of their own, their gate and up projections have the moments of all inputs of the block, and the
+    others none. An embedding that is also the lm_head has the moments of the lm_head's input, under both names.
     `token_counts`: `int64 [vocabulary]`. `windows`: the tokens themselves, `int64 [length]` each.
     `moe_expert_tokens`: how many tokens each MoE expert saw, `int64 [MoE experts]` by the model's name of their module.
     """
@@ -270,4 +271,7 @@ class _SecondMomentSums:
             else:
                 continue
             found |= {name: mean for own, mean in zip(tensors, means, strict=True) for name in own}
+        for parameter in self._stacks.keys() - moe_experts.keys():
+            means = self._stacks[parameter].means()
+            found |= {f"{parameter}.{moe_expert}": mean for moe_expert, mean in enumerate(means)}
         return found

@@ -45,6 +45,8 @@ class Hessians:
         self._outer = decoder.outer_parameters(checkpoint.tensor)
         self._batches, self._tokens = list(batches(list(windows), FORWARD_TOKENS)), sum(map(len, windows))
         self._block_of = {name: block for block in range(len(decoder)) for name in decoder.block_names(block).values()}
+        for ids in self._batches:
+            decoder.check(ids)
         self._stack_of = {
             name: (parameter, moe_expert)
             for parameter, experts in decoder.moe_experts.items()

@@ -26,6 +26,7 @@ from meswitch.compression.calibration import Calibration, frequencies
 from meswitch.compression.forms import ErrorCosts
 from meswitch.compression.hessians import Hessians
 from meswitch.compression.options import CompressOptions
+from meswitch.compression.owners import moe_expert_number
 from meswitch.compression.plan import Plan, make_plans
 from meswitch.compression.presets import PRESETS
 from meswitch.delta.directory import MANIFEST, Delta
@@ -91,8 +92,8 @@ def compress(
     `base` and `finetune` are folders or hub ids, `options` a preset's name or a `CompressOptions`. `calibration`
     (`calibrate`) weighs errors by the model's inputs, `sensitivity` (`measure_sensitivity`) by their cost in nats,
     which only method `auto` reads. With calibration errors are compensated, if the options allow it and the model can
-    be run a block at a time; memory then holds a block, and E[x xᵀ] of the widest input two or three times in float64.
-    Otherwise it holds the codes of one site. `progress` counts weights.
+    be run a block at a time; memory then holds a block, the rows that its MoE experts read, and E[x xᵀ] of the widest
+    input two or three times in float64. Otherwise it holds the codes of one site. `progress` counts weights.
 
     An interrupted run leaves nothing at `out`, but its finished sites in `.NAME.incomplete` beside it, and the same
     call goes on from there. A finished run replaces a delta directory at `out`.
@@ -291,7 +292,13 @@ class _Job:
 
     def _under_base_names(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """What was measured on the fine-tune alone, by the base's names as well."""
-        return values | {name: values[own] for name, own in self._own_names.items() if own in values}
+        found = values | {name: values[own] for name, own in self._own_names.items() if own in values}
+        for name, own in self._own_names.items():
+            # One MoE expert in the base, in the fine-tune a part of a stack.
+            part = f"{own}.{moe_expert_number(name)}"
+            if part in values:
+                found[name] = values[part]
+        return found
 
     def _moments(self, plans: list[Plan]) -> dict[str, bytes]:
         """E[x²] of the sites that are quantized, as little-endian float32."""

@@ -67,8 +67,18 @@ def parameter_owners(finetune: Checkpoint, names: Iterable[str]) -> dict[str, Ow
 
 def _place(place: Place | None, name: str) -> Place | None:
     """A place in the model, with the MoE expert that the parameter's name in the checkpoint says."""
-    moe_expert = _MOE_EXPERT.search(name)
-    return place if place is None or moe_expert is None else (place[0], int(moe_expert[1]))
+    moe_expert = moe_expert_number(name)
+    return place if place is None or moe_expert is None else (place[0], moe_expert)
+
+
+def moe_expert_number(name: str) -> int | None:
+    """The number of the MoE expert that a parameter belongs to by its name in the checkpoint.
+
+    >>> moe_expert_number("model.layers.0.mlp.experts.12.up_proj.weight"), moe_expert_number("lm_head.weight")
+    (12, None)
+    """
+    found = _MOE_EXPERT.search(name)
+    return None if found is None else int(found[1])
 
 
 def _layer(model: nn.Module, module_name: str) -> int | None:

@@ -150,6 +150,13 @@ class Decoder:
 
     # --- passes -------------------------------------------------------------------------------------------------------
 
+    def check(self, ids: Tensor) -> None:
+        """Raises `UnsupportedModelError` if blocks cannot be run by themselves on ids `[windows, length]`.
+
+        So would the first `run_block` of that shape.
+        """
+        self._recorded_calls((ids.shape[0], ids.shape[1]))
+
     def embed(self, outer: dict[str, Tensor], tokens: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
         """Hidden states before the first block, of `ids int64 [windows, length]`.
 
