@@ -32,6 +32,8 @@ from meswitch.engine.engine import Engine
 from meswitch.huggingface.checkpoint import Checkpoint
 from meswitch.moe.trunk import load_trunk
 
+OTHER = [token + 1000 for token in PROMPT]  # which needs other MoE experts
+
 MEMORY = """
 import sys
 from meswitch.engine.engine import Engine
@@ -95,7 +97,7 @@ def measure(folder: Path, shares: list[int], tokens: int, rounds: int, *, cold: 
             if cold:
                 forget(folder)
             with Engine(folder, moe_budget=budget or None) as engine:
-                ask(engine, PROMPT, ["base"], tokens)  # what is then in memory is what a stream finds
+                ask(engine, OTHER, ["base"], tokens)  # what is then in memory is what a stream finds
                 before = engine.stats()["moe"]
                 spent.setdefault(name, []).append(token_seconds(engine, ["base"], tokens))
                 after = engine.stats()["moe"]
