@@ -15,9 +15,10 @@ from meswitch.demo import family as families
 from meswitch.demo import tour
 from meswitch.demo.corpus import DOMAINS
 from meswitch.demo.family import family as make
+from meswitch.demo.moe import MoeSettings
 from meswitch.demo.paths import Family
 from meswitch.demo.tiny import TinySettings
-from meswitch.demo.training import Training
+from meswitch.demo.training import Training, balance_loss
 from meswitch.progress import Progress
 
 LEAST_GAIN = {"code": 0.15, "maths": 0.3, "prose": 0.15}  # nats a token
@@ -95,17 +96,19 @@ def test_train_and_held_out_are_apart(family: Family) -> None:
 
 # --- training -----------------------------------------------------------------------------------------------------
 
-MINUTE = TinySettings(
-    vocabulary=512,
-    hidden=32,
-    intermediate=48,
-    layers=1,
-    heads=2,
-    kv_heads=1,
-    context=256,
-    base=Training(((32, 2, 2),), rate=1e-3, embedding=1.0),
-    tune=Training(((32, 2, 1),), rate=1e-3, embedding=1.0),
-)
+SHRUNKEN: dict[str, Any] = {
+    "vocabulary": 512,
+    "hidden": 32,
+    "intermediate": 48,
+    "layers": 1,
+    "heads": 2,
+    "kv_heads": 1,
+    "context": 256,
+    "base": Training(((32, 2, 2),), rate=1e-3, embedding=1.0),
+    "tune": Training(((32, 2, 1),), rate=1e-3, embedding=1.0),
+}
+MINUTE = TinySettings(**SHRUNKEN)
+MINUTE_MOE = MoeSettings(**(SHRUNKEN | {"intermediate": 16, "moe_experts": 16, "chosen": 2}))
 
 
 @pytest.fixture
@@ -125,6 +128,35 @@ def test_the_same_seed_trains_the_same_family(minute: Path, monkeypatch: pytest.
     for file in files:
         if file.name != "family.json":  # says how long it took
             assert (first.root / file).read_bytes() == (second.root / file).read_bytes(), file
+
+
+def test_a_moe_family_is_trained_on_the_same_text(minute: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(families.FAMILIES, "minute-moe", MINUTE_MOE)
+    models = make("minute-moe")
+    monkeypatch.setenv("MESWITCH_CACHE", str(minute / "again"))
+    again, dense = make("minute-moe"), make("minute")
+    weights = {name: AutoModelForCausalLM.from_pretrained(path) for name, path in models.experts.items()}
+    for name, model in weights.items():
+        assert model.config.model_type == "qwen3_moe" and model.dtype == torch.bfloat16
+        assert model.model.layers[0].mlp.experts.down_proj.shape == (16, 32, 16)
+        file = Path("finetunes") / name / "model.safetensors"
+        assert (models.root / file).read_bytes() == (again.root / file).read_bytes()
+    gates = [model.model.layers[0].mlp.gate.weight for model in weights.values()]
+    assert not torch.equal(gates[0], gates[1]), "gates are trained too"
+    for file in ("base/tokenizer.json", "heldout/code.jsonl", "prompts.jsonl"):
+        assert (models.root / file).read_bytes() == (dense.root / file).read_bytes()
+
+
+def test_balance_is_lost_where_a_layer_leaves_moe_experts_out() -> None:
+    even = torch.eye(4).repeat(2, 1) * 20
+    alone = torch.tensor([[20.0, 0, 0, 0]]).repeat(8, 1)
+    assert balance_loss([even], 1).item() == pytest.approx(1, abs=1e-3)
+    assert balance_loss([alone], 1).item() == pytest.approx(4, abs=1e-3)
+    others = [alone.roll(shift, 1) for shift in range(4)]  # together they are even
+    assert balance_loss(others, 1).item() == pytest.approx(4, abs=1e-3)
+    logits = alone.clone().requires_grad_()
+    balance_loss([logits + torch.randn(8, 4)], 2).backward()
+    assert logits.grad is not None and logits.grad.abs().sum() > 0
 
 
 def test_an_interrupted_training_leaves_nothing(minute: Path) -> None:
@@ -185,5 +217,5 @@ def test_the_tour_without_data_weighs_and_serves(minute: Path, tmp_path: Path) -
 
 
 def test_an_unknown_family_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected a family, one of tiny, smol, found: huge"):
+    with pytest.raises(ValueError, match="expected a family, one of tiny, moe, smol, found: huge"):
         make("huge")

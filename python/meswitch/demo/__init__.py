@@ -2,7 +2,7 @@
 
     family        `family`: the family of a name, trained where the cache has none
     paths         `Family`: where its models and texts lie
-    tiny, smol    how each family is made
+    tiny, moe, smol    how each family is made
     training      batches, AdamW, files
     corpus        text in three domains, train and held out
     sources, problems, openings, conversations    where that text comes from, and its forms

@@ -1,6 +1,7 @@
 """The families: a base and full fine-tunes of it, for the tour, the tests and every number about quality.
 
     tiny     trained on the spot from text that every machine has, in about two minutes
+    moe      the same text and steps with 32 MoE experts a layer, in about ten minutes
     smol     SmolLM2-135M-Instruct, which comes as a Python package, and fine-tunes of it that take about an hour
 
     <cache>/NAME-<key>/
@@ -28,6 +29,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from meswitch.demo.moe import MoeSettings
 from meswitch.demo.paths import Family
 from meswitch.demo.smol import SmolSettings
 from meswitch.demo.tiny import TinySettings
@@ -35,7 +37,11 @@ from meswitch.progress import ProgressCallback
 from meswitch.terminal.progress import show_progress
 
 RECIPE = 1  # counts up whenever the same settings would train something else
-FAMILIES: dict[str, TinySettings | SmolSettings] = {"tiny": TinySettings(), "smol": SmolSettings()}
+FAMILIES: dict[str, TinySettings | SmolSettings] = {
+    "tiny": TinySettings(),
+    "moe": MoeSettings(),
+    "smol": SmolSettings(),
+}
 
 
 def cache_folder() -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from meswitch.demo.training import IntArray, Training, batches, save, train, wri
 from meswitch.progress import Progress, ProgressCallback, ProgressMeter
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from meswitch.demo.paths import Family
 
@@ -59,7 +59,7 @@ class TinySettings:
         _write_texts(family, text.train, text.heldout)
         tokenizer = _train_tokenizer(text.train, self, progress)
         streams = _encode({**text.train.documents, "other": text.other}, tokenizer, progress)
-        base = _fresh_model(tokenizer, self, seed)
+        base = self._fresh_model(tokenizer, seed)
         data = batches(streams, self.mixture, self.base, np.random.default_rng(seed))
         train(base, data, self.base, ProgressMeter(progress, "training base", self.base.steps))
         save(base, tokenizer, family.base)
@@ -68,6 +68,39 @@ class TinySettings:
             data = batches({domain: streams[domain]}, (1.0,), self.tune, np.random.default_rng([seed, number]))
             train(model, data, self.tune, ProgressMeter(progress, f"training fine-tune {domain}", self.tune.steps))
             save(model, tokenizer, family.experts[domain])
+
+    def _fresh_model(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+        """A causal language model in float32 with weights drawn by `seed`."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(self._config(tokenizer), dtype=torch.float32)
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+                torch.nn.init.zeros_(weight)  # each block starts as the identity
+        return model
+
+    def _config(self, tokenizer: PreTrainedTokenizerFast) -> Any:
+        from transformers import LlamaConfig
+
+        return LlamaConfig(**self._shape(tokenizer))
+
+    def _shape(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+        """The fields that the configs of all architectures have."""
+        return {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": self.context,
+            "tie_word_embeddings": False,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
 
 
 def _train_tokenizer(train: Split, settings: TinySettings, progress: ProgressCallback) -> PreTrainedTokenizerFast:
@@ -127,29 +160,3 @@ def _write_texts(family: Family, train: Split, heldout: Split) -> None:
         for name, path in files.items():
             write_lines(path, [{"text": text} for text in side.documents[name]])
         write_lines(prompts, [{"prompt": prompt, "expert": name} for prompt, name in side.prompts])
-
-
-def _fresh_model(tokenizer: PreTrainedTokenizerFast, settings: TinySettings, seed: int) -> LlamaForCausalLM:
-    """A model in float32 with weights drawn by `seed`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=settings.vocabulary,
-        hidden_size=settings.hidden,
-        intermediate_size=settings.intermediate,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.kv_heads,
-        max_position_embeddings=settings.context,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    for name, weight in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):  # each block starts as the identity
-            torch.nn.init.zeros_(weight)
-    return model

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from meswitch.kernels.processor import multiplies_bfloat16
 from meswitch.progress import ProgressMeter
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 IntArray = NDArray[np.int64]
 
@@ -61,15 +62,20 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes the checkpoint; the model is bfloat16 from here on."""
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def train(model: LlamaForCausalLM, data: Iterator[IntArray], training: Training, meter: ProgressMeter) -> None:
-    """AdamW over the batches of `data`, in place: a short warm-up, then a cosine to a tenth."""
+def train(model: Any, data: Iterator[IntArray], training: Training, meter: ProgressMeter) -> None:
+    """AdamW over the batches of `data`, in place: a short warm-up, then a cosine to a tenth.
+
+    A config with a `router_aux_loss_coef` has that much of `balance_loss` added.
+    """
     meter.update(0)
+    balance = getattr(model.config, "router_aux_loss_coef", 0.0)
+    recorded = {"output_router_logits": True} if balance else {}
     optimizer = _optimizer(model, training)
     rates = [group["lr"] for group in optimizer.param_groups]
     model.train()
@@ -78,8 +84,11 @@ def train(model: LlamaForCausalLM, data: Iterator[IntArray], training: Training,
             group["lr"] = rate * _schedule(step, training.steps)
         ids = torch.from_numpy(batch)
         with torch.autocast("cpu", torch.bfloat16, enabled=training.mixed and multiplies_bfloat16()):
-            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).backward()
+            output = model(input_ids=ids[:, :-1], use_cache=False, **recorded)
+        loss = cross_entropy(output.logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        if balance:
+            loss = loss + balance * balance_loss(output.router_logits, model.config.num_experts_per_tok)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -87,7 +96,21 @@ def train(model: LlamaForCausalLM, data: Iterator[IntArray], training: Training,
     model.eval()
 
 
-def _optimizer(model: LlamaForCausalLM, training: Training) -> torch.optim.Optimizer:
+def balance_loss(gate_logits: Sequence[Tensor], chosen: int) -> Tensor:
+    """What keeps every MoE expert in use (arXiv 2101.03961, section 2.2), as a mean over layers: 1 where all are alike.
+
+    `gate_logits`: `[tokens, MoE experts]` of each layer, of which the `chosen` largest of a token are taken. Layers are
+    counted one by one; transformers adds their counts up, which lets one layer make up for another.
+    """
+    losses = []
+    for logits in gate_logits:
+        tokens, count = logits.shape
+        taken = torch.bincount(logits.topk(chosen).indices.flatten(), minlength=count) / (tokens * chosen)
+        losses.append(count * (taken * logits.softmax(-1).mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+def _optimizer(model: Any, training: Training) -> torch.optim.Optimizer:
     embedding = model.get_input_embeddings().weight
     matrices = [p for p in model.parameters() if p.dim() > 1 and p is not embedding]
     vectors = [p for p in model.parameters() if p.dim() == 1]
