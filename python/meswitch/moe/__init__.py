@@ -1,4 +1,4 @@
-"""One model whose MoE experts do not fit in memory: they are read when a gate chooses them.
+"""One model whose MoE experts do not all fit in memory: those that are missing are read, or gates do without them.
 
     extents   where each MoE expert of a checkpoint lies in its files
     trunk     the model without its MoE experts
@@ -7,6 +7,9 @@
 
     copies    low-bit copies of MoE experts, out of a quantized model
     fallback  a forward that has the copies answer for light choices that are not in memory
+
+    gate      which MoE experts a gate may choose: those that are resident
+    virtual   which ones should be: SwapMoE's virtual experts (arXiv 2308.15030)
 
 Threads: a store's counters may be read from any; everything else is the engine's thread's. Memory: slots are the native
 store's, and tensors over one must not outlive its visit.
