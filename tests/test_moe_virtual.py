@@ -138,7 +138,7 @@ def made(request: pytest.FixtureRequest) -> tuple[str, Any]:
 def sets(count: int, least: int = 3) -> list[Tensor]:
     """Resident sets of every size that serves a token, some of them all in one group."""
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randperm(count, generator=generator) for _ in range(4)] + [torch.arange(count)]
+    drawn = [torch.randperm(count, generator=generator) for _ in range(2)] + [torch.arange(count)]
     return [
         torch.zeros(count, dtype=torch.bool).index_fill(0, order[:size], True)
         for size in range(least, count)
