@@ -90,7 +90,7 @@ def calibrate(
 
     meter = ProgressMeter(progress, "calibrating", total)
     try:
-        decoder = Decoder(checkpoint.path, checkpoint.names(), _dtype_of_weights(checkpoint), stacks=True)
+        decoder = Decoder(checkpoint.path, checkpoint.names(), _dtype_of_weights(checkpoint))
         counts = count_tokens(decoder.vocabulary)
         moments, use = _moments_by_block(decoder, checkpoint, windows, meter)
     except UnsupportedModelError:

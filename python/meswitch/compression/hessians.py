@@ -41,7 +41,7 @@ class Hessians:
 
     def __init__(self, checkpoint: Checkpoint, windows: Sequence[Tensor]) -> None:
         self._checkpoint = checkpoint
-        self._decoder = decoder = Decoder(checkpoint.path, checkpoint.names(), stacks=True)
+        self._decoder = decoder = Decoder(checkpoint.path, checkpoint.names())
         self._outer = decoder.outer_parameters(checkpoint.tensor)
         self._batches, self._tokens = list(batches(list(windows), FORWARD_TOKENS)), sum(map(len, windows))
         self._block_of = {name: block for block in range(len(decoder)) for name in decoder.block_names(block).values()}

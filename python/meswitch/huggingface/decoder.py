@@ -61,28 +61,24 @@ class Decoder:
     `embedding_parameter`, `head_parameter`: the model's names of them. `checkpoint_names`: the checkpoint's name of
     every parameter and buffer, by the model's. `blocks_path`: the path of the list of blocks in the model.
     `vocabulary`: rows of the embedding. `moe_experts`: of each parameter in which transformers stacks tensors of the
-    checkpoint, those of each MoE expert (`ParameterNames.moe_experts`). With `stacks`, `block_parameters` puts them
-    together; `block_names` has tensors of their own only.
+    checkpoint, those of each MoE expert (`ParameterNames.moe_experts`).
 
     Hidden states are `dtype [windows, length, hidden]`, and the parameters that blocks run with have that dtype too;
     `dtype=None` takes the config's. The decoder keeps no weights, so it serves any fine-tune of the same shapes. One
     thread at a time may use it.
 
-    Raises `UnsupportedModelError` for a model whose checkpoint has other tensors than its modules have parameters (MoE
-    experts that transformers stacks, unless `stacks`), or whose blocks are not a plain sequence; `CheckpointError`
-    where transformers knows no such model.
+    Raises `UnsupportedModelError` for a model whose checkpoint has other tensors than its modules have parameters, or
+    whose blocks are not a plain sequence; `CheckpointError` where transformers knows no such model.
     """
 
-    def __init__(
-        self, folder: Path, names: Iterable[str], dtype: torch.dtype | None = torch.float32, *, stacks: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, names: Iterable[str], dtype: torch.dtype | None = torch.float32) -> None:
         model: Any = skeleton(folder, dtype)
         self._model = model.eval().requires_grad_(False)
         self._type = type(self._model).__name__
         _fill_buffers(self._model)
         own, names = ParameterNames(self._model), list(names)
         self.checkpoint_names = on_disk = own.on_disk(names)
-        self.moe_experts = own.moe_experts(names) if stacks else {}
+        self.moe_experts = own.moe_experts(names)
         embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
             raise UnsupportedModelError(f"expected an embedding and a linear head, found otherwise: {self._type}")
@@ -118,8 +114,14 @@ class Decoder:
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     def block_names(self, block: int) -> dict[str, str]:
-        """The checkpoint's names of a block's parameters, by their names in the block."""
+        """The checkpoint's names of a block's parameters, by their names in the block; without its stacks."""
         return self._block_names[block]
+
+    def block_stacks(self, block: int) -> dict[str, list[list[str]]]:
+        """The checkpoint's names of each MoE expert's tensors, by the names of a block's stacks of them."""
+        names = (name for name, _ in self._blocks[block].named_parameters())
+        paths = {name: f"{self.blocks_path}.{block}.{name}" for name in names}
+        return {name: self.moe_experts[path] for name, path in paths.items() if path in self.moe_experts}
 
     def block_module(self, block: int) -> nn.Module:
         """The block itself, on the meta device."""
@@ -134,10 +136,8 @@ class Decoder:
     def block_parameters(self, block: int, weights: Weights) -> dict[str, Tensor]:
         """The parameters that `run_block` takes, as copies."""
         parameters = _copies(self._blocks[block], self._block_names[block], weights)
-        for name, own in self._blocks[block].named_parameters():
-            moe_experts = self.moe_experts.get(f"{self.blocks_path}.{block}.{name}")
-            if moe_experts is not None:
-                parameters[name] = _stack(moe_experts, own, weights)
+        for name, moe_experts in self.block_stacks(block).items():
+            parameters[name] = _stack(moe_experts, self._blocks[block].get_parameter(name), weights)
         return parameters
 
     def outer_parameters(self, weights: Weights) -> dict[str, Tensor]:

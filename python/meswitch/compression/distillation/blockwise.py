@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from meswitch.compression.distillation.expert_weight import ExpertWeight
+from meswitch.compression.distillation.expert_weight import ExpertWeight, StackedWeight, Weight
 from meswitch.compression.distillation.fisher_information import FisherInformation
 from meswitch.compression.distillation.head_divergence import HeadDivergence
 from meswitch.compression.distillation.hidden_states import HiddenStates
@@ -147,13 +147,25 @@ class BlockwiseDistillation:
     def _train_block(self, block: int, teacher: HiddenStates, tuned: HiddenStates, untuned: HiddenStates) -> None:
         """Trains a block and moves all hidden states through it."""
         decoder = self._decoder
-        names = decoder.block_names(block)
-        weights = {parameter: self._weight(name, keep_base=True) for parameter, name in names.items()}
+        weights, names = self._block_weights(block)
         teacher.advance(block, decoder.block_parameters(block, self._finetune.tensor))
         untuned.advance(block, _parameters(weights, rounded=True))
         objective = partial(self._block_objective, block, weights, tuned.values, teacher.values)
-        self._train_stage(1 + block, list(names.values()), objective)
+        self._train_stage(1 + block, names, objective)
         tuned.advance(block, _parameters(weights, rounded=True))
+
+    def _block_weights(self, block: int) -> tuple[dict[str, Weight], list[str]]:
+        """A block's parameters, and all of its sites."""
+        decoder, weights, names = self._decoder, dict[str, Weight](), list[str]()
+        for parameter, name in decoder.block_names(block).items():
+            weights[parameter] = self._weight(name, keep_base=True)
+            names.append(name)
+        for parameter, moe_experts in decoder.block_stacks(block).items():
+            own = [name for tensors in moe_experts for name in tensors]
+            shape = decoder.block_module(block).get_parameter(parameter).shape
+            weights[parameter] = StackedWeight([self._weight(name) for name in own], shape)
+            names += own
+        return weights, names
 
     def _train_stage(self, number: int, names: list[str], objective: Callable[[], _Objective]) -> None:
         """Trains the scales of some sites, or takes them from the journal."""
@@ -223,9 +235,7 @@ class BlockwiseDistillation:
 
         return error
 
-    def _block_objective(
-        self, block: int, weights: dict[str, ExpertWeight], before: Tensor, target: Tensor
-    ) -> _Objective:
+    def _block_objective(self, block: int, weights: dict[str, Weight], before: Tensor, target: Tensor) -> _Objective:
         """A block's output matches the fine-tune's (`target`), from what the tuned blocks made of the text (`before`).
 
         Both `float32 [windows, length, hidden]`.
@@ -261,7 +271,7 @@ def _cost(error: Tensor, fisher: Tensor) -> Tensor:
     return 0.5 * ((error @ fisher) * error).sum(-1)
 
 
-def _parameters(weights: dict[str, ExpertWeight], *, rounded: bool) -> dict[str, Tensor]:
+def _parameters(weights: dict[str, Weight], *, rounded: bool) -> dict[str, Tensor]:
     return {name: weight(rounded=rounded) for name, weight in weights.items()}
 
 

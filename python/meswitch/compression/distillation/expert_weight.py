@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -143,6 +143,9 @@ class StackedWeight:
     def __call__(self, *, rounded: bool) -> Tensor:
         """As `ExpertWeight` does."""
         return torch.cat([piece(rounded=rounded) for piece in self._pieces]).view(self.base.shape)
+
+
+Weight: TypeAlias = ExpertWeight | StackedWeight
 
 
 def relative_error(scales: TrainableScales, base: Checkpoint, finetune: Checkpoint) -> float:

@@ -69,8 +69,7 @@ def distill(
     `base` and `finetune` are folders or hub ids, `data` a `.txt` or `.jsonl` file (see `huggingface.documents`).
     The loss is KL(fine-tune ‖ expert) + 0.2 √KL · NLL of the text, in nats a token, on logits (method `blocks`: on the
     head's alone; blocks match hidden states). The best scales on held-out windows are kept, never worse ones than
-    before. Equal arguments give equal scales. `out` may be `delta` itself. Method `whole` leaves parameters alone that
-    transformers fuses when it loads them (MoE experts).
+    before. Equal arguments give equal scales. `out` may be `delta` itself.
 
     `blocks` writes down every block that it finished, in `.NAME.distilling` beside `out`; after an interruption the
     same call goes on from there. One process at a time writes to `out`, from the first step on.
@@ -78,7 +77,7 @@ def distill(
     Raises `DataError` for too little text or a token that the models have no row for, `BaseMismatchError`,
     `FormatError` (a fine-tune with another vocabulary), `OutputError` (something else at `out`, or another process that
     writes there), `NonFiniteError` for predictions that are not finite, and `UnsupportedModelError` for a model that
-    `blocks` cannot run a block at a time (stacked MoE experts).
+    `blocks` cannot run a block at a time.
 
     >>> options = DistillOptions(steps=2, window=16, batch=2)
     >>> report = distill("base/", "math/", "experts/math", "experts/tuned", "prompts.jsonl", options)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from meswitch.compression.distillation.expert_weight import ExpertWeight, StackedWeight
+from meswitch.compression.distillation.expert_weight import ExpertWeight, StackedWeight, Weight
 from meswitch.compression.distillation.optimizer import Outcome, Schedule, optimize
 from meswitch.compression.distillation.scales import TrainableScales, trainable_scales
 from meswitch.compression.distillation.windows import Windows, text_weight
@@ -24,7 +24,7 @@ from meswitch.delta.model import expert_model
 from meswitch.delta.restoration import rebuild
 from meswitch.huggingface.checkpoint import HEAD, Checkpoint
 from meswitch.huggingface.models import load_model
-from meswitch.huggingface.names import ParameterNames, StackPlace
+from meswitch.huggingface.names import ParameterNames
 from meswitch.huggingface.text import FORWARD_TOKENS
 from meswitch.progress import ProgressCallback, ProgressMeter
 from meswitch.site import QuantizedSite
@@ -49,7 +49,7 @@ class WholeModelDistillation:
         self._vocabulary: int = self._teacher.get_input_embeddings().num_embeddings
         _untie_head(self._expert, delta, base)
         self.scales: dict[str, TrainableScales] = {}
-        self._weights: dict[str, ExpertWeight | StackedWeight] = {}
+        self._weights: dict[str, Weight] = {}
         parameters, sites = dict(self._expert.named_parameters()), delta.sites
         quantized = (site for site in sites.values() if isinstance(site, QuantizedSite) and site.parts)
         trainable = trainable_scales(quantized)
@@ -111,13 +111,10 @@ class WholeModelDistillation:
 
 def _names(model: Any, sites: Iterable[str]) -> dict[str, list[str]]:
     """The sites of each parameter of a model: its own, or those that are stacked in it, in their order."""
-    names = ParameterNames(model)
-    stacked: dict[str, dict[StackPlace, str]] = {}
-    for name in sites:
-        if (place := names.stack_place(name)) is not None:
-            stacked.setdefault(place.parameter, {})[place] = name
+    names, sites = ParameterNames(model), list(sites)
     own = {parameter: [name] for parameter, name in names.on_disk(sites).items()}
-    return own | {parameter: [of[place] for place in sorted(of)] for parameter, of in stacked.items()}
+    stacks = names.moe_experts(sites).items()
+    return own | {parameter: [name for tensors in moe_experts for name in tensors] for parameter, moe_experts in stacks}
 
 
 def _untie_head(expert: Any, delta: Delta, base: Checkpoint) -> None:
