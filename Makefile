@@ -39,6 +39,7 @@ demo: $(BUILT) ## train a tiny base and three fine-tunes, compress, route and se
 
 test: $(BUILT) ## run the tests of both languages, Rust's with checked arithmetic
 	cargo test --release $(CHECKED) -p meswitch-core
+	cargo test -p meswitch-cuda
 	$(MAKE) --no-print-directory interleavings
 	$(BIN)/python -m pytest
 

@@ -1,6 +1,6 @@
 """The CUDA kernels, compiled for this machine's processor, and their structures: what tests launch without a GPU.
 
-`cuda/common/delta.cuh` says what the fields mean. Tensors are the process's own memory.
+`cuda/include/delta.cuh` says what the fields mean. Tensors are the process's own memory.
 """
 
 from __future__ import annotations

@@ -487,8 +487,9 @@ def test_doctor_says_what_is_here() -> None:
     found = read("doctor")
     assert found["version"]["torch"] != "not installed" and found["problems"] == []
     assert found["cpu"]["count"] >= 1 and found["torch"]["threads"] >= 1 and found["torch"]["cuda"] in (True, False)
+    assert found["cuda"]["kernels"] and found["cuda"]["driver"] and isinstance(found["cuda"]["devices"], list)
     shown = run("doctor")
-    assert shown.exit_code == 0 and "cpu backend" in shown.stdout
+    assert shown.exit_code == 0 and "cpu backend" in shown.stdout and "cuda driver" in shown.stdout
 
 
 def test_doctor_survives_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@
 // call `host_launch` directly.
 #include <map>
 
-#include "../common/delta.cuh"
+#include "../include/delta.cuh"
 
 #define DECLARE(name) extern "C" void name(const Launch launch)
 DECLARE(delta_prepare_bf16);

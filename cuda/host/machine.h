@@ -1,4 +1,4 @@
-// What common/machine.cuh names, on a CPU: each function does to the lanes of host/block.h what the instruction does to
+// What include/machine.cuh names, on a CPU: each function does to the lanes of host/block.h what the instruction does to
 // those of a GPU, by the tables of the PTX manual.
 #pragma once
 #include <cmath>

@@ -1,6 +1,6 @@
 // Last of three kernels for y[t] += Δ̂_slot(t) · x[t]: shares of codes · x are added in their order, then salient
 // channels, the low-rank part and sparse entries; one rounding into y.
-#include "../common/delta.cuh"
+#include "../include/delta.cuh"
 
 struct FinishMemory {
     Schedule schedule;

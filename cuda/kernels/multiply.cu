@@ -12,7 +12,7 @@
 // code · 2^(BITS·place), and the sums of different places are kept apart until the end, so codes are hardly ever shifted.
 // A tile of ones gives Σ x, which zero multiplies. All of that is in integers and exact, so a token's bits do not depend
 // on its neighbours. Sums become floats where a scale or a step of x ends, and are added in the order of the columns.
-#include "../common/delta.cuh"
+#include "../include/delta.cuh"
 
 constexpr int CHUNK = 32;  // byte columns
 constexpr int CODE_BYTES = CHUNK * TILE_ROWS, X_BYTES = CHUNK * 8 * 2 * MOST_TOKENS;  // of a chunk, at most

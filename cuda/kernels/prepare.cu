@@ -7,7 +7,7 @@
 //
 // where the 8 bytes of lane t are the columns at `place` of the chunk's byte columns 2t, 2t+1, 8+2t, 9+2t, and those
 // plus 16. multiply.cu brings codes into the same order.
-#include "../common/delta.cuh"
+#include "../include/delta.cuh"
 
 constexpr int OWN = SLICE / THREADS;  // columns of a thread
 constexpr float MOST = 32512.f;       // 127 · 256

@@ -53,6 +53,7 @@ def _examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "version": {"meswitch": __version__, **versions},
         "cpu": {"count": os.cpu_count(), **native},
+        "cuda": _examine_cuda(),
         "torch": _examine_torch(),
         "problems": problems + ([native_problem] if native_problem else []),
     }
@@ -71,6 +72,15 @@ def _examine_native() -> tuple[dict[str, Any], str | None]:
     except (ImportError, MeswitchError) as error:
         return native, f"meswitch._native does not load: {error}"
     return native, None
+
+
+def _examine_cuda() -> dict[str, Any]:
+    """The kernels of this build, the driver, and its GPUs, or why there are none."""
+    try:
+        from meswitch import _native
+    except (ImportError, MeswitchError):
+        return {}
+    return dict(zip(("kernels", "driver", "devices"), _native.cuda_status(), strict=True))
 
 
 def _examine_torch() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from meswitch import _native
 from meswitch.errors import BackendError, CudaUnavailableError
 from meswitch.kernels.cpu import CpuKernels
 from meswitch.kernels.protocol import Kernels
@@ -24,8 +25,10 @@ def usable_device(name: str) -> torch.device:
     except Exception as error:  # torch raises what it likes for a device that it was not built for
         hint = "`meswitch doctor` says what torch sees"
         if str(name).startswith("cuda"):
+            _, driver, devices = _native.cuda_status()
             raise CudaUnavailableError(
-                f"expected a device that torch can use, found {name!r}: {error}", hint=hint
+                f"expected a device that torch can use, found {name!r}: {error}",
+                hint=f"{hint}; the driver: {driver}, {len(devices)} devices",
             ) from error
         raise BackendError(f"expected a device that torch can use, found {name!r}: {error}", hint=hint) from error
     return device

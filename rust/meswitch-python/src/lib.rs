@@ -1,6 +1,7 @@
 //! The Python module `meswitch._native`: checks arguments, calls the core, turns its errors into Python's.
 
 mod compress;
+mod cuda;
 mod delta;
 mod dlpack;
 mod errors;
@@ -41,6 +42,8 @@ fn enter_pool<T: Send + Ungil>(py: Python<'_>, work: impl FnOnce() -> Result<T> 
 mod _native {
     #[pymodule_export]
     use super::compress::{compress, estimate_bytes, is_shared, probe, row_energies, write};
+    #[pymodule_export]
+    use super::cuda::cuda_status;
     #[pymodule_export]
     use super::delta::{Checkpoint, Delta, Tensors, checksum};
     #[pymodule_export]
