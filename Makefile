@@ -16,7 +16,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-models interleavings miri lint lint-aarch64 bench docs wheel wheel-check clean
+.PHONY: help venv demo test test-models interleavings miri cuda-check lint lint-aarch64 bench docs wheel wheel-check clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +53,11 @@ interleavings: ## play the threads of a residency in thousands of orders
 miri: ## run layout, residency and scalar kernels under Miri, which nightly Rust must have
 	@cargo +nightly miri --version >/dev/null 2>&1 || { echo 'Miri is missing: rustup toolchain install nightly -c miri -c rust-src'; exit 1; }
 	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p meswitch-core
+
+cuda-check: $(BUILT) ## run the CUDA kernels on the host under sanitizers, break them on purpose, compare their registers
+	$(BIN)/python cuda/check/sanitizers.py
+	$(BIN)/python cuda/check/mutations.py
+	$(BIN)/python cuda/check/resources.py
 
 lint: $(BUILT) lint-aarch64 ## check format, lints, types, stubs and documentation
 	cargo fmt --check

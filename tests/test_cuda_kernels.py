@@ -1,13 +1,13 @@
 """The CUDA kernels equal `reference.py`: their own source, compiled for this processor and run whole.
 
-`CUDA_HOST_FLAGS` are what they are compiled with (`make cuda-check`: sanitizers).
+`CUDA_HOST_LIBRARY` names one that was compiled otherwise, as `make cuda-check` does.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ ORDERS = st.sampled_from([0, 1]) | st.integers(2, 999)
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> cuda_host.HostKernels:
-    flags = shlex.split(os.environ.get("CUDA_HOST_FLAGS", "-O2"))
-    return cuda_host.HostKernels(cuda_host.build(tmp_path_factory.mktemp("cuda"), flags=flags))
+    library = os.environ.get("CUDA_HOST_LIBRARY")
+    return cuda_host.HostKernels(Path(library) if library else cuda_host.build(tmp_path_factory.mktemp("cuda")))
 
 
 def expected_and_error(site: DeltaSite, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,24 +66,6 @@ def activations(tokens: int, columns: int, seed: int, dtype: torch.dtype = torch
     x = torch.randn(tokens, columns + seed % 4, generator=generator)
     x[torch.rand(x.shape, generator=generator) < 0.003] *= 50
     return x.to(dtype)[:, :columns]
-
-
-@settings(max_examples=50, deadline=None)
-@given(data=st.data(), bf16=st.booleans(), order=ORDERS, blocks=st.integers(1, 9), splits=st.integers(1, 4))
-def test_a_launch_is_the_reference(
-    kernels: cuda_host.HostKernels, data: st.DataObject, bf16: bool, order: int, blocks: int, splits: int
-) -> None:
-    """Any mixture of slots, of one or two weights; slot 2 is empty."""
-    first = data.draw(sites() | sparse_sites())
-    tables: list[dict[int, DeltaSite]] = [{0: first, 1: data.draw(sites(like=first))}]
-    if data.draw(st.booleans()):
-        tables.append({1: data.draw(sites(like=first))})
-    slots = data.draw(st.lists(st.integers(-1, 2), min_size=1, max_size=11))
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    x = activations(len(slots), first.in_features, data.draw(st.integers(0, 99)), dtype)
-    ys = [torch.full((len(slots), first.out_features + 3), 2.0, dtype=dtype)[:, :-3] for _ in tables]
-    kernels.delta_linear(ys, x, slots, tables, order=order, blocks=blocks, splits=splits)
-    check(ys, x, slots, tables, 2.0)
 
 
 def wide_site(bits: int, group_size: int | None, columns: int = 4500, rows: int = 40) -> QuantizedSite:
@@ -163,6 +145,15 @@ def test_four_weights_share_a_launch(kernels: cuda_host.HostKernels) -> None:
     check(ys, x, slots, tables, 0.0)
 
 
+def test_every_token_may_have_a_slot_of_its_own(kernels: cuda_host.HostKernels) -> None:
+    """More units than a warp has lanes."""
+    tables: list[dict[int, DeltaSite]] = [{slot: wide_site(1 + slot % 2, 16, 50, 20) for slot in range(40)}] * 2
+    x, slots = activations(40, 50, 4), list(range(40))
+    ys = [torch.zeros(40, 20), torch.zeros(40, 20)]
+    kernels.delta_linear(ys, x, slots, tables, order=13, blocks=6)
+    check(ys, x, slots, tables, 0.0)
+
+
 def test_no_groups_change_nothing(kernels: cuda_host.HostKernels) -> None:
     y = torch.full((2, 40), 1.5)
     kernels.delta_linear([y], activations(2, 4500, 0), [-1, -1], [{0: wide_site(2, None)}])
@@ -171,3 +162,21 @@ def test_no_groups_change_nothing(kernels: cuda_host.HostKernels) -> None:
 
 def test_an_unknown_kernel_is_refused(kernels: cuda_host.HostKernels) -> None:
     assert kernels._library.host_launch(b"delta_divide", 1, 0, ctypes.byref(cuda_host.LaunchStruct())) == 500
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), bf16=st.booleans(), order=ORDERS, blocks=st.integers(1, 9), splits=st.integers(1, 4))
+def test_a_launch_is_the_reference(
+    kernels: cuda_host.HostKernels, data: st.DataObject, bf16: bool, order: int, blocks: int, splits: int
+) -> None:
+    """Any mixture of slots, of one or two weights; slot 2 is empty."""
+    first = data.draw(sites() | sparse_sites())
+    tables: list[dict[int, DeltaSite]] = [{0: first, 1: data.draw(sites(like=first))}]
+    if data.draw(st.booleans()):
+        tables.append({1: data.draw(sites(like=first))})
+    slots = data.draw(st.lists(st.integers(-1, 2), min_size=1, max_size=11))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    x = activations(len(slots), first.in_features, data.draw(st.integers(0, 99)), dtype)
+    ys = [torch.full((len(slots), first.out_features + 3), 2.0, dtype=dtype)[:, :-3] for _ in tables]
+    kernels.delta_linear(ys, x, slots, tables, order=order, blocks=blocks, splits=splits)
+    check(ys, x, slots, tables, 2.0)

@@ -58,7 +58,7 @@ struct Block {
     std::unique_ptr<uint8_t, void (*)(void*)> shared{nullptr, std::free};
     std::vector<std::unique_ptr<Lane>> lanes;
     std::vector<std::unique_ptr<Barrier>> warps;
-    Barrier all;
+    std::unique_ptr<Barrier> all = std::make_unique<Barrier>();
     std::function<void()> kernel;
 };
 
@@ -105,19 +105,21 @@ inline void land() {
 
 inline void start(Block& block, uint32_t threads, size_t shared, std::mt19937& random) {
     block.lanes.clear(), block.warps.clear();
-    block.all.expected = threads;
+    block.all->expected = threads;
     block.shared.reset(static_cast<uint8_t*>(std::aligned_alloc(128, (shared + 127) / 128 * 128 + 128)));
     for (size_t at = 0; at < shared; at++) block.shared.get()[at] = static_cast<uint8_t>(random());
     for (uint32_t at = 0; at < threads; at++) {
         if (at % 32 == 0) block.warps.push_back(std::make_unique<Barrier>()), block.warps.back()->expected = 32;
-        auto lane = std::make_unique<Lane>();
-        lane->thread = {at}, lane->warp = int(at / 32), lane->block = &block;
+        block.lanes.push_back(std::make_unique<Lane>());
+        Lane& lane = *block.lanes.back();
+        lane.thread = {at}, lane.warp = int(at / 32), lane.block = &block;
+    }
+    for (auto& lane : block.lanes) {
         lane->fiber.start([self = lane.get()] {
             current = self;
             self->block->kernel();
             self->done = true;
         });
-        block.lanes.push_back(std::move(lane));
     }
 }
 

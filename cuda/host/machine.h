@@ -22,7 +22,7 @@ DEVICE uint8_t* shared_memory() { return host::current->block->shared.get(); }
 
 DEVICE void __syncthreads() {
     host::land();
-    host::meet(host::current->block->all, "__syncthreads", [] {});
+    host::meet(*host::current->block->all, "__syncthreads", [] {});
 }
 DEVICE void __syncwarp() {
     host::land();

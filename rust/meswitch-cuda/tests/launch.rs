@@ -174,7 +174,7 @@ fn what_is_no_driver_is_refused_with_a_reason() {
 fn embedded_images_are_fat_binaries_or_absent_with_a_reason() {
     match image::embedded() {
         Err(Error::NoKernels(reason)) => {
-            assert!(reason.contains("nvcc") || reason.contains("MESWITCH_CUDA=off"), "{reason}")
+            assert!(reason.contains("nvcc") || reason.contains("MESWITCH_CUDA=off"), "{reason}");
         }
         Err(other) => panic!("{other}"),
         Ok(built) => {
