@@ -17,7 +17,7 @@ from torch import Tensor
 
 import cuda_host
 from meswitch import reference
-from meswitch.site import DeltaSite, LowRank, LowRankSite, Part, QuantizedSite
+from meswitch.site import DeltaSite, LowRank, LowRankSite, Part, QuantizedSite, Sparse
 from strategies import sites, sparse_sites
 
 ORDERS = st.sampled_from([0, 1]) | st.integers(2, 999)
@@ -152,6 +152,18 @@ def test_every_token_may_have_a_slot_of_its_own(kernels: cuda_host.HostKernels) 
     ys = [torch.zeros(40, 20), torch.zeros(40, 20)]
     kernels.delta_linear(ys, x, slots, tables, order=13, blocks=6)
     check(ys, x, slots, tables, 0.0)
+
+
+def test_one_block_has_many_tiles_of_sparse_rows(kernels: cuda_host.HostKernels) -> None:
+    """A warp that is ahead must not overwrite the sums of the tile before."""
+    values = torch.arange(1, 601).float().to(torch.float8_e5m2)
+    sparse = Sparse(torch.arange(0, 601, 2).int(), torch.full((600,), 7, dtype=torch.uint8), values)
+    site = QuantizedSite(name="sparse", shape=(300, 20), dtype=torch.float32, sparse=sparse)
+    x = activations(4, 20, 0)
+    for order in (3, 5, 7, 9):
+        y = torch.zeros(4, 300)
+        kernels.delta_linear([y], x, [0] * 4, [{0: site}], blocks=1, order=order)
+        check([y], x, [0] * 4, [{0: site}], 0.0)
 
 
 def test_no_groups_change_nothing(kernels: cuda_host.HostKernels) -> None:
