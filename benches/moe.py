@@ -1,17 +1,19 @@
 """A mixture of experts over a quantized base under the engine, against the same at 16 bits.
 
-    python benches/moe.py --folder DIR [--bits 4 --bits 2] [--tokens 24] [--rounds 5]
+    python benches/moe.py --folder DIR [--bits 4 --bits 2] [--fine-tunes 4] [--tokens 24] [--rounds 5]
 
 Random weights in the shapes of a Qwen3-MoE of 1.4 billion parameters, 64 MoE experts of which 8 are chosen (speed does
 not look at values). *One stream*: tokens a second of one request after its first token; *eight*: of eight requests in
 one batch, all of them together; *memory*: anonymous memory of a process that serves one request, with a KV cache of
-64 MiB. Engines take turns, one at a time, and medians of rounds count.
+64 MiB. *Fine-tunes*: requests for so many fine-tunes (`default`), one each, in one batch, and one after the other; each
+has memory of its own. Engines take turns, one at a time, and medians of rounds count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,9 +23,10 @@ from typing import Any
 import torch
 from engine import PROMPT, ask
 from quantized import token_seconds
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from meswitch.compression.job import quantize
+from meswitch.compression.job import compress, quantize
 from meswitch.compression.options import CompressOptions
 from meswitch.engine.engine import Engine
 
@@ -55,19 +58,44 @@ def write(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def write_fine_tunes(base: Path, folder: Path, count: int) -> None:
+    """The delta of one fine-tune, under several names: other memory is what counts."""
+    first = folder / "0"
+    if not first.exists():
+        tuned = base.parent / "finetune"
+        shutil.copytree(base, tuned)
+        weights = load_file(tuned / "model.safetensors")
+        generator = torch.Generator().manual_seed(1)
+        for weight in weights.values():
+            if weight.dim() > 1:
+                weight += torch.randn(weight.shape, generator=generator).mul_(0.002).to(weight.dtype)
+        save_file(weights, tuned / "model.safetensors", metadata={"format": "pt"})
+        compress(base, tuned, first)
+        shutil.rmtree(tuned)
+    for number in range(1, count):
+        if not (folder / str(number)).exists():
+            shutil.copytree(first, folder / str(number))
+
+
 def memory(folder: Path) -> int:
     done = subprocess.run([sys.executable, "-c", MEMORY, folder], stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.split()[-1]) * 1024
 
 
-def measure(folders: dict[str, Path], tokens: int, rounds: int) -> dict[str, Any]:
-    spent: dict[str, dict[str, list[float]]] = {name: {"one stream": [], "eight": []} for name in folders}
+def measure(folders: dict[str, Path], experts: Path, count: int, tokens: int, rounds: int) -> dict[str, Any]:
+    cases = ("one stream", "eight", "fine-tunes, one batch", "fine-tunes, in turn")
+    spent: dict[str, dict[str, list[float]]] = {name: {case: [] for case in cases} for name in folders}
+    names = [str(number) for number in range(count)]
     for _ in range(rounds):
         for name, folder in folders.items():
-            with Engine(folder) as engine:
+            with Engine(folder, experts, allow_quantized_base=True) as engine:
                 ask(engine, PROMPT, ["base"], 2)
-                for case, count in (("one stream", 1), ("eight", 8)):
-                    spent[name][case].append(token_seconds(engine, ["base"] * count, tokens) / count)
+                ask(engine, PROMPT, names, 2)
+                for case, number in (("one stream", 1), ("eight", 8)):
+                    spent[name][case].append(token_seconds(engine, ["base"] * number, tokens) / number)
+                in_turn = [token_seconds(engine, [expert], tokens) for expert in names]
+                spent[name]["fine-tunes, in turn"].append(statistics.fmean(in_turn))
+                spent[name]["fine-tunes, one batch"].append(token_seconds(engine, names, tokens) / count)
     return {
         name: {case: round(1 / statistics.median(some), 2) for case, some in of.items()}
         | {"memory": memory(folders[name])}
@@ -79,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="keep the files there")
     parser.add_argument("--bits", type=int, action="append", help="may be given more than once")
+    parser.add_argument("--fine-tunes", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -89,7 +118,9 @@ def main() -> None:
         folders[f"{bits} bits"] = folder = arguments.folder / f"base-{bits}bit"
         if not folder.exists():
             print(json.dumps(quantize(folders["16 bits"], folder, CompressOptions(bits=bits)).to_json()), flush=True)
-    print(json.dumps(measure(folders, arguments.tokens, arguments.rounds)))
+    experts = arguments.folder / "fine-tunes"
+    write_fine_tunes(folders["16 bits"], experts, arguments.fine_tunes)
+    print(json.dumps(measure(folders, experts, arguments.fine_tunes, arguments.tokens, arguments.rounds)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ has a result. A caller acquires its request's expert; it is released here, when 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -37,7 +36,7 @@ from meswitch.kernels.rows import BASE_SLOT
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_INSTALL_SECONDS = 0.005  # a step: how long running texts wait for experts that are put into the layers
+_INSTALL_SECONDS = 0.005  # a turn: how long others wait for experts that are put into the layers
 _LOOK_SECONDS = 0.05  # how often requests that wait are looked at where nothing runs
 
 
@@ -212,7 +211,7 @@ class Worker(threading.Thread):
     def _update_residency(self) -> None:
         """Puts experts that were loaded into the layers, takes out those that were evicted, and fails requests whose
         expert cannot be loaded."""
-        changed, failed = self.pool.residency.update(_INSTALL_SECONDS if self.live else math.inf)
+        changed, failed = self.pool.residency.update(_INSTALL_SECONDS)
         for expert in changed:
             self.queue.refresh(expert)
         for expert, error in failed:
