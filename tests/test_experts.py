@@ -7,7 +7,7 @@ import gc
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,9 +50,11 @@ class Layers:
     def vocabulary_of(self, sites: Iterable[Site], *, tied: bool) -> tuple[int, int]:
         return 10, 10
 
-    def install(self, slot: int, sites: Iterable[Site], *, tied: bool) -> None:
+    def installing(self, slot: int, sites: Iterable[Site], names: Sequence[str], *, tied: bool) -> Iterator[None]:
         assert slot not in self.slots
         self.slots.add(slot)
+        assert [site.name for site in sites] == list(names)
+        yield
 
     def remove(self, slot: int) -> None:
         self.slots.discard(slot)

@@ -148,15 +148,15 @@ def test_an_expert_that_cannot_be_installed_fails_its_requests_alone(
     expected = engine.generate(PROMPT, expert="b", max_new_tokens=5)
     engine.add_expert("wrong", folder / "experts" / "a")
     wrong, late, right = requests_of(engine, ["wrong", "wrong", "b"], max_new_tokens=5)
-    layers = engine._worker.layers
-    install = layers.install
+    layers, residency = engine._worker.layers, engine._worker.pool.residency
+    installing = layers.installing
 
-    def broken(slot: int, sites: Any, *, tied: bool) -> None:
-        install(slot, sites, tied=tied)
-        if wrong.expert.slot == slot:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        yield from installing(*args, **kwargs)
+        if residency._installing[0].expert is wrong.expert:
             raise ValueError("codes of another shape")
 
-    monkeypatch.setattr(layers, "install", broken)
+    monkeypatch.setattr(layers, "installing", broken)
     engine._worker.submit([wrong, right])
     with pytest.raises(MeswitchError, match="'wrong' could not be loaded: ValueError: codes of another shape"):
         wrong.result()
