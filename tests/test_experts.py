@@ -167,6 +167,21 @@ def test_unknown_expert_names_close_ones(deltas: Callable[..., Path]) -> None:
         pool.remove("zzz")
 
 
+def test_one_that_is_closed_before_it_is_in_the_layers_fails_alone(deltas: Callable[..., Path]) -> None:
+    pool = pool_of()
+    expert = pool.add("a", deltas("a"))
+    pool.residency.want(expert, 0)
+    assert expert.unit is not None
+    deadline = time.monotonic() + 30
+    while pool.residency._native.place(expert.unit) != "host":
+        assert time.monotonic() < deadline
+    expert.delta.close()
+    assert [(expert.name, type(error)) for expert, error in pool.residency.update()[1]] == [("a", ValueError)]
+    pool.add("b", deltas("b"))
+    assert load(pool, "b")[0].slot == 0
+    pool.close()
+
+
 def test_least_recently_used_idle_expert_goes(deltas: Callable[..., Path]) -> None:
     pool = pool_of(2)
     pool.discover([deltas(name) for name in "abc"])

@@ -157,7 +157,10 @@ class Residency:
                 changed.append(expert)
             else:
                 self._count_load(expert, taken)
-                self._begin(expert)
+                try:
+                    self._begin(expert)
+                except Exception as error:  # it was closed at this moment
+                    failed.append((expert, error))
         deadline = time.monotonic() + seconds
         while self._installing:
             installation = self._installing[0]
@@ -198,14 +201,19 @@ class Residency:
     def _begin(self, expert: Expert) -> None:
         """Begins to put an expert's tensors into the lowest free slot, so that tables by slot stay short; nothing where
         it has left again."""
-        lease, delta = self._native.pin(self._unit(expert)), expert.delta
-        if lease is None or delta is None:
+        lease = self._native.pin(self._unit(expert))
+        if lease is None:
             return
+        try:
+            tensors = lease.tensors()
+            assert tensors is not None
+            sites, names = expert.delta.iterate(tensors), expert.delta.native.names()
+        except BaseException:
+            lease.release()
+            raise
         slot = heapq.heappop(self._free) if self._free else self._slots
         self._slots = max(self._slots, slot + 1)
-        tensors = lease.tensors()
-        assert tensors is not None
-        steps = self.layers.installing(slot, delta.iterate(tensors), delta.native.names(), tied=expert.tied)
+        steps = self.layers.installing(slot, sites, names, tied=expert.tied)
         self._installing.append(_Installation(expert, slot, lease, steps))
 
     def _finish(self, done: _Installation) -> list[Expert]:

@@ -59,10 +59,4 @@ class GateWrapper(Wrapper):
 
     def _of_slot(self, slot: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The gate with the parameters of one slot, on tokens `[n, hidden]`."""
-        values, parameters = self._values.get(slot, {}), self.module._parameters
-        own = {leaf: parameters[leaf] for leaf in values}
-        parameters.update(values)  # type: ignore[arg-type]
-        try:
-            return self.base_forward(x, *args, **kwargs)
-        finally:
-            parameters.update(own)
+        return self.run_with(self._values.get(slot, {}), x, *args, **kwargs)

@@ -72,7 +72,7 @@ class VectorWrapper(Wrapper):
             return self._by_slot(rows, x, *args, **kwargs)
         if rows.only_slot is not None:  # all tokens belong to one expert, so the number of rows does not matter
             only = {leaf: bank.value(rows.only_slot) for leaf, bank in self.banks.items()}
-            return self._with(only, x, *args, **kwargs)
+            return self.run_with(only, x, *args, **kwargs)
         values = {leaf: bank.gather(rows, self.step.last_slot) for leaf, bank in self.banks.items()}
         return self._run(values, x, *args, **kwargs)
 
@@ -91,24 +91,14 @@ class VectorWrapper(Wrapper):
     def _of_slot(self, slot: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if slot not in self.slots:
             return self.base_forward(x, *args, **kwargs)
-        return self._with({leaf: bank.value(slot) for leaf, bank in self.banks.items()}, x, *args, **kwargs)
+        return self.run_with({leaf: bank.value(slot) for leaf, bank in self.banks.items()}, x, *args, **kwargs)
 
     def _run(self, values: Mapping[str, Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module on `x`, each token with its own row of `values [T, ...]`."""
         shaped = {leaf: self._per_token(value, x) for leaf, value in values.items()}
         if type(self.module) in (nn.LayerNorm, nn.RMSNorm):
             return self._normalized(shaped, x)
-        return self._with(shaped, x, *args, **kwargs)
-
-    def _with(self, values: Mapping[str, Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module on `x`, with these parameters."""
-        parameters = self.module._parameters
-        own = {leaf: parameters[leaf] for leaf in values}
-        parameters.update(values)  # type: ignore[arg-type]
-        try:
-            return self.base_forward(x, *args, **kwargs)
-        finally:
-            parameters.update(own)
+        return self.run_with(shaped, x, *args, **kwargs)
 
     def _normalized(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """torch's own norms check the shape of their parameters, so these are applied outside, in float32."""

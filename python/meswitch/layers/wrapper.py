@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from meswitch.errors import ArchitectureError, UnsupportedModelError
 from meswitch.kernels.protocol import Kernels
@@ -53,6 +54,16 @@ class Wrapper:
     def active(self, rows: Rows) -> bool:
         """Whether any row belongs to a slot that changes this module."""
         return bool(rows.tokens) and not self.slots.isdisjoint(rows.tokens)
+
+    def run_with(self, values: Mapping[str, Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base module on `x`, with these parameters."""
+        parameters = self.module._parameters
+        own = {leaf: parameters[leaf] for leaf in values}
+        parameters.update(values)  # type: ignore[arg-type]
+        try:
+            return self.base_forward(x, *args, **kwargs)
+        finally:
+            parameters.update(own)
 
     def expect_rows(self, found: int, rows: Rows) -> None:
         if found != len(rows):
