@@ -26,6 +26,18 @@ def family() -> Family:
 
 
 @pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CUDA driver with the kernels of this project, all of it compiled for the processor.
+
+    `CUDA_HOST_LIBRARY` names one that was compiled otherwise, as `make cuda-check` does.
+    """
+    from cuda_host import build
+
+    library = os.environ.get("CUDA_HOST_LIBRARY")
+    return Path(library) if library else build(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="session")
 def example_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the examples of docstrings find where they run: a tiny base, a fine-tune, a LoRA, a delta, and text."""
     from families import config_of, save_finetune, save_random

@@ -20,7 +20,7 @@ from torch import Tensor
 from meswitch.site import DeltaSite, Part, QuantizedSite
 
 CUDA = Path(__file__).parents[1] / "cuda"
-KERNELS = ("prepare", "multiply", "finish")
+KERNELS = ("prepare", "multiply", "finish", "rows")
 MOST_PARTS, MOST_SITES, MOST_TOKENS, WIDTHS, SLICE = 5, 4, 4, 4, 2048
 
 
@@ -45,7 +45,13 @@ class GroupStruct(ctypes.Structure):
 
 
 class SiteStruct(ctypes.Structure):
-    _fields_ = [("slots", POINTER(SlotStruct)), ("y", c_void_p), ("y_stride", c_int64), ("rows", c_int64)]
+    _fields_ = [
+        ("slots", POINTER(SlotStruct)),
+        ("y", c_void_p),
+        ("y_stride", c_int64),
+        ("rows", c_int32),
+        ("slot_count", c_int32),
+    ]
 
 
 class LaunchStruct(ctypes.Structure):
@@ -55,6 +61,14 @@ class LaunchStruct(ctypes.Structure):
         ("x_stride", c_int64),
         *[(name, c_void_p) for name in ("ready", "steps", "vx", "partial")],
         *[(name, c_int32) for name in "columns site_count splits most_rows most_rank reserved".split()],
+    ]
+
+
+class RowsLaunchStruct(ctypes.Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in ("slots", "slot_of", "ids", "y")],
+        ("y_stride", c_int64),
+        *[(name, c_int32) for name in "count rows columns slot first slot_count".split()],
     ]
 
 
@@ -111,6 +125,14 @@ def slot_struct(site: DeltaSite) -> SlotStruct:
     return slot
 
 
+def slot_table(by_slot: Mapping[int, DeltaSite]) -> ctypes.Array[SlotStruct]:
+    """The sites by slot, after an empty one; tokens may have slots beyond them."""
+    table = (SlotStruct * (max(by_slot, default=-1) + 2))()
+    for slot, site in by_slot.items():
+        table[slot + 1] = slot_struct(site)
+    return table
+
+
 def groups_of(slots: Sequence[int]) -> tuple[list[tuple[int, int, int]], list[int]]:
     """Groups `(slot, first, count)` of at most four tokens of one slot, and their tokens. −1 is in no group."""
     groups, order = [], []
@@ -144,12 +166,7 @@ class HostKernels:
 
         `x [T, columns]` and `y` are float32 or bfloat16 with rows of any stride. `order`: as `host::launch` has it.
         """
-        columns, count = x.shape[1], max([0, *slots]) + 1
-        tables = [(SlotStruct * count)() for _ in sites]
-        for table, by_slot in zip(tables, sites, strict=True):
-            for slot, site in by_slot.items():
-                if slot < count:
-                    table[slot] = slot_struct(site)
+        columns, tables = x.shape[1], [slot_table(by_slot) for by_slot in sites]
         groups, tokens = groups_of(slots)
         group_structs = (GroupStruct * len(groups))(*groups)
         group_count, token_array = c_int32(len(groups)), (c_int32 * len(tokens))(*tokens)
@@ -176,8 +193,42 @@ class HostKernels:
             most_rank=rank,
         )
         for at, (table, y) in enumerate(zip(tables, ys, strict=True)):
-            launch.sites[at] = SiteStruct(table, y.data_ptr(), y.stride(0), y.shape[1])
+            launch.sites[at] = SiteStruct(table, y.data_ptr(), y.stride(0), y.shape[1], len(table) - 1)
         kind = "bf16" if x.dtype == torch.bfloat16 else "f32"
         for name in (f"delta_prepare_{kind}", "delta_multiply", f"delta_finish_{kind}"):
             assert self._library.host_launch(name.encode(), blocks, order, ctypes.byref(launch)) == 0
         assert not partial.any(), "partial sums are zeros after a launch"
+
+    def delta_rows(
+        self,
+        y: Tensor,
+        ids: Sequence[int] | int,
+        slots: Sequence[int] | int,
+        sites: Mapping[int, DeltaSite],
+        *,
+        blocks: int = 3,
+        order: int = 0,
+    ) -> None:
+        """`y[i] += Δ̂[ids[i], :]` of slot `slots[i]`, in place; numbers: rows from `ids` on, one slot for all.
+
+        `y [n, columns]` is float32 or bfloat16 with rows of any stride.
+        """
+        table = slot_table(sites)
+        rows, columns = next((site.out_features, site.in_features) for site in sites.values())
+        id_array = None if isinstance(ids, int) else (c_int64 * len(ids))(*ids)
+        slot_array = None if isinstance(slots, int) else (c_int32 * len(slots))(*slots)
+        launch = RowsLaunchStruct(
+            slots=ctypes.addressof(table),
+            slot_of=None if slot_array is None else ctypes.addressof(slot_array),
+            ids=None if id_array is None else ctypes.addressof(id_array),
+            y=y.data_ptr(),
+            y_stride=y.stride(0),
+            count=len(y),
+            rows=rows,
+            columns=columns,
+            slot=slots if isinstance(slots, int) else -1,
+            first=ids if isinstance(ids, int) else 0,
+            slot_count=len(table) - 1,
+        )
+        name = f"delta_rows_{'bf16' if y.dtype == torch.bfloat16 else 'f32'}"
+        assert self._library.host_launch(name.encode(), blocks, order, ctypes.byref(launch)) == 0

@@ -1,12 +1,8 @@
-"""The CUDA kernels equal `reference.py`: their own source, compiled for this processor and run whole.
-
-`CUDA_HOST_LIBRARY` names one that was compiled otherwise, as `make cuda-check` does.
-"""
+"""The CUDA kernels equal `reference.py`: their own source, compiled for this processor and run whole."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 
 import pytest
@@ -20,13 +16,13 @@ from meswitch import reference
 from meswitch.site import DeltaSite, LowRank, LowRankSite, Part, QuantizedSite, Sparse
 from strategies import sites, sparse_sites
 
+EMPTY = QuantizedSite(name="empty", shape=(1, 1), dtype=torch.float32)
 ORDERS = st.sampled_from([0, 1]) | st.integers(2, 999)
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> cuda_host.HostKernels:
-    library = os.environ.get("CUDA_HOST_LIBRARY")
-    return cuda_host.HostKernels(Path(library) if library else cuda_host.build(tmp_path_factory.mktemp("cuda")))
+def kernels(cuda_library: Path) -> cuda_host.HostKernels:
+    return cuda_host.HostKernels(cuda_library)
 
 
 def expected_and_error(site: DeltaSite, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,3 +188,40 @@ def test_a_launch_is_the_reference(
     ys = [torch.full((len(slots), first.out_features + 3), 2.0, dtype=dtype)[:, :-3] for _ in tables]
     kernels.delta_linear(ys, x, slots, tables, order=order, blocks=blocks, splits=splits)
     check(ys, x, slots, tables, 2.0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), bf16=st.booleans(), order=ORDERS, blocks=st.integers(1, 9))
+def test_rows_are_the_reference(
+    kernels: cuda_host.HostKernels, data: st.DataObject, bf16: bool, order: int, blocks: int
+) -> None:
+    """Rows by token of any mixture of slots; slot 2 is empty, and ids may lie beyond the rows."""
+    first = data.draw(sites() | sparse_sites())
+    by_slot: dict[int, DeltaSite] = {0: first, 1: data.draw(sites(like=first)), 2: EMPTY}
+    count = data.draw(st.integers(0, 70))
+    slots = data.draw(st.lists(st.integers(-1, 2), min_size=count, max_size=count))
+    ids = data.draw(st.lists(st.integers(-1, first.out_features + 2), min_size=count, max_size=count))
+    y = torch.full((count, first.in_features + 3), 2.0, dtype=torch.bfloat16 if bf16 else torch.float32)[:, :-3]
+    kernels.delta_rows(y, ids, slots, by_slot, order=order, blocks=blocks)
+    for row, (slot, id) in zip(y, zip(slots, ids, strict=True), strict=True):
+        known = slot in (0, 1) and 0 <= id < first.out_features
+        expected = 2 + (reference.dense(by_slot[slot])[id] if known else torch.zeros(first.in_features))
+        check_row(row, expected)
+
+
+@pytest.mark.parametrize("bits", reference.BITS)
+@pytest.mark.parametrize("group_size", [None, 128, 1000])
+def test_a_tile_of_many_columns_is_the_reference(
+    kernels: cuda_host.HostKernels, bits: int, group_size: int | None
+) -> None:
+    site = wide_site(bits, group_size, rows=300)
+    y = torch.zeros(90, site.in_features)
+    kernels.delta_rows(y, 200, 0, {0: site}, order=bits)
+    check_row(y, reference.dense(site)[200:290])
+
+
+def check_row(found: Tensor, expected: Tensor) -> None:
+    """Sums of a few floats, rounded once."""
+    rounding = 2**-8 if found.dtype == torch.bfloat16 else 2**-20
+    off = (found.double() - expected.double()).abs() - rounding * (1 + expected.double().abs())
+    assert float(off.max()) <= 0 if off.numel() else True

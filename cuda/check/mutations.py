@@ -74,6 +74,23 @@ MUTATIONS = {
     ),
     "no barrier after sparse sums are read": ("kernels/finish.cu", "__syncthreads();  // `sparse`", "// `sparse`"),
     "exponent forgotten": ("kernels/finish.cu", "unit.slot.unit * delta_of", "delta_of"),
+    "row beyond the last taken": ("kernels/rows.cu", "row >= 0 && row < launch.rows", "row >= 0"),
+    "row list of a part searched wrongly": ("kernels/rows.cu", "part.rows[low] == row ? low : -1", "true ? low : -1"),
+    "columns of rows begin at the item": (
+        "kernels/rows.cu",
+        "first_column + warp * OWN_COLUMNS;\n    float",
+        "first_column;\n    float",
+    ),
+    "high bit of three bits forgotten": ("kernels/rows.cu", " + 4 * code_at(high, pitch, 1, column)", ""),
+    "scale of the first group for all": ("kernels/rows.cu", "int group = column / part.group_size;", "int group = 0;"),
+    "low rank of the row's place": ("kernels/rows.cu", "low_rank_at(*slot, memory.rows[at]", "low_rank_at(*slot, at"),
+    "no barrier before rows are written": (
+        "kernels/rows.cu",
+        "add_single(sums, *slot, row, first, end);\n    }\n    __syncthreads();",
+        "add_single(sums, *slot, row, first, end);\n    }",
+    ),
+    "no barrier after rows are written": ("kernels/rows.cu", "__syncthreads();  // `sums`", "// `sums`"),
+    "slot beyond the table taken": ("include/delta.cuh", "slot >= 0 && slot < slot_count ?", "slot >= 0 ?"),
     "units summed before they are counted": (
         "include/delta.cuh",
         "count(Unit(launch, unit));\n        __syncthreads();",

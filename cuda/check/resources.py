@@ -20,7 +20,7 @@ from pathlib import Path
 
 CUDA = Path(__file__).parents[1]
 TABLE = CUDA / "resources.json"
-KERNELS = ("prepare", "multiply", "finish")
+KERNELS = ("prepare", "multiply", "finish", "rows")
 CAPABILITIES = ("80", "86", "90", "100", "120")
 SAID = re.compile(
     r"Compiling entry function '(?P<name>\w+)'"

@@ -20,17 +20,17 @@ int main() {
     std::vector<float> x(2 * COLUMNS, 1.f), y(2 * ROWS), steps(1000), vx(100), partial(UNITS * SPLITS * MOST_TOKENS * ROWS);
     std::vector<Aligned> ready(UNITS * WIDTHS * padded_columns(COLUMNS) * 2 * MOST_TOKENS / sizeof(Aligned));
 
-    std::vector<Slot> slots(2);
-    slots[0].parts[0] = {reinterpret_cast<uint8_t*>(codes.data()), halves.data(), nullptr, ROWS, BITS, 7, 300};
-    slots[0].part_count = 1, slots[0].unit = 1;
-    slots[0].salient_index = salient.data(), slots[0].salient = halves.data(), slots[0].salient_count = 1;
-    slots[0].u = slots[0].v = halves.data(), slots[0].rank = 1;
-    slots[1].starts = starts.data(), slots[1].gaps = slots[1].values = bytes.data(), slots[1].unit = 1;
+    std::vector<Slot> slots(3);  // the first is empty
+    slots[1].parts[0] = {reinterpret_cast<uint8_t*>(codes.data()), halves.data(), nullptr, ROWS, BITS, 7, 300};
+    slots[1].part_count = 1, slots[1].unit = 1;
+    slots[1].salient_index = salient.data(), slots[1].salient = halves.data(), slots[1].salient_count = 1;
+    slots[1].u = slots[1].v = halves.data(), slots[1].rank = 1;
+    slots[2].starts = starts.data(), slots[2].gaps = slots[2].values = bytes.data(), slots[2].unit = 1;
     std::vector<Group> groups{{0, 0, 1}, {1, 1, 1}};
     int32_t group_count = 2;
 
     Launch launch{};
-    launch.sites[0] = {slots.data(), y.data(), ROWS, ROWS, 0};
+    launch.sites[0] = {slots.data(), y.data(), ROWS, ROWS, 2};
     launch.groups = groups.data(), launch.group_count = &group_count, launch.order = order.data();
     launch.x = x.data(), launch.x_stride = COLUMNS;
     launch.ready = reinterpret_cast<uint8_t*>(ready.data()), launch.steps = steps.data(), launch.vx = vx.data();

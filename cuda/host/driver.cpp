@@ -4,16 +4,21 @@
 // It says no where the real driver would: before cuInit, without a current context, for a kernel that it does not have,
 // for more shared memory than was asked for, for an image that is no fat binary. Tests load it in place of libcuda, or
 // call `host_launch` directly.
+#include <atomic>
 #include <map>
+#include <mutex>
 
 #include "../include/delta.cuh"
 
-#define DECLARE(name) extern "C" void name(const Launch launch)
-DECLARE(delta_prepare_bf16);
-DECLARE(delta_prepare_f32);
-DECLARE(delta_multiply);
-DECLARE(delta_finish_bf16);
-DECLARE(delta_finish_f32);
+extern "C" {
+void delta_prepare_bf16(const Launch);
+void delta_prepare_f32(const Launch);
+void delta_multiply(const Launch);
+void delta_finish_bf16(const Launch);
+void delta_finish_f32(const Launch);
+void delta_rows_bf16(const RowsLaunch);
+void delta_rows_f32(const RowsLaunch);
+}
 
 namespace {
 
@@ -23,19 +28,30 @@ constexpr int MOST_SHARED = 99 << 10;  // of a block, as compute capability 8.6 
 
 struct Kernel {
     const char* name;
-    void (*run)(Launch);
-    int shared;          // what it uses
+    void (*run)(const void* parameters);
+    int shared;              // what it uses
     int allowed = 48 << 10;  // what cuFuncSetAttribute allowed
 };
+
+// Calls a kernel with the parameters that a launch points to.
+template <typename Parameters, void (*kernel)(const Parameters)>
+void run(const void* parameters) {
+    kernel(*static_cast<const Parameters*>(parameters));
+}
+
 Kernel kernels[] = {
-    {"delta_prepare_bf16", delta_prepare_bf16, PREPARE_SHARED}, {"delta_prepare_f32", delta_prepare_f32, PREPARE_SHARED},
-    {"delta_multiply", delta_multiply, MULTIPLY_SHARED},        {"delta_finish_bf16", delta_finish_bf16, FINISH_SHARED},
-    {"delta_finish_f32", delta_finish_f32, FINISH_SHARED},
+    {"delta_prepare_bf16", run<Launch, delta_prepare_bf16>, PREPARE_SHARED},
+    {"delta_prepare_f32", run<Launch, delta_prepare_f32>, PREPARE_SHARED},
+    {"delta_multiply", run<Launch, delta_multiply>, MULTIPLY_SHARED},
+    {"delta_finish_bf16", run<Launch, delta_finish_bf16>, FINISH_SHARED},
+    {"delta_finish_f32", run<Launch, delta_finish_f32>, FINISH_SHARED},
+    {"delta_rows_bf16", run<RowsLaunch, delta_rows_bf16>, ROWS_SHARED},
+    {"delta_rows_f32", run<RowsLaunch, delta_rows_f32>, ROWS_SHARED},
 };
 
 bool initialized = false;
 int primary = 0;
-unsigned launches = 0;
+std::atomic<unsigned> launches = 0;
 thread_local void* context = nullptr;
 
 Kernel* find(const char* name) {
@@ -49,11 +65,13 @@ Kernel* find(const char* name) {
 
 extern "C" {
 
-// Runs a kernel on `blocks` blocks, in an order that host::launch has.
-int host_launch(const char* name, unsigned blocks, unsigned order, const Launch* launch) {
+// Runs a kernel on `blocks` blocks, in an order that host::launch has. One launch at a time, whatever thread asks.
+int host_launch(const char* name, unsigned blocks, unsigned order, const void* parameters) {
+    static std::mutex running;
+    std::lock_guard<std::mutex> alone(running);
     Kernel* kernel = find(name);
     if (!kernel) return NOT_FOUND;
-    host::launch(blocks, THREADS, kernel->shared, order, [&] { kernel->run(*launch); });
+    host::launch(blocks, THREADS, kernel->shared, order, [&] { kernel->run(parameters); });
     return SUCCESS;
 }
 
@@ -123,7 +141,7 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
     if (!context) return INVALID_CONTEXT;
     bool fits = int(shared) == kernel->shared && kernel->shared <= kernel->allowed;
     if (!fits || threads != THREADS || y != 1 || z != 1 || !x) return INVALID_VALUE;
-    return host_launch(kernel->name, x, launches++, static_cast<const Launch*>(parameters[0]));
+    return host_launch(kernel->name, x, launches++, parameters[0]);
 }
 int cuGetErrorName(int error, const char** name) {
     static const std::map<int, const char*> names = {

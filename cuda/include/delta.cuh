@@ -1,6 +1,6 @@
-// What a launch is given: deltas of a few sites by slot, groups of tokens, x and y, and a workspace.
+// What a launch is given: deltas of sites by slot, and what is multiplied with them (Launch) or added to them (RowsLaunch).
 //
-// The launcher (rust/meswitch-cuda/src/launch.rs) has the same structures and checks what is said of them here.
+// The launcher (rust/meswitch-cuda/src/arguments.rs) has the same structures and checks what is said of them here.
 #pragma once
 #include "machine.cuh"
 
@@ -14,7 +14,7 @@ constexpr int BLOCK_ROWS = 256;  // rows whose bytes lie together (docs/format.m
 constexpr int TILE_ROWS = 64;    // rows that a block works on at a time
 
 // Bytes of shared memory that each kernel is launched with.
-constexpr int PREPARE_SHARED = 2080, MULTIPLY_SHARED = 100352, FINISH_SHARED = 3072;
+constexpr int PREPARE_SHARED = 2080, MULTIPLY_SHARED = 100352, FINISH_SHARED = 3072, ROWS_SHARED = 33280;
 
 // Rows that share a bit width. Pointers are to tensors as the file has them, at multiples of 16 bytes.
 struct Part {
@@ -27,6 +27,7 @@ struct Part {
 };
 
 // One slot's delta of a site. All zeros: an empty slot. Changing it between two launches needs nothing else.
+// In a table, slot s lies at s + 1: the first is always empty and stands for every slot beyond the table.
 struct Slot {
     Part parts[MOST_PARTS];
     const uint16_t* column_scales;  // f16 [columns], or null
@@ -47,10 +48,10 @@ struct Group {
 };
 
 struct Site {
-    const Slot* slots;
-    void* y;           // [tokens, rows], of x's type
-    int64_t y_stride;  // elements from one token to the next
-    int32_t rows, reserved;
+    const Slot* slots;  // [slot_count + 1]
+    void* y;            // [tokens, rows], of x's type
+    int64_t y_stride;   // elements from one token to the next
+    int32_t rows, slot_count;
 };
 
 // A unit is a group at a site: unit = group · site_count + site.
@@ -70,7 +71,19 @@ struct Launch {
     int32_t splits;  // of the columns; from shapes alone, so that bits do not depend on the batch
     int32_t most_rows, most_rank, reserved;
 };
-static_assert(sizeof(Part) == 40 && sizeof(Slot) == 280 && sizeof(Launch) == 224, "as the launcher has them");
+
+// y[i] += row ids[i] of Δ̂ of slot slot_of[i]. What has no slot, or no such row, is left alone.
+struct RowsLaunch {
+    const Slot* slots;       // [slot_count + 1]
+    const int32_t* slot_of;  // [count], below zero for none; null: `slot` for all
+    const int64_t* ids;      // [count]; null: first, first + 1 and so on
+    void* y;                 // [count, columns], bfloat16 or float32
+    int64_t y_stride;
+    int32_t count, rows, columns;
+    int32_t slot, first, slot_count;
+};
+static_assert(sizeof(Part) == 40 && sizeof(Slot) == 280 && sizeof(Launch) == 224 && sizeof(RowsLaunch) == 64,
+              "as the launcher has them");
 
 HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 HOST_DEVICE int row_bytes(int bits, int columns) { return bits * ceil_div(columns, 8); }
@@ -83,6 +96,9 @@ HOST_DEVICE int padded_rows(int rows) {
 // 0, 1, 2 or 3 for codes of 1, 2, 4 or 8 bits, of which a byte holds 8 >> width.
 HOST_DEVICE int width_of(int bits) { return bits == 8 ? 3 : bits / 2; }
 
+DEVICE const Slot& slot_in(const Slot* slots, int slot_count, int slot) {
+    return slots[slot >= 0 && slot < slot_count ? slot + 1 : 0];
+}
 DEVICE bool is_empty(const Slot& slot) { return !slot.part_count && !slot.salient_count && !slot.rank && !slot.starts; }
 
 // A group at a site.
@@ -95,7 +111,7 @@ struct Unit {
 
     MEMBER Unit(const Launch& launch, int number)
         : launch(launch), number(number), group(launch.groups[number / launch.site_count]),
-          site(launch.sites[number % launch.site_count]), slot(site.slots[group.slot]) {}
+          site(launch.sites[number % launch.site_count]), slot(slot_in(site.slots, site.slot_count, group.slot)) {}
 
     MEMBER int token(int at) const { return launch.order[group.first + at]; }
     template <typename T>

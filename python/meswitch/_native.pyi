@@ -7,6 +7,7 @@ from torch import Tensor
 
 __all__ = [
     "Checkpoint",
+    "CudaKernels",
     "Delta",
     "Folder",
     "Lease",
@@ -27,6 +28,7 @@ __all__ = [
     "checksum",
     "compress",
     "cpu_features",
+    "cuda_slot",
     "cuda_status",
     "estimate_bytes",
     "is_shared",
@@ -57,6 +59,35 @@ class Checkpoint:
     def has(self, name: str) -> bool: ...
     def source(self, name: str) -> tuple[Path, str, tuple[int, list[int]] | None] | None: ...
     def info(self, name: str) -> tuple[str, list[int]]: ...
+
+@final
+class CudaKernels:
+    def __new__(cls, ordinal: int, driver: str | PathLike[str] | None = None) -> CudaKernels: ...
+    @staticmethod
+    def workspace(rows: Sequence[int], columns: int, rank: int, groups: int) -> tuple[int, int]: ...
+    def linear(
+        self,
+        stream: int,
+        bf16: bool,
+        sites: Sequence[tuple[tuple[int, int], int, int, int]],
+        x: tuple[int, int],
+        columns: int,
+        rank: int,
+        groups: tuple[int, int, int, int],
+        scratch: int,
+        partial: int,
+    ) -> None: ...
+    def rows(
+        self,
+        stream: int,
+        bf16: bool,
+        table: tuple[int, int],
+        slots: tuple[int, int],
+        ids: tuple[int, int],
+        y: tuple[int, int],
+        count: int,
+        shape: tuple[int, int],
+    ) -> None: ...
 
 @final
 class Delta:
@@ -257,3 +288,12 @@ def backends() -> list[str]: ...
 def kernel_threads() -> tuple[int, bool]: ...
 def cpu_features() -> dict[str, bool]: ...
 def cuda_status() -> tuple[str, str, list[str]]: ...
+def cuda_slot(
+    columns: int,
+    exponent: int,
+    parts: Sequence[tuple[int, float, int, int, int, int, int]],
+    column_scales: int,
+    salient: tuple[int, int, int],
+    low_rank: tuple[int, int, int],
+    sparse: tuple[int, int, int],
+) -> bytes: ...

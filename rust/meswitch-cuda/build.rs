@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs, thread};
 
-const KERNELS: [&str; 3] = ["prepare", "multiply", "finish"];
+const KERNELS: [&str; 4] = ["prepare", "multiply", "finish", "rows"];
 
 /// Machine code for each; later devices of the same first digit run it too (8.6 and 8.9 that of 8.0).
 const CAPABILITIES: [&str; 4] = ["80", "90", "100", "120"];

@@ -60,9 +60,9 @@ KernelsName = Annotated[
     str,
     typer.Option(
         "--kernels",
-        metavar="auto|cpu|torch",
-        help="What multiplies with the deltas. cpu: compressed weights, native code. torch: weights unpacked a tile at"
-        " a time, any device. auto: the one that suits the device.",
+        metavar="auto|cpu|cuda|torch",
+        help="What multiplies with the deltas. cpu, cuda: compressed weights, native code. torch: weights unpacked a"
+        " tile at a time, any device. auto: the one that suits the device.",
     ),
 ]
 

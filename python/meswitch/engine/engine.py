@@ -37,21 +37,21 @@ class Engine:
     directory or a list of them, or `{name: directory}`. With `watch` a folder of them is looked at every second: what
     appears there is served, and what is replaced or removed there is here too, while requests in flight finish on what
     they began with. `router`: a folder or an object with `route`, for `expert="auto"`. `device`: torch's name of one;
-    `kernels`: `"auto"`, `"cpu"` (native) or `"torch"` (any device, slow). `exact` asks for the reference's arithmetic,
-    the same for a request whatever else is in the batch; several times slower. Budgets are bytes, or text such as
-    `"8GiB"`: `host_budget` over the resident deltas (no bound without), `kv_budget` over the KV cache with its masks
-    and indices (without: what four full contexts need, 1 GiB at most); `device_budget` is refused, since deltas lie in
-    the host's memory. `max_batch_tokens`: the tokens of one step; longer prompts are split. `max_waiting`: how many
-    requests may wait for a place in the batch before further ones are refused (no bound without). `max_experts`: the
-    most experts whose requests run at a time (no bound without). `eviction`: which idle expert leaves first when
+    `kernels`: `"auto"`, `"cpu"` or `"cuda"` (native), or `"torch"` (any device, slow). `exact` asks for the reference's
+    arithmetic, the same for a request whatever else is in the batch; several times slower. Budgets are bytes, or text
+    such as `"8GiB"`: `host_budget` over the resident deltas (no bound without), `kv_budget` over the KV cache with its
+    masks and indices (without: what four full contexts need, 1 GiB at most); `device_budget` is refused, since deltas
+    lie in the host's memory. `max_batch_tokens`: the tokens of one step; longer prompts are split. `max_waiting`: how
+    many requests may wait for a place in the batch before further ones are refused (no bound without). `max_experts`:
+    the most experts whose requests run at a time (no bound without). `eviction`: which idle expert leaves first when
     another needs its room, `"lru"` or `"lrfu"`. `trace`: a file to write to what is asked for, loaded and evicted, for
     `meswitch replay`. `allow_quantized_base`: whether deltas may be put on a quantized form of the base that they were
-    made against; refused without. `moe_budget`: memory for the MoE experts of a model whose MoE experts need not fit
-    it (CPU only): they stay in the checkpoint's files, which must not be written to, and are read when a gate chooses
+    made against; refused without. `moe_budget`: memory for the MoE experts of a model whose MoE experts need not fit it
+    (CPU only): they stay in the checkpoint's files, which must not be written to, and are read when a gate chooses
     them. Deltas may change everything else. `moe_mode`: `"exact"`, answers are those of the whole model bit for bit at
     any budget; or `"fallback"`, with `moe_copies`, a model that `quantize` made of this one: low-bit copies of its MoE
-    experts are in memory too, beside the budget, and answer for what is not, except for the `moe_fetched` choices of
-    a token that weigh most.
+    experts are in memory too, beside the budget, and answer for what is not, except for the `moe_fetched` choices of a
+    token that weigh most.
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong

@@ -31,6 +31,7 @@ from meswitch.kernels.products import (
     merged_linear,
 )
 from meswitch.kernels.rows import Rows
+from meswitch.kernels.shared_input import SharedInput
 from meswitch.site import DeltaSite
 
 MERGE_TOKENS = 64
@@ -44,7 +45,7 @@ class CpuKernels:
 
     def __init__(self, *, exact: bool = False) -> None:
         self.exact = exact
-        self._last: tuple[CpuLinear, Tensor, Rows] | None = None  # who last took an input by the fused product
+        self.shared_input = SharedInput()
 
     def linear(
         self,
@@ -63,14 +64,8 @@ class CpuKernels:
     def embedding(self, rows: int, width: int, packed: DeltaSite | None = None) -> CpuEmbedding:
         return CpuEmbedding(rows, width, packed)
 
-    def note_input(self, linear: CpuLinear, x: Tensor, rows: Rows) -> None:
-        """Records modules that receive the same input tensor, so that later steps compute them in one call."""
-        if self._last is not None and self._last[1] is x and self._last[2] is rows:
-            first = self._last[0]
-            if linear is not first:
-                first.followers.append(linear)
-        else:
-            self._last = linear, x, rows
+    def settle(self) -> None:
+        pass  # a delta is there as soon as it is set
 
 
 class CpuLinear(DeltaTable):
@@ -93,7 +88,7 @@ class CpuLinear(DeltaTable):
         self._merges = plain and many_rows
         self._fuses = plain and module.bias is None and has_fused_kernel(module.weight)
         self.followers: list[CpuLinear] = []
-        self._ready: tuple[Rows, Tensor, Tensor] | None = None  # rows, an input, and the product already made of it
+        self.ready: tuple[Rows, Tensor, Tensor] | None = None
 
     @property
     def weight(self) -> Weight:
@@ -126,18 +121,11 @@ class CpuLinear(DeltaTable):
 
     def _fused_product(self, x: Tensor, rows: Rows) -> Tensor:
         """The base's product with the deltas added; with it, those of the modules that last took the same input."""
-        if self._ready is not None and self._ready[0] is rows and self._ready[1] is x:
-            product, self._ready = self._ready[2], None
-            return product
-        for other in [other for other in self.followers if other._ready is not None]:
-            # It did not take its product in the last step, so it is no longer computed with this one.
-            self.followers.remove(other)
-            other._ready = None
-        product, *others = fused_linear(x, [linear._fused_site(x, rows) for linear in (self, *self.followers)])
-        for other, y in zip(self.followers, others, strict=True):
-            other._ready = rows, x, y
-        self._kernels.note_input(self, x, rows)
-        return product
+
+        def multiply(linears: list[CpuLinear]) -> list[Tensor]:
+            return fused_linear(x, [linear._fused_site(x, rows) for linear in linears])
+
+        return self._kernels.shared_input.product(self, x, rows, multiply)
 
     def _fused_site(self, x: Tensor, rows: Rows) -> tuple[Weight, DeltaTable, Rows | None]:
         """This module as `fused_linear` takes it."""

@@ -76,3 +76,6 @@ class Kernels(Protocol):
 
     def embedding(self, rows: int, width: int, packed: DeltaSite | None = None) -> DeltaEmbedding:
         """For a table `[rows, width]`; `packed` as above."""
+
+    def settle(self) -> None:
+        """Every delta that was set is there for what runs from now on. To be called after some were set."""

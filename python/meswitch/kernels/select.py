@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from meswitch import _native
 from meswitch.errors import BackendError, CudaUnavailableError
 from meswitch.kernels.cpu import CpuKernels
+from meswitch.kernels.cuda import CudaKernels
 from meswitch.kernels.protocol import Kernels
 from meswitch.kernels.torch import TorchKernels
 
-BACKENDS = ("auto", "cpu", "torch")
+_log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "cpu", "cuda", "torch")
 
 
 def usable_device(name: str) -> torch.device:
@@ -52,9 +57,11 @@ def usable_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def select_kernels(name: str, device: torch.device | str, *, exact: bool = False) -> Kernels:
-    """The backend of this name for a model on `device`; `auto` is the quickest one there.
+    """The backend of this name for a model on `device`; `auto` is the quickest one there. Only `cpu` and `torch` can
+    be `exact`.
 
-    Raises `BackendError` for an unknown name, or one that cannot run on that device.
+    Raises `BackendError` for an unknown name, or one that cannot run on that device, and `CudaUnavailableError` for
+    `cuda` where the build has no kernels.
 
     >>> select_kernels("auto", "cpu").name
     'cpu'
@@ -62,10 +69,25 @@ def select_kernels(name: str, device: torch.device | str, *, exact: bool = False
     device = torch.device(device)
     if name not in BACKENDS:
         raise BackendError(f"kernels: expected one of {', '.join(BACKENDS)}, found {name!r}")
-    if name == "cpu" and device.type != "cpu":
+    if name in ("cpu", "cuda") and device.type != name:
         raise BackendError(
-            f'kernels="cpu": expected device="cpu", found {device}', hint='kernels="torch" runs anywhere'
+            f'kernels="{name}": expected device="{name}", found {device}', hint='kernels="torch" runs anywhere'
         )
-    if name == "torch" or device.type != "cpu":
+    if name == "cuda" and exact:
+        raise BackendError('exact: expected kernels="torch" on a GPU, found "cuda"', hint="leave kernels out")
+    if name == "torch" or (device.type != "cpu" and (device.type != "cuda" or exact)):
         return TorchKernels(device)
-    return CpuKernels(exact=exact)
+    if device.type == "cpu":
+        return CpuKernels(exact=exact)
+    return _cuda_or_torch(device, name)
+
+
+def _cuda_or_torch(device: torch.device, name: str) -> Kernels:
+    """The kernels for NVIDIA GPUs, or without a name, where there are none, those that run anywhere."""
+    try:
+        return CudaKernels(device)
+    except CudaUnavailableError as error:
+        if name == "cuda":
+            raise
+        _log.warning("deltas are multiplied by plain torch, which is slow: %s", error)
+        return TorchKernels(device)

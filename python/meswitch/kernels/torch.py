@@ -46,6 +46,9 @@ class TorchKernels:
     def embedding(self, rows: int, width: int, packed: DeltaSite | None = None) -> TorchEmbedding:
         return TorchEmbedding(self.device, rows, width, packed)
 
+    def settle(self) -> None:
+        pass  # a delta is there as soon as it is set
+
 
 class _DeltaTable:
     """The deltas of one weight `[out_features, in_features]`, by slot."""

@@ -137,6 +137,7 @@ class ExpertLayers:
             assert isinstance(head, HeadWrapper)
             self._attach(head)
             head.tie(slot)
+        self.kernels.settle()
 
     def remove(self, slot: int) -> None:
         for name, wrapper in list(self._wrappers.items()):

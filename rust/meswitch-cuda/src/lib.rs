@@ -7,11 +7,13 @@
 //!
 //! * [`driver`]: `libcuda.so.1`, and the few functions of it that are needed
 //! * [`image`]: the fat binaries that were embedded, or why there are none
-//! * [`launch`]: what a launch is given, and [`Kernels`](launch::Kernels) that does it
+//! * [`arguments`]: what a launch is given
+//! * [`kernels`]: the [`Kernels`](kernels::Kernels) on a device, and their launch
 
+pub mod arguments;
 pub mod driver;
 pub mod image;
-pub mod launch;
+pub mod kernels;
 
 /// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -7,9 +7,10 @@ use std::sync::OnceLock;
 use std::{env, ptr};
 
 use meswitch_cuda::Error;
+use meswitch_cuda::arguments::{Group, Launch, Part, RowsLaunch, Slot, groups, splits};
 use meswitch_cuda::driver::{self, Driver};
 use meswitch_cuda::image::{self, Image};
-use meswitch_cuda::launch::{Dtype, Group, Kernels, Launch, MOST_PARTS, MOST_SITES, Part, Site, Slot, groups, splits};
+use meswitch_cuda::kernels::{Dtype, Kernels};
 
 /// An image that begins as a fat binary does, which is all that the host's driver looks at.
 #[repr(align(64))]
@@ -28,7 +29,8 @@ fn host_driver() -> &'static Driver {
         let cuda = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../cuda");
         let folder = tempfile::tempdir().unwrap();
         let library = folder.path().join("libcuda.so.1");
-        let sources = ["kernels/prepare.cu", "kernels/multiply.cu", "kernels/finish.cu", "host/driver.cpp"];
+        let sources =
+            ["kernels/prepare.cu", "kernels/multiply.cu", "kernels/finish.cu", "kernels/rows.cu", "host/driver.cpp"];
         let done = Command::new(env::var("CXX").unwrap_or_else(|_| "g++".into()))
             .args(["-std=c++20", "-O1", "-shared", "-fPIC", "-x", "c++"])
             .args(sources.map(|source| cuda.join(source)))
@@ -43,54 +45,12 @@ fn host_driver() -> &'static Driver {
     })
 }
 
-fn empty_slot() -> Slot {
-    let part = Part {
-        codes: ptr::null(),
-        scales: ptr::null(),
-        rows: ptr::null(),
-        count: 0,
-        bits: 0,
-        twice_zero: 0,
-        group_size: 0,
-    };
-    Slot {
-        parts: [part; MOST_PARTS],
-        column_scales: ptr::null(),
-        salient_index: ptr::null(),
-        salient: ptr::null(),
-        u: ptr::null(),
-        v: ptr::null(),
-        starts: ptr::null(),
-        gaps: ptr::null(),
-        values: ptr::null(),
-        unit: 1.0,
-        part_count: 0,
-        salient_count: 0,
-        rank: 0,
-    }
-}
-
 /// A launch of one site that points to nothing yet.
 fn launch_of(rows: i32, columns: i32) -> Launch {
-    let site = Site { slots: ptr::null(), y: ptr::null_mut(), y_stride: i64::from(rows), rows, reserved: 0 };
-    Launch {
-        sites: [site; MOST_SITES],
-        groups: ptr::null(),
-        group_count: ptr::null(),
-        order: ptr::null(),
-        x: ptr::null(),
-        x_stride: i64::from(columns),
-        ready: ptr::null_mut(),
-        steps: ptr::null_mut(),
-        vx: ptr::null_mut(),
-        partial: ptr::null_mut(),
-        columns,
-        site_count: 1,
-        splits: splits(rows as usize, columns as usize),
-        most_rows: rows,
-        most_rank: 0,
-        reserved: 0,
-    }
+    let mut launch = Launch { columns, site_count: 1, most_rows: rows, x_stride: columns.into(), ..Launch::EMPTY };
+    (launch.sites[0].rows, launch.sites[0].y_stride) = (rows, rows.into());
+    launch.splits = splits(rows as usize, columns as usize);
+    launch
 }
 
 /// 300 rows and 2304 columns of 2 bits, every code 3 with a zero of 1.5 and a scale of 1: Δ̂ · x is 1.5 · Σ x.
@@ -100,20 +60,14 @@ fn a_launch_adds_the_delta() {
     const COLUMNS: usize = 2304;
     let kernels = Kernels::load(host_driver(), 0, &[IMAGE]).unwrap();
     let (codes, scales) = (vec![u128::MAX; COLUMNS / 4 * 320 / 16], [0x3c00u16; ROWS]); // 1.0
-    let mut slots = [empty_slot(); 2];
-    slots[1].part_count = 1;
-    slots[1].parts[0] = Part {
-        codes: codes.as_ptr().cast(),
-        scales: scales.as_ptr(),
-        rows: ptr::null(),
-        count: ROWS as i32,
-        bits: 2,
-        twice_zero: 3,
-        group_size: COLUMNS as i32,
-    };
-    let x: Vec<f32> = (0..3 * COLUMNS).map(|at| (at % 7) as f32).collect();
-    let mut y = vec![1f32; 3 * ROWS];
-    let (groups, order) = groups(&[-1, 0, 1]);
+    let mut slots = [Slot::EMPTY; 3];
+    slots[2].part_count = 1;
+    slots[2].unit = 1.0;
+    let part = Part::new(2, 1.5, COLUMNS, ROWS, COLUMNS).unwrap();
+    slots[2].parts[0] = Part { codes: codes.as_ptr().cast(), scales: scales.as_ptr(), ..part };
+    let x: Vec<f32> = (0..4 * COLUMNS).map(|at| (at % 7) as f32).collect();
+    let mut y = vec![1f32; 4 * ROWS];
+    let (groups, order) = groups(&[-1, 0, 1, 2]);
     let count = groups.len() as i32;
 
     let mut launch = launch_of(ROWS as i32, COLUMNS as i32);
@@ -121,7 +75,7 @@ fn a_launch_adds_the_delta() {
     let bytes = launch.workspace(groups.len()).unwrap();
     let mut ready = vec![0u128; bytes.ready / 16];
     let mut floats = [bytes.steps, bytes.vx, bytes.partial].map(|bytes| vec![0f32; bytes / 4]);
-    launch.sites[0].slots = slots.as_ptr();
+    (launch.sites[0].slots, launch.sites[0].slot_count) = (slots.as_ptr(), 2);
     launch.sites[0].y = y.as_mut_ptr().cast();
     (launch.groups, launch.group_count, launch.order) = (groups.as_ptr(), &raw const count, order.as_ptr());
     launch.x = x.as_ptr().cast();
@@ -132,9 +86,50 @@ fn a_launch_adds_the_delta() {
         unsafe { kernels.launch(Dtype::Float32, &launch, groups.len(), ptr::null_mut::<c_void>()) }.unwrap();
     }
 
-    let expected = 1.0 + 2.0 * 1.5 * x[2 * COLUMNS..].iter().sum::<f32>();
+    let expected = 1.0 + 2.0 * 1.5 * x[2 * COLUMNS..3 * COLUMNS].iter().sum::<f32>();
     assert!(y[..2 * ROWS].iter().all(|y| *y == 1.0), "a token of the base, and one of an empty slot");
-    assert!(y[2 * ROWS..].iter().all(|y| (y - expected).abs() < 1e-4 * expected), "{} {expected}", y[2 * ROWS]);
+    assert!(y[3 * ROWS..].iter().all(|y| *y == 1.0), "a token of a slot beyond the table");
+    assert!(y[2 * ROWS..3 * ROWS].iter().all(|y| (y - expected).abs() < 1e-4 * expected), "{} {expected}", y[2 * ROWS]);
+}
+
+/// The same weights, of which rows 298 and 299 are added and row 300 is not there.
+#[test]
+fn a_launch_adds_rows() {
+    const ROWS: usize = 300;
+    const COLUMNS: usize = 40;
+    let kernels = Kernels::load(host_driver(), 0, &[IMAGE]).unwrap();
+    let (codes, scales) = (vec![u128::MAX; COLUMNS / 4 * 320 / 16], [0x3c00u16; ROWS]);
+    let mut slots = [Slot::EMPTY, Slot { part_count: 1, unit: 2.0, ..Slot::EMPTY }];
+    let part = Part::new(2, 1.5, 7, ROWS, COLUMNS).unwrap();
+    let scales_of_groups = scales.repeat(COLUMNS.div_ceil(7));
+    slots[1].parts[0] = Part { codes: codes.as_ptr().cast(), scales: scales_of_groups.as_ptr(), ..part };
+    let mut y = vec![1f32; 3 * COLUMNS];
+    let launch = RowsLaunch {
+        slots: slots.as_ptr(),
+        slot_of: ptr::null(),
+        ids: ptr::null(),
+        y: y.as_mut_ptr().cast(),
+        y_stride: COLUMNS as i64,
+        count: 3,
+        rows: ROWS as i32,
+        columns: COLUMNS as i32,
+        slot: 0,
+        first: 298,
+        slot_count: 1,
+    };
+    // SAFETY: all memory is as the fields say, and a launch of this driver has ended when it returns.
+    unsafe { kernels.launch_rows(Dtype::Float32, &launch, ptr::null_mut::<c_void>()) }.unwrap();
+    assert!(y[..2 * COLUMNS].iter().all(|y| *y == 1.0 + 2.0 * 1.5), "{:?}", &y[..2 * COLUMNS]);
+    assert!(y[2 * COLUMNS..].iter().all(|y| *y == 1.0));
+}
+
+#[test]
+fn codes_that_kernels_do_not_take_are_refused() {
+    let said = |bits, zero| Part::new(bits, zero, 8, 8, 8).unwrap_err().to_string();
+    assert_eq!(said(5, 0.0), "expected 1, 2, 3, 4 or 8 bits and a zero in halves, found 5 bits and 0");
+    assert_eq!(said(2, 1.25), "expected 1, 2, 3, 4 or 8 bits and a zero in halves, found 2 bits and 1.25");
+    assert!(said(2, f32::NAN).ends_with("NaN"));
+    assert_eq!(Part::new(8, 128.0, 0, 1, 0).map(|part| (part.twice_zero, part.group_size)), Ok((256, 1)));
 }
 
 #[test]

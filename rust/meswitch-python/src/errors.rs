@@ -46,6 +46,19 @@ pub fn to_python(error: Error) -> PyErr {
     Python::attach(|py| raise(py, class, &error.to_string(), hint).unwrap_or_else(|failure| failure))
 }
 
+/// The Python exception of an error of CUDA.
+#[allow(clippy::needless_pass_by_value)] // so that it fits `map_err`
+pub fn cuda_to_python(error: meswitch_cuda::Error) -> PyErr {
+    use meswitch_cuda::Error;
+    let hint = "`meswitch doctor` says which kernels, driver and GPUs there are";
+    let class = match &error {
+        Error::NoDriver(_) | Error::NoKernels(_) => "CudaUnavailableError",
+        Error::Driver { .. } => "BackendError",
+        Error::Argument(message) => return PyValueError::new_err(message.clone()),
+    };
+    Python::attach(|py| raise(py, class, &error.to_string(), hint).unwrap_or_else(|failure| failure))
+}
+
 /// "No space left on device", without the code that Rust adds.
 fn strip(source: &std::io::Error) -> String {
     let text = source.to_string();

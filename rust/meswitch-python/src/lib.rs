@@ -43,7 +43,7 @@ mod _native {
     #[pymodule_export]
     use super::compress::{compress, estimate_bytes, is_shared, probe, row_energies, write};
     #[pymodule_export]
-    use super::cuda::cuda_status;
+    use super::cuda::{CudaKernels, cuda_slot, cuda_status};
     #[pymodule_export]
     use super::delta::{Checkpoint, Delta, Tensors, checksum};
     #[pymodule_export]

@@ -1,10 +1,8 @@
-//! What the kernels are given, and their launch. The structures are those of `cuda/include/delta.cuh`.
+//! What the kernels are given. The structures are those of `cuda/include/delta.cuh`.
 
-use std::ffi::{CStr, c_int, c_uint, c_void};
+use std::ffi::c_void;
 use std::ptr;
 
-use crate::driver::Driver;
-use crate::image::Image;
 use crate::{Error, Result};
 
 /// Parts of a slot, at most.
@@ -19,7 +17,6 @@ pub const MOST_UNITS: usize = 512;
 const WIDTHS: usize = 4;
 const SLICE: usize = 2048;
 const TILE_ROWS: usize = 64;
-const THREADS: c_uint = 256;
 
 /// Rows of a site that share a bit width. All pointers are to device memory.
 #[repr(C)]
@@ -41,7 +38,8 @@ pub struct Part {
     pub group_size: i32,
 }
 
-/// One slot's delta of a site. A table of them lies in device memory and may change between two launches.
+/// One slot's delta of a site. A table of them lies in device memory and may change between two launches; slot s is at
+/// s + 1 there, since the first entry is always [`Slot::EMPTY`] and stands for every slot beyond the table.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Slot {
@@ -89,7 +87,7 @@ pub struct Group {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Site {
-    /// Its deltas by slot, in device memory.
+    /// Its deltas `[slot_count + 1]`, in device memory.
     pub slots: *const Slot,
     /// `[tokens, rows]`, of the type of x.
     pub y: *mut c_void,
@@ -97,8 +95,8 @@ pub struct Site {
     pub y_stride: i64,
     /// Output channels.
     pub rows: i32,
-    /// Zero.
-    pub reserved: i32,
+    /// Slots of the table.
+    pub slot_count: i32,
 }
 
 /// A launch: `y[t] += Δ̂_slot(t) · x[t]` for weights that share an input. All pointers are to device memory.
@@ -139,7 +137,106 @@ pub struct Launch {
     pub reserved: i32,
 }
 
-const _: () = assert!(size_of::<Part>() == 40 && size_of::<Slot>() == 280 && size_of::<Launch>() == 224);
+/// A launch that adds rows: `y[i] += Δ̂ of slot slot_of[i] [ids[i], :]`. What has no slot, or no such row, is left alone.
+/// All pointers are to device memory.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct RowsLaunch {
+    /// Deltas `[slot_count + 1]`.
+    pub slots: *const Slot,
+    /// Slots `[count]`, below zero for none; null: `slot` for all.
+    pub slot_of: *const i32,
+    /// Rows `[count]`; null: `first` and those after it.
+    pub ids: *const i64,
+    /// `[count, columns]`.
+    pub y: *mut c_void,
+    /// Elements from one row of y to the next.
+    pub y_stride: i64,
+    /// Rows to add.
+    pub count: i32,
+    /// Rows that the deltas have.
+    pub rows: i32,
+    /// Columns.
+    pub columns: i32,
+    /// The slot of all, where `slot_of` is null.
+    pub slot: i32,
+    /// The first row, where `ids` is null.
+    pub first: i32,
+    /// Slots of the table.
+    pub slot_count: i32,
+}
+
+const _: () = assert!(size_of::<Part>() == 40 && size_of::<Slot>() == 280);
+const _: () = assert!(size_of::<Launch>() == 224 && size_of::<RowsLaunch>() == 64);
+
+impl Slot {
+    /// A slot without a delta.
+    pub const EMPTY: Self = Self {
+        parts: [Part::NONE; MOST_PARTS],
+        column_scales: ptr::null(),
+        salient_index: ptr::null(),
+        salient: ptr::null(),
+        u: ptr::null(),
+        v: ptr::null(),
+        starts: ptr::null(),
+        gaps: ptr::null(),
+        values: ptr::null(),
+        unit: 0.0,
+        part_count: 0,
+        salient_count: 0,
+        rank: 0,
+    };
+
+    /// What lies in a table in device memory.
+    #[must_use]
+    pub fn bytes(&self) -> [u8; size_of::<Self>()] {
+        // SAFETY: there are no bytes between the fields, which the sizes above say, and pointers are only copied.
+        unsafe { std::mem::transmute(*self) }
+    }
+}
+
+impl Part {
+    const NONE: Self = Self {
+        codes: ptr::null(),
+        scales: ptr::null(),
+        rows: ptr::null(),
+        count: 0,
+        bits: 0,
+        twice_zero: 0,
+        group_size: 0,
+    };
+
+    /// Rows of a site with so many columns, with the numbers that the kernels want.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for codes that they do not take.
+    pub fn new(bits: u32, zero: f32, group_size: usize, count: usize, columns: usize) -> Result<Self> {
+        let twice_zero = 2.0 * zero;
+        if !matches!(bits, 1 | 2 | 3 | 4 | 8) || twice_zero.fract() != 0.0 || !(0.0..=512.0).contains(&twice_zero) {
+            let text = format!("expected 1, 2, 3, 4 or 8 bits and a zero in halves, found {bits} bits and {zero}");
+            return Err(Error::Argument(text));
+        }
+        Ok(Self {
+            count: int("rows", count)?,
+            bits: bits as i32,
+            twice_zero: twice_zero as i32,
+            group_size: int("columns", group_size.clamp(1, columns.max(1)))?,
+            ..Self::NONE
+        })
+    }
+}
+
+/// A count as the kernels have it.
+///
+/// # Errors
+/// [`Error::Argument`] for one above 2²⁴, beyond which products of two might not fit their integers.
+pub fn int(name: &str, count: usize) -> Result<i32> {
+    const MOST: usize = 1 << 24;
+    if count > MOST {
+        return Err(Error::Argument(format!("{name}: expected at most {MOST}, found {count}")));
+    }
+    Ok(count as i32)
+}
 
 /// Groups of tokens, and the tokens in their order, for the slot of each token. Tokens of slot −1 are in no group.
 #[must_use]
@@ -181,6 +278,26 @@ pub struct Workspace {
 }
 
 impl Launch {
+    /// A launch without sites.
+    pub const EMPTY: Self = Self {
+        sites: [Site { slots: ptr::null(), y: ptr::null_mut(), y_stride: 0, rows: 0, slot_count: 0 }; MOST_SITES],
+        groups: ptr::null(),
+        group_count: ptr::null(),
+        order: ptr::null(),
+        x: ptr::null(),
+        x_stride: 0,
+        ready: ptr::null_mut(),
+        steps: ptr::null_mut(),
+        vx: ptr::null_mut(),
+        partial: ptr::null_mut(),
+        columns: 0,
+        site_count: 0,
+        splits: 1,
+        most_rows: 0,
+        most_rank: 0,
+        reserved: 0,
+    };
+
     /// The workspace of this launch, for at most so many groups.
     ///
     /// # Errors
@@ -208,142 +325,3 @@ impl Launch {
         })
     }
 }
-
-/// The type of x and y.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dtype {
-    /// bfloat16.
-    BFloat16,
-    /// float32.
-    Float32,
-}
-
-#[derive(Debug)]
-struct Kernel {
-    function: *mut c_void,
-    shared: c_uint,
-    /// As many blocks as the device holds at a time; they deal the work out among themselves.
-    blocks: c_uint,
-}
-
-/// The kernels on one device, in its primary context, which is the one that torch uses.
-#[derive(Debug)]
-pub struct Kernels {
-    driver: &'static Driver,
-    context: *mut c_void,
-    prepare: [Kernel; 2],
-    multiply: Kernel,
-    finish: [Kernel; 2],
-}
-
-// SAFETY: handles of the driver belong to the process; the driver may be called from any thread.
-unsafe impl Send for Kernels {}
-// SAFETY: as above; nothing here changes after loading.
-unsafe impl Sync for Kernels {}
-
-/// `cuFuncSetAttribute`: the most shared memory of a block.
-const MOST_SHARED: c_int = 8;
-/// Bytes of shared memory, as `cuda/include/delta.cuh` has them.
-const PREPARE_SHARED: c_uint = 2080;
-const MULTIPLY_SHARED: c_uint = 100_352;
-const FINISH_SHARED: c_uint = 3072;
-
-impl Kernels {
-    /// Loads the kernels onto a device and keeps its primary context. Never call this while a graph is captured.
-    ///
-    /// # Errors
-    /// What the driver says: of the ordinal, of an image, of a kernel that no image has.
-    pub fn load(driver: &'static Driver, ordinal: i32, images: &[Image]) -> Result<Self> {
-        let device = driver.device(ordinal)?;
-        let multiprocessors = driver.describe(device)?.multiprocessors as c_uint;
-        let mut context = ptr::null_mut();
-        // SAFETY: it writes the handle of a context that lives until it is released, which it never is.
-        driver.check("cuDevicePrimaryCtxRetain", unsafe { (driver.retain_primary)(&raw mut context, device) })?;
-        let load = || {
-            let modules = images.iter().map(|image| load_module(driver, image)).collect::<Result<Vec<_>>>()?;
-            let kernel = |name, shared| load_kernel(driver, &modules, multiprocessors, name, shared);
-            Ok(Self {
-                driver,
-                context,
-                prepare: [
-                    kernel(c"delta_prepare_bf16", PREPARE_SHARED)?,
-                    kernel(c"delta_prepare_f32", PREPARE_SHARED)?,
-                ],
-                multiply: kernel(c"delta_multiply", MULTIPLY_SHARED)?,
-                finish: [kernel(c"delta_finish_bf16", FINISH_SHARED)?, kernel(c"delta_finish_f32", FINISH_SHARED)?],
-            })
-        };
-        // SAFETY: the context was retained above.
-        unsafe { driver.within(context, load) }
-    }
-
-    /// Puts a launch onto a stream and returns at once.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] as of [`Launch::workspace`], or what the driver says.
-    ///
-    /// # Safety
-    /// The stream belongs to this device's primary context. All that the launch points to is as its fields say, is in
-    /// device memory, and stays so until the stream has come past it; nothing else works in its workspace meanwhile.
-    /// There are at most `most_groups` groups.
-    pub unsafe fn launch(&self, dtype: Dtype, launch: &Launch, most_groups: usize, stream: *mut c_void) -> Result<()> {
-        launch.workspace(most_groups)?;
-        let kind = usize::from(dtype == Dtype::Float32);
-        let mut parameters = [ptr::from_ref(launch).cast_mut().cast::<c_void>()];
-        let mut put = |kernel: &Kernel| {
-            // SAFETY: the caller's promise; the driver copies parameters before it returns.
-            self.driver.check("cuLaunchKernel", unsafe {
-                (self.driver.launch)(
-                    kernel.function,
-                    kernel.blocks,
-                    1,
-                    1,
-                    THREADS,
-                    1,
-                    1,
-                    kernel.shared,
-                    stream,
-                    parameters.as_mut_ptr(),
-                    ptr::null_mut(),
-                )
-            })
-        };
-        let kernels = [&self.prepare[kind], &self.multiply, &self.finish[kind]];
-        // SAFETY: the context was retained when kernels were loaded.
-        unsafe { self.driver.within(self.context, || kernels.into_iter().try_for_each(&mut put)) }
-    }
-}
-
-fn load_module(driver: &Driver, image: &Image) -> Result<*mut c_void> {
-    let mut module = ptr::null_mut();
-    // SAFETY: a whole fat binary, which lives for ever.
-    driver.check("cuModuleLoadData", unsafe { (driver.load)(&raw mut module, image.bytes.as_ptr().cast()) })?;
-    Ok(module)
-}
-
-/// The kernel of this name, from whichever module has it.
-fn load_kernel(
-    driver: &Driver,
-    modules: &[*mut c_void],
-    multiprocessors: c_uint,
-    name: &CStr,
-    shared: c_uint,
-) -> Result<Kernel> {
-    let (mut function, mut resident) = (ptr::null_mut(), 0);
-    // SAFETY: a loaded module, and a string that ends with a zero.
-    let mut find = |module: &*mut c_void| unsafe { (driver.function)(&raw mut function, *module, name.as_ptr()) };
-    let code = modules.iter().map(&mut find).find(|code| *code == 0);
-    driver.check("cuModuleGetFunction", code.unwrap_or(NOT_FOUND))?;
-    // SAFETY: a function of a loaded module; the last call writes one number.
-    unsafe {
-        driver.check("cuFuncSetAttribute", (driver.set_attribute)(function, MOST_SHARED, shared as c_int))?;
-        driver.check(
-            "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-            (driver.occupancy)(&raw mut resident, function, THREADS as c_int, shared as usize),
-        )?;
-    }
-    Ok(Kernel { function, shared, blocks: multiprocessors * resident.max(1) as c_uint })
-}
-
-/// `CUDA_ERROR_NOT_FOUND`.
-const NOT_FOUND: c_int = 500;
