@@ -1,6 +1,7 @@
 # One verb a task, for people and machines alike. Needs Python 3.10 or newer, a C toolchain and cargo.
 
 PYTHON ?= python3
+GPU_PYTHON ?= 3.12
 VENV := .venv
 BIN := $(VENV)/bin
 DOCS := .venv-docs
@@ -18,7 +19,8 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-models interleavings miri cuda-check lint lint-aarch64 bench docs wheel wheel-check clean
+.PHONY: help venv demo test test-models interleavings miri cuda-check lint lint-aarch64 bench docs wheel wheel-check \
+	gpu-wheel gpu-check clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -110,6 +112,12 @@ wheel: $(BIN)/maturin $(NVCC) ## build the source distribution, and of it a whee
 wheel-check: wheel ## install the wheel into an empty environment and use it there
 	$(BIN)/python tests/wheel.py dist
 
+gpu-wheel: wheel ## build the wheel and fetch what it needs on a machine without a network but with torch, into dist/gpu/
+	$(BIN)/python cuda/check/gpu_wheels.py dist/*.whl dist/gpu --python $(GPU_PYTHON)
+
+gpu-check: ## on a machine with an NVIDIA GPU and torch: check and measure everything there, with dist/gpu/ if it is there
+	$(PYTHON) cuda/check/gpu_check.py
+
 clean: ## remove everything that was built
-	rm -rf $(VENV) $(DOCS) site dist target python/meswitch/_native.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS) site dist gpu-report target python/meswitch/_native.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find python tests benches -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,6 +30,8 @@ VERBS = (
     "docs",
     "wheel",
     "wheel-check",
+    "gpu-wheel",
+    "gpu-check",
     "clean",
 )
 
@@ -78,6 +80,8 @@ def test_ci_runs_the_verbs() -> None:
         ("cuda-check", ("sanitizers.py", "mutations.py")),
         ("docs", ("mkdocs build --strict",)),
         ("wheel-check", ("maturin sdist", "maturin build", "wheel.py")),
+        ("gpu-wheel", ("maturin build", "gpu_wheels.py dist/*.whl dist/gpu")),
+        ("gpu-check", ("gpu_check.py",)),
     ],
 )
 def test_verbs_run_every_check(verb: str, commands: tuple[str, ...]) -> None:
