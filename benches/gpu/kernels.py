@@ -72,6 +72,7 @@ class Bench:
                 linear.set(slot, site)
                 nbytes += bytes_read(site)
             linears.append(linear)
+        self.kernels.settle()
         return self.rate(nbytes, lambda: [linear(x, rows) for linear in linears])
 
     def linear(self, out: int, columns: int, tokens: int) -> Any:
