@@ -1,10 +1,13 @@
 # One verb a task, for people and machines alike. Needs Python 3.10 or newer, a C toolchain and cargo.
 
 PYTHON ?= python3
+GPU_PYTHON ?= 3.12
 VENV := .venv
 BIN := $(VENV)/bin
 DOCS := .venv-docs
 BUILT := $(VENV)/.built
+# nvcc from wheels, where the system has none, wheels exist and MESWITCH_CUDA=off does not say otherwise
+NVCC := $(if $(filter off,$(MESWITCH_CUDA))$(shell command -v nvcc)$(wildcard $(patsubst %,%/bin/nvcc,$(CUDA_HOME) /usr/local/cuda)),,$(VENV)/.nvcc)
 RUST := Cargo.toml Cargo.lock $(shell find rust cuda -type f 2>/dev/null)
 SDIST := target/sdist
 AARCH64 := aarch64-unknown-linux-gnu
@@ -16,7 +19,8 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-models interleavings miri cuda-check lint lint-aarch64 bench docs wheel wheel-check clean
+.PHONY: help venv demo test test-models interleavings miri cuda-check lint lint-aarch64 bench docs wheel wheel-check \
+	gpu-wheel gpu-check clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -26,10 +30,16 @@ venv: $(BUILT)
 $(BIN)/maturin: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "expected Python 3.10 or newer, found " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip 'maturin>=1.9.4,<2'
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' 'maturin>=1.9.4,<2'
 	@touch $@
 
-$(BUILT): $(BIN)/maturin $(RUST)
+$(VENV)/.nvcc: pyproject.toml | $(BIN)/maturin
+	rm -rf $(VENV)/cuda
+	$(BIN)/python -m pip install --quiet --target $(VENV)/cuda --group cuda
+	cargo clean --quiet --release --package meswitch-cuda # what was built when there was no nvcc
+	@touch $@
+
+$(BUILT): $(BIN)/maturin $(NVCC) $(RUST)
 	@echo 'building meswitch and installing what it needs into $(VENV): some minutes and 6 GB the first time'
 	$(BIN)/maturin develop --release --extras dev
 	@touch $@
@@ -54,10 +64,9 @@ miri: ## run layout, residency and scalar kernels under Miri, which nightly Rust
 	@cargo +nightly miri --version >/dev/null 2>&1 || { echo 'Miri is missing: rustup toolchain install nightly -c miri -c rust-src'; exit 1; }
 	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p meswitch-core
 
-cuda-check: $(BUILT) ## run the CUDA kernels on the host under sanitizers, break them on purpose, compare their registers
+cuda-check: $(BUILT) ## run the CUDA kernels on the host under sanitizers, break them on purpose
 	$(BIN)/python cuda/check/sanitizers.py
 	$(BIN)/python cuda/check/mutations.py
-	$(BIN)/python cuda/check/resources.py
 
 lint: $(BUILT) lint-aarch64 ## check format, lints, types, stubs and documentation
 	cargo fmt --check
@@ -92,7 +101,7 @@ $(DOCS)/.built: pyproject.toml
 docs: $(DOCS)/.built ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
-wheel: $(BIN)/maturin ## build the source distribution, and of it a wheel, into dist/
+wheel: $(BIN)/maturin $(NVCC) ## build the source distribution, and of it a wheel, into dist/
 	$(BIN)/python -m pip install --quiet 'maturin[zig]>=1.9.4,<2'
 	rm -rf dist $(SDIST)
 	$(BIN)/maturin sdist --out dist
@@ -103,6 +112,12 @@ wheel: $(BIN)/maturin ## build the source distribution, and of it a wheel, into 
 wheel-check: wheel ## install the wheel into an empty environment and use it there
 	$(BIN)/python tests/wheel.py dist
 
+gpu-wheel: wheel ## build the wheel and fetch what it needs on a machine without a network but with torch, into dist/gpu/
+	$(BIN)/python cuda/check/gpu_wheels.py dist/*.whl dist/gpu --python $(GPU_PYTHON)
+
+gpu-check: ## on a machine with an NVIDIA GPU and torch: check and measure everything there, with dist/gpu/ if it is there
+	$(PYTHON) cuda/check/gpu_check.py
+
 clean: ## remove everything that was built
-	rm -rf $(VENV) $(DOCS) site dist target python/meswitch/_native.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS) site dist gpu-report target python/meswitch/_native.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find python tests benches -name __pycache__ -type d -prune -exec rm -rf {} +

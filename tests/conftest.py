@@ -19,6 +19,13 @@ hypothesis.settings.register_profile("without deadlines", deadline=None)  # no t
 hypothesis.settings.load_profile("without deadlines")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU that torch can use"))
+
+
 @pytest.fixture(scope="session")
 def family() -> Family:
     """A base and three real fine-tunes of it, trained once and cached."""

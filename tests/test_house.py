@@ -30,6 +30,8 @@ VERBS = (
     "docs",
     "wheel",
     "wheel-check",
+    "gpu-wheel",
+    "gpu-check",
     "clean",
 )
 
@@ -75,11 +77,24 @@ def test_ci_runs_the_verbs() -> None:
         ("test", ("cargo test", "-p meswitch-cuda", "overflow-checks=true", "debug-assertions=true", "pytest")),
         ("test-models", ("pytest -m slow",)),
         ("interleavings", ("--cfg shuttle", "--target-dir target/shuttle")),
-        ("cuda-check", ("sanitizers.py", "mutations.py", "resources.py")),
+        ("cuda-check", ("sanitizers.py", "mutations.py")),
         ("docs", ("mkdocs build --strict",)),
         ("wheel-check", ("maturin sdist", "maturin build", "wheel.py")),
+        ("gpu-wheel", ("maturin build", "gpu_wheels.py dist/*.whl dist/gpu")),
+        ("gpu-check", ("gpu_check.py",)),
     ],
 )
 def test_verbs_run_every_check(verb: str, commands: tuple[str, ...]) -> None:
     planned = subprocess.run(["make", "--dry-run", verb], cwd=HOUSE, capture_output=True, text=True, check=True).stdout
     assert [command for command in commands if command not in planned] == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.skipif(
+    bool(shutil.which("nvcc")) or Path("/usr/local/cuda/bin/nvcc").exists(), reason="has a system's nvcc"
+)
+@pytest.mark.parametrize(("wanted", "installed"), [("auto", True), ("off", False)])
+def test_a_compiler_of_cuda_is_installed_unless_it_is_not_wanted(tmp_path: Path, wanted: str, installed: bool) -> None:
+    command = ["make", "--dry-run", "venv", f"VENV={tmp_path / 'venv'}", f"MESWITCH_CUDA={wanted}", "CUDA_HOME="]
+    planned = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, check=True).stdout
+    assert ("--group cuda" in planned) == installed

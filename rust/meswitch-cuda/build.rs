@@ -51,15 +51,12 @@ fn source(built: Result<&String, &str>) -> String {
     format!("/// {count} fat binaries.\npub static EMBEDDED: Result<Built, &str> = {value};\n")
 }
 
-/// A system's nvcc, or that of the wheel nvidia-cuda-nvcc in the virtual environment.
+/// A system's nvcc, or that of the wheels that `make` puts into a folder of the virtual environment.
 fn find_nvcc() -> Result<PathBuf, String> {
     let mut folders: Vec<PathBuf> = env::var_os("PATH").iter().flat_map(env::split_paths).collect();
     folders.extend(env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin")));
     folders.push("/usr/local/cuda/bin".into());
-    if let Some(environment) = env::var_os("VIRTUAL_ENV") {
-        let versions = fs::read_dir(Path::new(&environment).join("lib")).into_iter().flatten().flatten();
-        folders.extend(versions.map(|version| version.path().join("site-packages/nvidia/cu13/bin")));
-    }
+    folders.extend(env::var_os("VIRTUAL_ENV").map(|environment| Path::new(&environment).join("cuda/nvidia/cu13/bin")));
     let found = folders.into_iter().map(|folder| folder.join("nvcc")).find(|path| path.is_file());
     found.ok_or_else(|| "no nvcc on PATH, below CUDA_HOME or in the virtual environment when this was built".into())
 }
