@@ -119,7 +119,7 @@ def test_a_batch_through_the_engine(base: Path) -> None:
 def test_what_cannot_be_served_is_refused(base: Path, tmp_path: Path) -> None:
     budget, copies = least_budget(base), copies_of(base, 2)
     for wrong, match in (
-        ({"moe_mode": "virtual"}, "moe_mode: expected one of exact, fallback"),
+        ({"moe_mode": "some"}, "moe_mode: expected one of exact, fallback, virtual"),
         ({"moe_mode": "fallback"}, "moe_copies: expected a folder"),
         ({"moe_copies": copies}, "moe_copies: expected a folder"),
         ({"moe_mode": "fallback", "moe_copies": copies, "moe_fetched": 0}, "moe_fetched"),
