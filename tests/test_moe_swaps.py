@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from families import config_of, save_finetune, save_random
 from meswitch import Engine, compress, quantize
+from meswitch.compression.options import CompressOptions
 from meswitch.engine.engine import Engine as EngineClass
 from meswitch.errors import (
     BaseMismatchError,
     BudgetError,
     CheckpointError,
     DataError,
+    FormatError,
     RequestError,
     UnsupportedModelError,
 )
@@ -34,7 +37,7 @@ from meswitch.moe.resident import ExactResidents
 from meswitch.moe.swaps import ExpertSwaps, SwapAllowance, first_importance
 from meswitch.moe.trunk import load_trunk
 from test_cli import read, run
-from test_engine_families import greedy, prompts_of
+from test_engine_families import alone, greedy, in_order, prompts_of, watch
 from test_moe_offload import FAMILIES, logits, save
 
 MOE_EXPERTS, CHOSEN = 8, 2
@@ -95,7 +98,7 @@ class Watch:
 
         def end_step() -> None:
             counters = self.swaps.counters()
-            self.over += counters["bytes"] > counters["budget"] or counters["allocated_bytes"] > counters["budget"]
+            self.over += max(counters["bytes"], counters.get("allocated_bytes", 0)) > counters["budget"]
             end()
 
         self.swaps.begin_step, self.swaps.end_step = begin_step, end_step  # type: ignore[method-assign]
@@ -352,6 +355,7 @@ def test_what_cannot_be_served_is_refused(base: Path, tmp_path: Path) -> None:
     for wrong, match in (
         ({"moe_budget": None}, "moe_budget: expected a number"),
         ({"exact": True}, "exact: expected False"),
+        ({"moe_mode": "exact", "moe_copies": base}, "moe_copies: expected a folder"),
         ({"moe_swap_rate": "fast"}, "moe_swap_rate"),
         ({"moe_swap_rate": -1}, "moe_swap_rate"),
         ({"moe_mode": "exact", "moe_swap_rate": 1}, "moe_swap_rate: expected moe_mode='virtual'"),
@@ -370,6 +374,80 @@ def test_what_cannot_be_served_is_refused(base: Path, tmp_path: Path) -> None:
     quantize(base, tmp_path / "quantized")
     with pytest.raises(UnsupportedModelError, match="found a quantized model"):
         Engine(tmp_path / "quantized", moe_mode="virtual", moe_budget="1GiB")
+
+
+# --- in few bits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def copies(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("copies") / "8bit"
+    quantize(base, folder, CompressOptions(bits=8))
+    return folder
+
+
+def packed_size(base: Path, copies: Path) -> int:
+    """Bytes of a packed MoE expert, of the largest layer, by the error for a budget that is too small."""
+    with pytest.raises(BudgetError) as refused:
+        Engine(base, moe_mode="virtual", moe_copies=copies, moe_budget=1)
+    return int(refused.value.message.split("at least ")[1].split()[0]) // (2 * CHOSEN)
+
+
+def test_with_all_copies_resident_logits_are_nearly_the_whole_models(base: Path, copies: Path) -> None:
+    prompts, size = prompts_of(5, 60, 17, 33), packed_size(base, copies)
+    whole = AutoModelForCausalLM.from_pretrained(base)
+    settings = {"kv_budget": "16MiB", "max_batch_tokens": 48, "moe_mode": "virtual", "moe_copies": copies}
+    with Engine(base, moe_budget=2 * MOE_EXPERTS * size, **settings) as engine:
+        seen = watch(engine)
+        answers = engine.generate(prompts, max_new_tokens=8)
+        moe = engine.stats()["moe"]
+    assert moe["redirected"] == moe["swaps"] == 0 and moe["bytes"] <= moe["budget"]
+    for rows, prompt, answer in zip(in_order(seen), prompts, answers, strict=True):
+        expected = alone(whole, prompt, answer.token_ids)
+        assert (rows - expected).abs().max() <= 5e-2 * expected.abs().max()
+
+
+def test_copies_swap_within_the_budget(base: Path, copies: Path) -> None:
+    size = packed_size(base, copies)
+    settings = {"moe_mode": "virtual", "moe_copies": copies, "moe_swap_rate": FAST}
+    with Engine(base, moe_budget=2 * 4 * size, **settings) as engine:
+        observed = Watch(engine)
+        for seed in range(4):
+            engine.generate(prompts_of(60, 33, 90, seed=seed), max_new_tokens=8)
+            arrive(engine)
+        moe, residents = engine.stats()["moe"], engine._worker.moe._residents  # type: ignore[union-attr]
+        held = {(layer, int(e)) for layer, own in enumerate(observed.swaps.resident) for e in own.nonzero()}
+        assert residents._units.keys() == held
+    assert observed.chosen and observed.absent == observed.over == 0
+    assert moe["swaps"] > 0 and moe["failed_loads"] == 0 and moe["swapped_bytes"] == moe["swaps"] * size
+    assert all(CHOSEN <= int(own.sum()) <= 4 for sets in observed.sets for own in sets)
+
+
+def test_a_copy_that_is_damaged_ends_the_swaps(base: Path, copies: Path, tmp_path: Path) -> None:
+    own, size = tmp_path / "own", packed_size(base, copies)
+    shutil.copytree(copies, own)
+    file = own / "delta.safetensors"
+    settings = {"moe_mode": "virtual", "moe_copies": own, "moe_swap_rate": FAST}
+    with Engine(base, moe_budget=2 * 4 * size, **settings) as engine:
+        observed = Watch(engine)
+        with file.open("r+b") as opened:
+            opened.truncate(file.stat().st_size // 3)
+        for seed in range(4):
+            engine.generate(prompts_of(100, 100, seed=seed), max_new_tokens=4)
+            arrive(engine)
+        moe = engine.stats()["moe"]
+    assert moe["failed_loads"] > 0 and engine.stats()["requests"]["failed"] == 0 and observed.absent == 0
+    with pytest.raises(FormatError):
+        Engine(base, moe_budget=2 * 4 * size, **settings)
+
+
+def test_an_engine_is_closed_while_a_copy_is_read(base: Path, copies: Path) -> None:
+    size = packed_size(base, copies)
+    for seed in range(3):
+        engine = Engine(base, moe_budget=2 * 4 * size, moe_mode="virtual", moe_copies=copies, moe_swap_rate=FAST)
+        stream = engine.stream(prompts_of(150, seed=seed)[0], max_new_tokens=60)
+        next(iter(stream))
+        engine.close()
 
 
 # --- profiles -------------------------------------------------------------------------------------------------------

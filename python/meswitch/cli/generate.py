@@ -95,7 +95,8 @@ MoeCopies = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="What meswitch quantize made of this model: the copies of --moe-mode fallback (default: none).",
+        help="What meswitch quantize made of this model: the copies of --moe-mode fallback, or the MoE experts of"
+        " --moe-mode virtual (default: the model's own).",
         show_default=False,
     ),
 ]

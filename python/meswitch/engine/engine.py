@@ -53,8 +53,8 @@ class Engine:
     experts are in memory too, beside the budget, and answer for what is not, except for the `moe_fetched` choices of
     a token that weigh most; or `"virtual"` (SwapMoE, arXiv 2308.15030): gates choose among those that are in memory,
     and which these are follows what is asked, by reads in the background of at most `moe_swap_rate` bytes a second
-    (64 MiB; 0: they stay as they are). `moe_profile`, a file of `meswitch moe profile`, says which come first, and how
-    many each layer has.
+    (64 MiB; 0: they stay as they are); with `moe_copies` they are that model's, packed. `moe_profile`, a file of
+    `meswitch moe profile`, says which come first, and how many each layer has.
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong

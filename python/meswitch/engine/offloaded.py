@@ -15,13 +15,14 @@ from meswitch.huggingface.models import Check
 from meswitch.huggingface.names import ParameterNames
 from meswitch.kernels.protocol import Kernels
 from meswitch.layers.moe import packed_experts
-from meswitch.moe.copies import load_copies
+from meswitch.moe.copies import find_copies, load_copies
 from meswitch.moe.exact import ExactExperts
 from meswitch.moe.extents import Stack
 from meswitch.moe.fallback import FallbackExperts
 from meswitch.moe.gate import take_gates
+from meswitch.moe.packed import PackedResidents
 from meswitch.moe.profile import MoeProfile, choose_sets
-from meswitch.moe.resident import ExactResidents
+from meswitch.moe.resident import ExactResidents, Residents
 from meswitch.moe.store import MoeStore
 from meswitch.moe.swaps import ExpertSwaps, SwapAllowance, first_importance
 from meswitch.moe.trunk import load_trunk
@@ -33,9 +34,10 @@ DEFAULT_SWAP_RATE = 64 * 2**20
 
 @dataclass(frozen=True)
 class Offloading:
-    """`budget` in bytes. `copies`: the quantized model that light choices fall back to. `fetched`: how many choices of
-    a token are exact in any case, with copies. `profile`: which MoE experts a task needs; `swap_rate`: bytes a second
-    that resident sets may read, 0 for sets that stay as they are; both in the mode "virtual"."""
+    """`budget` in bytes. `copies`: the quantized model that light choices fall back to, or whose MoE experts are
+    resident. `fetched`: how many choices of a token are exact in any case, in the mode "fallback". `profile`: which MoE
+    experts a task needs; `swap_rate`: bytes a second that resident sets may read, 0 for sets that stay as they are;
+    both in the mode "virtual"."""
 
     budget: int
     mode: str
@@ -60,8 +62,10 @@ class Offloading:
         """What `Engine` was given, checked. Raises `RequestError`, and what reading a profile raises."""
         if mode not in MODES:
             raise RequestError(f"moe_mode: expected one of {', '.join(MODES)}, found {mode!r}")
-        if (copies is None) == (mode == "fallback"):
-            raise RequestError(f"moe_copies: expected a folder with moe_mode='fallback' alone, found {copies!r}")
+        if (copies is None and mode == "fallback") or (copies is not None and mode == "exact"):
+            raise RequestError(
+                f"moe_copies: expected a folder with moe_mode='fallback', none with 'exact', found {copies!r}"
+            )
         for name, value in (("moe_profile", profile), ("moe_swap_rate", swap_rate)):
             if value is not None and mode != "virtual":
                 raise RequestError(f"{name}: expected moe_mode='virtual' beside it, found {mode!r}")
@@ -139,7 +143,7 @@ def load_offloaded(
     model, stacks = load_trunk(base, dtype, check=check)
     choices = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", 1)
     if asked.mode == "virtual":
-        return model, _keep_residents(base, model, stacks, asked, choices)
+        return model, _keep_residents(base, model, stacks, asked, kernels, choices)
     copies = {} if asked.copies is None else load_copies(asked.copies, base)
     store = MoeStore(asked.budget, stacks, min(asked.fetched, choices) if copies else choices)
     modules: list[ExactExperts] = []
@@ -156,7 +160,7 @@ def load_offloaded(
 
 
 def _keep_residents(
-    base: Checkpoint, model: Any, stacks: dict[str, dict[str, Stack]], asked: Offloading, choices: int
+    base: Checkpoint, model: Any, stacks: dict[str, dict[str, Stack]], asked: Offloading, kernels: Kernels, choices: int
 ) -> ExpertSwaps:
     """Reads the first resident sets, and restricts gates to them."""
     profile = asked.profile
@@ -164,11 +168,27 @@ def _keep_residents(
     if profile is not None:
         profile.check(base, counts)
     gates = take_gates(model)
-    residents = ExactResidents(asked.budget, stacks)
+    modules = {name: model.get_submodule(name) for name in stacks}
+    residents: Residents
+    if asked.copies is None:
+        residents = exact = ExactResidents(asked.budget, stacks)
+        for module, layer in zip(modules.values(), exact.layers, strict=True):
+            module.forward = ExactExperts(module, layer)
+    else:
+        residents = _packed_residents(base, model, modules, asked.copies, asked.budget, kernels)
     sets = choose_sets(counts.values(), residents.sizes, asked.budget, least=choices, profile=profile)
-    for name, layer in zip(stacks, residents.layers, strict=True):
-        module = model.get_submodule(name)
-        module.forward = ExactExperts(module, layer)
     allowance = SwapAllowance(asked.swap_rate, max(residents.sizes)) if asked.swap_rate else None
     importance = first_importance(counts.values(), profile)
     return ExpertSwaps(gates, residents, importance, sets, least=choices, allowance=allowance, norms=profile is None)
+
+
+def _packed_residents(
+    base: Checkpoint, model: Any, modules: dict[str, Any], copies: Path, budget: int, kernels: Kernels
+) -> PackedResidents:
+    place = ParameterNames(model).stack_place
+    delta, sites = find_copies(copies, base)
+    layers = [packed_experts(module, kernels, place, ()) for module in modules.values()]
+    for layer in layers:
+        layer.attach()
+    places = [{found: site for site in sites[name] if (found := place(site.name))} for name in modules]
+    return PackedResidents(budget, delta, layers, places)

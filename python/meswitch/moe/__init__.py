@@ -11,6 +11,7 @@
     gate      which MoE experts a gate may choose: those that are resident
     virtual   which ones should be: SwapMoE's virtual experts (arXiv 2308.15030)
     resident  what keeps them in memory, and reads others in the background
+    packed    the same in few bits, out of a quantized model
     swaps     virtual experts while an engine runs: resident sets that follow what is asked
     profile   what text asks of each MoE expert, measured once for a task
 
