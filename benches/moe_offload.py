@@ -1,13 +1,23 @@
-"""A mixture of experts whose MoE experts do not fit in memory, against the whole model in memory.
+"""A mixture of experts whose MoE experts do not fit in memory, in every mode, against the whole model in memory.
 
-    python benches/moe_offload.py --folder DIR [--share 100 --share 50 --share 25] [--tokens 24] [--rounds 5] [--cold]
+    python benches/moe_offload.py --folder DIR [--model DIR] [--text FILE] [--share 100 --share 50 --share 25]
+                                  [--way exact --way virtual] [--tokens 24] [--rounds 5] [--cold]
 
-The model is that of `moe.py`, with random weights; its gates choose nearly at random, which is the worst case for what
-is kept in memory. *Decode*: tokens a second of one request after its first token, under transformers and under an
-engine without and with a budget of so many percent of all MoE experts; with accelerate installed also under its
-`device_map` with every MoE block on disk. *Hits*: of matrices that were needed, those in memory. *Memory*: anonymous
-memory of a process that serves one request, with a KV cache of 64 MiB. Engines take turns and medians of rounds count.
-With `--cold` the page cache forgets the files before each round, as if they were larger than it.
+The model is that of `moe.py`, with random weights, unless one is given; gates of random weights choose nearly at
+random, which is the worst case for what is kept in memory. *Decode*: tokens a second of one request after its first
+token, under transformers and under an engine with all MoE experts in memory, and in each way within so many percent of
+their bytes; with accelerate installed also under its `device_map` with every MoE block on disk (of the random model).
+Ways:
+
+    exact            misses are read                         fallback        2-bit copies, the rest of the bytes exact
+    virtual          resident MoE experts follow the text    virtual packed  the same, of 2 bits
+    mixed            `meswitch moe compress` of the whole model to that share
+
+*Found*: of matrices that were needed, those in memory; of choices, those that no copy answered, or that a gate made as
+it would with all in memory. *Memory*: anonymous memory of a process that serves one request, with a KV cache of 64 MiB.
+*Loss*: with a text, per cent of the whole model's NLL over windows of 128 tokens, which are asked for one after the
+other, so that what is in memory follows them; the last two thirds count. Engines take turns and medians of rounds
+count. With `--cold` the page cache forgets the files before each round, as if they were larger than it.
 """
 
 from __future__ import annotations
@@ -19,28 +29,47 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from engine import PROMPT, ask, plain, seconds
 from moe import write
 from quantized import token_seconds
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from meswitch.compression.job import quantize
+from meswitch.compression.moe_plan import plan_moe
+from meswitch.compression.options import CompressOptions
 from meswitch.engine.engine import Engine
+from meswitch.errors import BudgetError
 from meswitch.huggingface.checkpoint import Checkpoint
+from meswitch.huggingface.documents import read_texts
+from meswitch.huggingface.text import load_tokenizer, token_windows
 from meswitch.moe.trunk import load_trunk
 
 OTHER = [token + 1000 for token in PROMPT]  # which needs other MoE experts
+WAYS = ("exact", "fallback", "virtual", "virtual packed", "mixed")
+WINDOW, WINDOWS = 128, 60
 
 MEMORY = """
-import sys
+import json, sys
 from meswitch.engine.engine import Engine
-with Engine(sys.argv[1], kv_budget="64MiB", moe_budget=int(sys.argv[2]) or None) as engine:
-    engine.generate([list(range(100, 116))], max_new_tokens=16)
+with Engine(sys.argv[1], kv_budget="64MiB", **json.loads(sys.argv[2])) as engine:
+    engine.generate([json.loads(sys.argv[3])], max_new_tokens=16)
     print(open("/proc/self/status").read())
 """
+
+
+@dataclass(frozen=True)
+class Way:
+    """What an engine serves, and with which settings."""
+
+    folder: Path
+    settings: dict[str, Any]
 
 
 def bytes_of_moe_experts(folder: Path) -> int:
@@ -49,8 +78,45 @@ def bytes_of_moe_experts(folder: Path) -> int:
     return sum(size + 8192 for own in extents for _, _, size in own)
 
 
-def memory(folder: Path, budget: int) -> int:
-    command = [sys.executable, "-c", MEMORY, str(folder), str(budget)]
+def quantized(base: Path, out: Path, options: CompressOptions) -> Path:
+    if not out.exists():
+        quantize(base, out, options)
+    return out
+
+
+def ways_of(base: Path, folder: Path, whole: int, shares: list[int], asked: list[str]) -> dict[str, Way]:
+    """Every way at every share that it can be had at, by name."""
+    found = {"all in memory": Way(base, {})}
+    plan = plan_moe(str(base))
+    in_two_bits = plan.moe_expert_bytes // 8 * 9 // 8  # with scales, about
+    for share in shares:
+        budget = whole * share // 100
+        settings: dict[str, dict[str, Any]] = {
+            "exact": {"moe_budget": budget},
+            "fallback": {"moe_budget": budget - in_two_bits, "moe_mode": "fallback"},
+            "virtual": {"moe_budget": budget, "moe_mode": "virtual"},
+            "virtual packed": {"moe_budget": budget, "moe_mode": "virtual"},
+        }
+        for way in asked:
+            name = f"{way}, {share} %"
+            if way == "mixed":
+                options = CompressOptions(budget_bytes=(plan.trunk_bytes + plan.moe_expert_bytes) * share // 100)
+                try:
+                    found[name] = Way(quantized(base, folder / f"mixed-{share}", options), {})
+                except BudgetError as error:
+                    print(f"{name}: {error}", file=sys.stderr)
+                continue
+            own = settings[way]
+            if own["moe_budget"] <= 0:
+                continue
+            if way in ("fallback", "virtual packed"):
+                own["moe_copies"] = str(quantized(base, folder / "2bit", CompressOptions(bits=2)))
+            found[name] = Way(base, own)
+    return found
+
+
+def memory(way: Way, prompt: list[int]) -> int:
+    command = [sys.executable, "-c", MEMORY, str(way.folder), json.dumps(way.settings), json.dumps(prompt)]
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found = re.search(r"RssAnon:\s+(\d+)", said)
     assert found is not None
@@ -60,9 +126,10 @@ def memory(folder: Path, budget: int) -> int:
 def forget(folder: Path) -> None:
     """Takes the files out of the page cache."""
     for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def plain_seconds(model: Any, tokens: int) -> float:
@@ -82,52 +149,91 @@ def on_disk(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=folder / "offload")
 
 
-def measure(folder: Path, shares: list[int], tokens: int, rounds: int, *, cold: bool) -> dict[str, Any]:
-    whole = bytes_of_moe_experts(folder)
-    budgets = {"all in memory": 0} | {f"{share} %": whole * share // 100 for share in shares}
+def found_share(before: dict[str, Any], after: dict[str, Any]) -> float:
+    """Of what was needed meanwhile, what was as in a whole model."""
+    counts = {name: after[name] - before[name] for name in before if name in after and isinstance(after[name], int)}
+    if "redirected" in counts:
+        return 1 - counts["redirected"] / max(counts["choices"], 1)
+    if "copied" in counts:
+        return 1 - counts["copied"] / max(counts["choices"], 1)
+    return float(counts["hits"] / max(counts["hits"] + counts["misses"], 1))
+
+
+@torch.inference_mode()
+def nll(model: Any, ids: torch.Tensor) -> float:
+    logits = model(ids.unsqueeze(0), use_cache=False).logits[0, :-1].float()
+    return float(cross_entropy(logits, ids[1:]))
+
+
+def quality(way: Way, windows: list[torch.Tensor]) -> float:
+    """Nats a token of windows that are asked for in turn, each before what is in memory has seen it."""
+    with Engine(way.folder, **way.settings) as engine:
+        worker, losses = engine._worker, []
+        for ids in windows:
+            losses.append(worker.call_plain(lambda ids=ids: nll(worker.model, ids)))
+            engine.generate([ids.tolist()], max_new_tokens=1)
+    settled = losses[len(losses) // 3 :]
+    return sum(settled) / len(settled)
+
+
+def read_windows(base: Path, text: Path) -> list[torch.Tensor]:
+    tokenizer = load_tokenizer(base)
+    windows = token_windows(read_texts(text, tokenizer), tokenizer, WINDOW, max_tokens=WINDOW * WINDOWS)
+    return [ids for ids in windows if len(ids) == WINDOW]
+
+
+def measure(ways: dict[str, Way], tokens: int, rounds: int, *, cold: bool, random: bool) -> dict[str, Any]:
+    base = ways["all in memory"].folder
     spent: dict[str, list[float]] = {}
-    hits = {}
+    found = {}
     for _ in range(rounds):
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(base)
         spent.setdefault("transformers", []).append(plain_seconds(model, tokens))
         del model
-        if find_spec("accelerate") is not None:
-            spent.setdefault("accelerate, disk", []).append(plain_seconds(on_disk(folder), tokens))
-        for name, budget in budgets.items():
+        if random and find_spec("accelerate") is not None:
+            spent.setdefault("accelerate, disk", []).append(plain_seconds(on_disk(base), tokens))
+        for name, way in ways.items():
             if cold:
-                forget(folder)
-            with Engine(folder, moe_budget=budget or None) as engine:
+                forget(way.folder)
+            with Engine(way.folder, **way.settings) as engine:
                 ask(engine, OTHER, ["base"], tokens)  # what is then in memory is what a stream finds
                 before = engine.stats()["moe"]
                 spent.setdefault(name, []).append(token_seconds(engine, ["base"], tokens))
                 after = engine.stats()["moe"]
                 if after is not None:
-                    found, missed = (after[count] - before[count] for count in ("hits", "misses"))
-                    hits[name] = round(found / (found + missed), 3)
+                    found[name] = round(found_share(before, after), 3)
     rate = {name: 1 / statistics.median(some) for name, some in spent.items()}
     return {
-        "moe_expert_bytes": whole,
         "decode": {name: round(value, 2) for name, value in rate.items()},
         "decode / transformers": {name: round(value / rate["transformers"], 3) for name, value in rate.items()},
-        "hits": hits,
-        "memory": {name: memory(folder, budget) for name, budget in budgets.items()},
+        "found": found,
+        "memory": {name: memory(way, list(range(100, 116))) for name, way in ways.items()},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="keep the files there")
+    parser.add_argument("--model", type=Path, help="another model than the random one")
+    parser.add_argument("--text", type=Path, help="what to measure the loss on: .txt or .jsonl")
     parser.add_argument("--share", type=int, action="append", help="percent of all MoE experts; may be given again")
+    parser.add_argument("--way", action="append", choices=WAYS, help="may be given again (default: exact)")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true")
-    arguments = parser.parse_args()
-    folder = arguments.folder / "base"
-    if not folder.exists():
-        write(folder)
-    shares = arguments.share or [100, 50, 25]
-    found = measure(folder, shares, arguments.tokens, arguments.rounds, cold=arguments.cold)
-    print(json.dumps({"cold": arguments.cold} | found))
+    given = parser.parse_args()
+    base = given.model or given.folder / "base"
+    if given.model is None and not base.exists():
+        write(base)
+    whole = bytes_of_moe_experts(base)
+    ways = ways_of(base, given.folder, whole, given.share or [100, 50, 25], given.way or ["exact"])
+    found = measure(ways, given.tokens, given.rounds, cold=given.cold, random=given.model is None)
+    if given.text:
+        windows = read_windows(base, given.text)
+        losses = {name: quality(way, windows) for name, way in ways.items()}
+        full = losses["all in memory"]
+        found["loss"] = {name: round(100 * (value / full - 1), 3) for name, value in losses.items()}
+    print(json.dumps({"cold": given.cold, "moe_expert_bytes": whole} | found))
 
 
 if __name__ == "__main__":

@@ -173,11 +173,11 @@ class Bench:
         """Requests one after the other, swaps between them."""
         with gates_of(self.model) as gates:
             importance = [Importance(values) for values in strength]
-            held = VirtualExperts(gates, importance, start, sizes=[1] * len(gates), cap=len(gates))
+            held = VirtualExperts(gates, importance, start, sizes=[1] * len(gates))
             losses = []
             for request in self.stream(domain):
                 losses.append(nll(self.model, [request]))
-                held.take(held.propose())
+                held.take(held.propose(cap=len(gates)))
         return sum(losses[len(losses) // 3 :]) / len(losses[len(losses) // 3 :])
 
     def measure_bits(self, domains: Sequence[str]) -> None:

@@ -148,9 +148,14 @@ def test_version() -> None:
         ["generate", "base", "hi", "--kernels", "abacus"],
         ["generate", "base", "hi", "--host-budget", "much"],
         ["generate", "base", "hi", "--moe-budget", "much"],
+        ["generate", "base", "hi", "--moe-mode", "all"],
+        ["generate", "base", "hi", "--moe-fetched", "0"],
+        ["generate", "base", "hi", "--moe-swap-rate", "fast"],
         ["moe"],
         ["moe", "plan"],
         ["moe", "plan", "model", "--budget", "much"],
+        ["moe", "profile", "model", "-o", "x.json"],
+        ["moe", "profile", "model", "--data", "x.txt", "-o", "x.json", "--moe-budget", "much"],
         ["moe", "compress", "model", "-o", "x"],
         ["moe", "compress", "model", "--budget", "1GB"],
         ["router"],
@@ -385,10 +390,20 @@ def test_several_prompts_name_their_expert(stub: type[Stub]) -> None:
 @pytest.mark.parametrize("kernels", ["auto", "cpu", "torch"])
 def test_generate_passes_settings_on(stub: type[Stub], kernels: str) -> None:
     asked = ["generate", "base", "hi", "--kernels", kernels, "--host-budget", "2KiB", "--moe-budget", "3KiB"]
-    for flags in ([], ["--allow-quantized-base"]):
+    usual = {"moe_mode": "exact", "moe_copies": None, "moe_fetched": 1, "moe_profile": None, "moe_swap_rate": None}
+    usual |= {"kernels": kernels, "host_budget": 2048, "moe_budget": 3072, "allow_quantized_base": False}
+    virtual = ["--moe-mode", "virtual", "--moe-profile", "p.json", "--moe-swap-rate"]
+    asks = {"moe_mode": "virtual", "moe_profile": Path("p.json")}
+    fallback = ["--moe-mode", "fallback", "--moe-copies", "copies", "--moe-fetched", "2"]
+    for flags, settings in (
+        ([], {}),
+        (["--allow-quantized-base"], {"allow_quantized_base": True}),
+        ([*virtual, "1MiB"], {**asks, "moe_swap_rate": 2**20}),
+        ([*virtual, "0"], {**asks, "moe_swap_rate": 0}),
+        (fallback, {"moe_mode": "fallback", "moe_copies": Path("copies"), "moe_fetched": 2}),
+    ):
         assert run(*asked, *flags).exit_code == 0
-        allowed = {"allow_quantized_base": bool(flags)}
-        assert stub.settings == {"kernels": kernels, "host_budget": 2048, "moe_budget": 3072, **allowed}
+        assert stub.settings == {**usual, **settings}
 
 
 def test_generate_json(stub: type[Stub], tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_a_batch_through_the_engine(base: Path) -> None:
 def test_what_cannot_be_served_is_refused(base: Path, tmp_path: Path) -> None:
     budget, copies = least_budget(base), copies_of(base, 2)
     for wrong, match in (
-        ({"moe_mode": "virtual"}, "moe_mode: expected one of exact, fallback"),
+        ({"moe_mode": "some"}, "moe_mode: expected one of exact, fallback, virtual"),
         ({"moe_mode": "fallback"}, "moe_copies: expected a folder"),
         ({"moe_copies": copies}, "moe_copies: expected a folder"),
         ({"moe_mode": "fallback", "moe_copies": copies, "moe_fetched": 0}, "moe_fetched"),
@@ -129,7 +129,7 @@ def test_what_cannot_be_served_is_refused(base: Path, tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=match):
             Engine(base, **{"moe_budget": budget, **wrong})
     with pytest.raises(RequestError, match="expected the device cpu"):
-        Offloading.of(budget, "exact", None, 1, cpu=False, exact=False)
+        Offloading.of(budget, "exact", None, 1, None, None, cpu=False, exact=False)
     with pytest.raises(UnsupportedModelError, match="found a plain checkpoint"):
         load_copies(base, Checkpoint(base))
     other = save_random(tmp_path / "other", config_of("mixtral", **FAMILIES["mixtral"]), seed=5)

@@ -287,23 +287,23 @@ def test_a_profile_is_of_the_outputs_of_single_moe_experts() -> None:
 # --- resident sets ------------------------------------------------------------------------------------------------
 
 
-def virtual(gates: list[Gate], model: Any, cap: int, sizes: tuple[int, int] = (10, 10)) -> VirtualExperts:
+def virtual(gates: list[Gate], sizes: tuple[int, int] = (10, 10), least: int = 0) -> VirtualExperts:
     importance = [Importance(torch.ones(MOE_EXPERTS)) for _ in gates]
     start = [largest(torch.arange(8.0), 3)] * 2
-    return VirtualExperts(gates, importance, start, sizes=sizes, cap=cap)
+    return VirtualExperts(gates, importance, start, sizes=sizes, least=least)
 
 
 def test_virtual_experts_become_those_that_are_asked_for() -> None:
     model = model_of("qwen3_moe")
     free = outputs_of(model)[1]
     with gates_of(model) as gates:
-        held = virtual(gates, model, cap=20)
+        held = virtual(gates)
         for _ in range(12):
             _, seen = outputs_of(model)
             for own, (_, _, index) in zip(held.resident, seen, strict=True):
                 assert bool(own[index].all())
-            held.take(held.propose())
-        assert held.propose() == []
+            held.take(held.propose(cap=20))
+        assert held.propose(cap=20) == []
     mass = torch.zeros(MOE_EXPERTS).index_add_(0, free[0][2].flatten(), free[0][1].flatten())
     # All tokens of the first layer have inputs of nearly one norm, so its importance is nearly the sum of weights.
     assert set(held.resident[0].nonzero().flatten().tolist()) == set(mass.topk(3).indices.tolist())
@@ -320,14 +320,17 @@ def test_swaps_keep_to_the_cap_and_the_largest_gain_goes_first() -> None:
         return held
 
     with gates_of(model) as gates:
-        everything = told(virtual(gates, model, cap=1000)).propose()
+        everything = told(virtual(gates)).propose(cap=1000)
         assert everything[:2] == [Swap(1, 5, 3), Swap(0, everything[1].leaves, 0)]
         assert {swap.enters for swap in everything if swap.layer == 0} == {0, 1, 2}
-        assert told(virtual(gates, model, cap=19)).propose() == everything[:1]
-        assert told(virtual(gates, model, cap=9)).propose() == []
-        dear = told(virtual(gates, model, cap=19, sizes=(10, 1000))).propose()
+        assert told(virtual(gates)).propose(cap=19) == everything[:1]
+        assert told(virtual(gates)).propose(cap=9) == []
+        dear = told(virtual(gates, sizes=(10, 1000))).propose(cap=19)
         assert [swap.layer for swap in dear] == [0]
-        assert virtual(gates, model, cap=1000).propose() == [], "nothing was asked"
+        assert virtual(gates).propose(cap=1000) == [], "nothing was asked"
+        few = told(virtual(gates, least=2)).propose(cap=1000)
+        assert sorted(few) == sorted(everything[:2]), "one of three may leave each layer"
+        assert told(virtual(gates, least=3)).propose(cap=1000) == []
 
 
 losses = st.lists(st.integers(0, 50), min_size=3, max_size=5).map(lambda some: sorted(map(float, some), reverse=True))

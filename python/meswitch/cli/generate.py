@@ -83,6 +83,46 @@ MoeBudget = Annotated[
         show_default=False,
     ),
 ]
+MoeMode = Annotated[
+    str,
+    typer.Option(
+        metavar="exact|fallback|virtual",
+        help="With --moe-budget. exact: a MoE expert that is not in memory is waited for. fallback: low-bit copies"
+        " answer for most of those. virtual: gates choose among those in memory, which follow what is asked.",
+    ),
+]
+MoeCopies = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="What meswitch quantize made of this model: the copies of --moe-mode fallback, or the MoE experts of"
+        " --moe-mode virtual (default: the model's own).",
+        show_default=False,
+    ),
+]
+MoeFetched = Annotated[
+    int,
+    typer.Option(
+        min=1, metavar="COUNT", help="Choices of a token that --moe-mode fallback waits for: those that weigh most."
+    ),
+]
+MoeProfile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="What meswitch moe profile wrote: the MoE experts that --moe-mode virtual begins with, and how many each"
+        " layer has (default: as many in each).",
+        show_default=False,
+    ),
+]
+MoeSwapRate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What --moe-mode virtual reads a second at most, to follow what is asked; 0: nothing (default: 64MiB).",
+        show_default=False,
+    ),
+]
 
 
 def generate(
@@ -98,6 +138,11 @@ def generate(
     kernels: KernelsName = "auto",
     host_budget: HostBudget = None,
     moe_budget: MoeBudget = None,
+    moe_mode: MoeMode = "exact",
+    moe_copies: MoeCopies = None,
+    moe_fetched: MoeFetched = 1,
+    moe_profile: MoeProfile = None,
+    moe_swap_rate: MoeSwapRate = None,
     allow_quantized_base: AllowQuantizedBase = False,
     as_json: Json = False,
 ) -> None:
@@ -108,6 +153,7 @@ def generate(
     \b
       meswitch generate base/ --experts experts/ --expert math "What is 17 * 23?"
       meswitch generate base/ --experts experts/ --router router/ "What is 17 * 23?" "def quicksort(" --json
+      meswitch generate moe/ --moe-budget 8GiB --moe-mode virtual --moe-profile math.json "What is 17 * 23?"
     """
     if expert == "auto" and router is None:
         raise typer.BadParameter("auto needs --router", param_hint="--expert")
@@ -115,13 +161,16 @@ def generate(
         raise FileNotFoundError(f"expected a folder of delta directories, found none: {experts}")
     texts = [_read_prompt(prompt) for prompt in prompts]
     from meswitch.engine import Engine
+    from meswitch.engine.offloaded import MODES, parse_rate
     from meswitch.kernels.select import BACKENDS
     from meswitch.sizes import parse_bytes
 
     check_choice("--kernels", kernels, BACKENDS)
+    check_choice("--moe-mode", moe_mode, MODES)
     with usage_errors():
         budget = parse_bytes(host_budget, "--host-budget")
         for_moe_experts = parse_bytes(moe_budget, "--moe-budget")
+        swap_rate = parse_rate(moe_swap_rate, "--moe-swap-rate")
     optional = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": stop or None}
     sampling = {name: value for name, value in optional.items() if value is not None}
     with quiet_transformers(), show_status("loading the base"):
@@ -132,6 +181,11 @@ def generate(
             kernels=kernels,
             host_budget=budget,
             moe_budget=for_moe_experts,
+            moe_mode=moe_mode,
+            moe_copies=moe_copies,
+            moe_fetched=moe_fetched,
+            moe_profile=moe_profile,
+            moe_swap_rate=swap_rate,
             allow_quantized_base=allow_quantized_base,
         )
     with quiet_transformers(), engine:

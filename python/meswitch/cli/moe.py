@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,8 +13,8 @@ from meswitch.cli.compress import CalibrationText, check_output, measure
 from meswitch.cli.quantize import write_quantized
 from meswitch.cli.share import share
 from meswitch.sizes import parse_bytes
-from meswitch.terminal.progress import show_imports
-from meswitch.terminal.tables import format_size, make_table, print_json, stdout_console
+from meswitch.terminal.progress import show_imports, show_progress
+from meswitch.terminal.tables import format_share, format_size, make_table, print_json, stdout_console
 
 if TYPE_CHECKING:
     from meswitch.compression.moe_plan import MoePlan
@@ -37,12 +38,14 @@ moe_app = typer.Typer(
     rich_markup_mode=None,
     help="""Fit a mixture-of-experts (MoE) model, or several fine-tunes of one, into a budget of memory.
 
-    Precision is what gives: every MoE expert stays, in as many bits as its errors cost.
+    Precision is what gives: every MoE expert stays, in as many bits as its errors cost. Or only those that a task needs
+    stay, in all their bits: profile says which.
 
     \b
       meswitch moe plan model/ --budget 8GiB
       meswitch moe compress model/ -o model-8gib/ --budget 8GiB --calibrate prompts.jsonl
       meswitch generate model-8gib/ "What is 17 * 23?"
+      meswitch moe profile model/ --data prompts.jsonl -o profile.json
       meswitch moe share math/ code/ -o shared/ --budget 40GiB
     """,
 )
@@ -99,6 +102,56 @@ def compress(
         check_output(out)
         moe_skeleton(Checkpoint.open(model))
     write_quantized(model, out, options, *measure(model, calibrate, options), as_json=as_json)
+
+
+@moe_app.command("profile")
+def profile(
+    model: Model,
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", help="Text (.txt or .jsonl) of the task, of which 16,384 tokens are read.")
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="FILE", help="The profile to write, replaced if it is there.")
+    ],
+    moe_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory that MoE experts may take while the model runs (default: the whole model is loaded).",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure over text what each MoE expert adds, for --moe-mode virtual to begin with those that matter.
+
+    A profile is of one model and one kind of text. An engine that has it gives each layer as many resident MoE experts
+    as are worth most within its budget.
+
+    \b
+      meswitch moe profile model/ --data prompts.jsonl -o profile.json
+      meswitch generate model/ --moe-budget 8GiB --moe-mode virtual --moe-profile profile.json "What is 17 * 23?"
+    """
+    with show_imports(), usage_errors():
+        from meswitch.moe.profile import measure_profile
+
+        budget = parse_bytes(moe_budget, "--moe-budget")
+    if not out.absolute().parent.is_dir():  # said before the model is loaded
+        raise FileNotFoundError(f"expected a folder to write the profile in, found none: {out.absolute().parent}")
+    with show_progress(first="profiling") as progress:
+        found = measure_profile(model, data, moe_budget=budget, progress=progress)
+    found.write(out)
+    summary = found.summary()
+    if as_json:
+        print_json(summary)
+        return
+    table = make_table("layer", "MoE experts >", "never chosen >", "of the importance, in the largest quarter >")
+    for row in summary["layers"]:
+        table.add_row(
+            row["module"], *(str(row[key]) for key in ("moe_experts", "unused")), format_share(row["quarter"])
+        )
+    stdout_console().print(table)
+    typer.echo(f"{out}: {summary['tokens']:,} tokens")
 
 
 moe_app.command("share")(share)

@@ -91,6 +91,10 @@ class Delta:
         """All sites, over the tensors of this delta that were read before."""
         return {site.name: site for site in self.iterate(tensors)}
 
+    def site_of(self, name: str, tensors: _native.Tensors) -> Site:
+        """One site, over tensors of it that were read before."""
+        return _site(_entry(self.native, name), tensors, from_dlpack(tensors.dlpack()))
+
     def iterate(self, tensors: _native.Tensors) -> Iterator[Site]:
         """`sites_of`, each made when it is asked for."""
         native, memory = self.native, from_dlpack(tensors.dlpack())

@@ -49,9 +49,12 @@ class Engine:
     made against; refused without. `moe_budget`: memory for the MoE experts of a model whose MoE experts need not fit it
     (CPU only): they stay in the checkpoint's files, which must not be written to, and are read when a gate chooses
     them. Deltas may change everything else. `moe_mode`: `"exact"`, answers are those of the whole model bit for bit at
-    any budget; or `"fallback"`, with `moe_copies`, a model that `quantize` made of this one: low-bit copies of its MoE
-    experts are in memory too, beside the budget, and answer for what is not, except for the `moe_fetched` choices of a
-    token that weigh most.
+    any budget; `"fallback"`, with `moe_copies`, a model that `quantize` made of this one: low-bit copies of its MoE
+    experts are in memory too, beside the budget, and answer for what is not, except for the `moe_fetched` choices of
+    a token that weigh most; or `"virtual"` (SwapMoE, arXiv 2308.15030): gates choose among those that are in memory,
+    and which these are follows what is asked, by reads in the background of at most `moe_swap_rate` bytes a second
+    (64 MiB; 0: they stay as they are); with `moe_copies` they are that model's, packed. `moe_profile`, a file of
+    `meswitch moe profile`, says which come first, and how many each layer has.
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong
@@ -88,6 +91,8 @@ class Engine:
         moe_mode: str = "exact",
         moe_copies: str | Path | None = None,
         moe_fetched: int = 1,
+        moe_profile: str | Path | None = None,
+        moe_swap_rate: int | str | None = None,
     ) -> None:
         if device_budget is not None:
             raise RequestError(
@@ -114,6 +119,8 @@ class Engine:
                 moe_mode,
                 moe_copies,
                 moe_fetched,
+                moe_profile,
+                moe_swap_rate,
                 cpu=usable_device(device).type == "cpu",
                 exact=exact,
             ),
@@ -199,7 +206,9 @@ class Engine:
         read), `allocated_bytes` (free slots included, never above the budget), `hits` and `misses` (each matrix of a
         MoE expert that a layer needs in a step counts once), the same for each of `layers`, `loads`, `failed_loads`,
         `evictions`, `loaded_bytes`; in mode `"fallback"` also `choices` of MoE experts by tokens, and `copied`, those
-        that a copy answered. `answered`: what each of `experts` says of its requests, over all and the base.
+        that a copy answered; in mode `"virtual"`, where nothing is missed or evicted, `choices`, `redirected` (those
+        that gates would have made of MoE experts that were not in memory), `swaps` and `swapped_bytes`. `answered`:
+        what each of `experts` says of its requests, over all and the base.
         """
         worker = self._worker
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,55 +15,114 @@ from meswitch.huggingface.models import Check
 from meswitch.huggingface.names import ParameterNames
 from meswitch.kernels.protocol import Kernels
 from meswitch.layers.moe import packed_experts
-from meswitch.moe.copies import load_copies
+from meswitch.moe.copies import find_copies, load_copies
 from meswitch.moe.exact import ExactExperts
+from meswitch.moe.extents import Stack
 from meswitch.moe.fallback import FallbackExperts
+from meswitch.moe.gate import take_gates
+from meswitch.moe.packed import PackedResidents
+from meswitch.moe.profile import MoeProfile, choose_sets
+from meswitch.moe.resident import ExactResidents, Residents
 from meswitch.moe.store import MoeStore
+from meswitch.moe.swaps import ExpertSwaps, SwapAllowance, first_importance
 from meswitch.moe.trunk import load_trunk
 from meswitch.sizes import parse_bytes
 
-MODES = ("exact", "fallback")
+MODES = ("exact", "fallback", "virtual")
+DEFAULT_SWAP_RATE = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Offloading:
-    """`budget` in bytes. `copies`: the quantized model that light choices fall back to; `None` where every choice is
-    exact. `fetched`: how many choices of a token are exact in any case."""
+    """`budget` in bytes. `copies`: the quantized model that light choices fall back to, or whose MoE experts are
+    resident. `fetched`: how many choices of a token are exact in any case, in the mode "fallback". `profile`: which MoE
+    experts a task needs; `swap_rate`: bytes a second that resident sets may read, 0 for sets that stay as they are;
+    both in the mode "virtual"."""
 
     budget: int
+    mode: str
     copies: Path | None
     fetched: int
+    profile: MoeProfile | None
+    swap_rate: int
 
     @classmethod
     def of(
-        cls, budget: int | str | None, mode: str, copies: str | Path | None, fetched: int, *, cpu: bool, exact: bool
+        cls,
+        budget: int | str | None,
+        mode: str,
+        copies: str | Path | None,
+        fetched: int,
+        profile: str | Path | None,
+        swap_rate: int | str | None,
+        *,
+        cpu: bool,
+        exact: bool,
     ) -> Offloading | None:
-        """What `Engine` was given, checked. Raises `RequestError`."""
+        """What `Engine` was given, checked. Raises `RequestError`, and what reading a profile raises."""
         if mode not in MODES:
             raise RequestError(f"moe_mode: expected one of {', '.join(MODES)}, found {mode!r}")
-        if (copies is None) == (mode == "fallback"):
-            raise RequestError(f"moe_copies: expected a folder with moe_mode='fallback' alone, found {copies!r}")
+        if (copies is None and mode == "fallback") or (copies is not None and mode == "exact"):
+            raise RequestError(
+                f"moe_copies: expected a folder with moe_mode='fallback', none with 'exact', found {copies!r}"
+            )
+        for name, value in (("moe_profile", profile), ("moe_swap_rate", swap_rate)):
+            if value is not None and mode != "virtual":
+                raise RequestError(f"{name}: expected moe_mode='virtual' beside it, found {mode!r}")
         parsed = parse_bytes(budget, "moe_budget")
         if parsed is None:
-            if copies is not None:
-                raise RequestError("moe_budget: expected a number of bytes with moe_mode='fallback', found None")
+            if mode != "exact":
+                raise RequestError(f"moe_budget: expected a number of bytes with moe_mode={mode!r}, found None")
             return None
         if not cpu:
             raise RequestError("moe_budget: expected the device cpu beside it, found another")
-        if exact and copies is not None:
+        if exact and mode != "exact":
             raise RequestError(
-                "exact: expected False with moe_mode='fallback', whose answers depend on what is in memory"
+                f"exact: expected False with moe_mode={mode!r}, whose answers depend on what is in memory"
             )
-        fetched = check_whole_number("moe_fetched", fetched, least=1)
-        return cls(parsed, None if copies is None else Path(resolve(copies)), fetched)
+        return cls(
+            parsed,
+            mode,
+            None if copies is None else Path(resolve(copies)),
+            check_whole_number("moe_fetched", fetched, least=1),
+            None if profile is None else MoeProfile.read(Path(profile)),
+            DEFAULT_SWAP_RATE if swap_rate is None else parse_rate(swap_rate, "moe_swap_rate") or 0,
+        )
 
 
-class OffloadedExperts:
+def parse_rate(rate: int | str | None, what: str) -> int | None:
+    """`parse_bytes`, of bytes a second: they may be 0."""
+    return 0 if str(rate).strip() == "0" else parse_bytes(rate, what)
+
+
+class OffloadedExperts(Protocol):
     """The MoE experts of a loaded base. `counters` may be called from any thread, the rest on the engine's."""
+
+    def begin_step(self, tokens: int) -> None:
+        """Before a step of so many tokens."""
+
+    def end_step(self) -> None:
+        """After it, also where it failed."""
+
+    def counters(self) -> dict[str, Any]:
+        """Counts since the start, and bytes; those of the end once it is closed."""
+
+    def close(self) -> None:
+        """Frees the memory."""
+
+
+class FetchedExperts:
+    """`OffloadedExperts` that a step reads where they are not in memory."""
 
     def __init__(self, store: MoeStore, modules: list[ExactExperts]) -> None:
         self._store = store
         self._fallbacks = [module for module in modules if isinstance(module, FallbackExperts)]
+
+    def begin_step(self, tokens: int) -> None:
+        """Nothing: what a step needs is known when gates have chosen."""
+
+    def end_step(self) -> None:
+        """Nothing."""
 
     def counters(self) -> dict[str, Any]:
         """`MoeStore.counters`; with copies also `choices` of all tokens, and `copied`, those that copies answered."""
@@ -73,17 +132,19 @@ class OffloadedExperts:
         return counters
 
     def close(self) -> None:
-        """Frees the memory."""
         self._store.close()
 
 
 def load_offloaded(
     base: Checkpoint, dtype: str | torch.dtype, asked: Offloading, kernels: Kernels, check: Check
 ) -> tuple[Any, OffloadedExperts]:
-    """The model, and the MoE experts that it reads. Raises what `load_trunk`, `MoeStore` and `load_copies` raise."""
+    """The model, and its MoE experts. Raises what `load_trunk`, `MoeStore`, `load_copies`, `take_gates`, `choose_sets`,
+    `MoeProfile.check` and `ExpertSwaps` raise."""
     model, stacks = load_trunk(base, dtype, check=check)
-    copies = {} if asked.copies is None else load_copies(asked.copies, base)
     choices = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", 1)
+    if asked.mode == "virtual":
+        return model, _keep_residents(base, model, stacks, asked, kernels, choices)
+    copies = {} if asked.copies is None else load_copies(asked.copies, base)
     store = MoeStore(asked.budget, stacks, min(asked.fetched, choices) if copies else choices)
     modules: list[ExactExperts] = []
     place = ParameterNames(model).stack_place
@@ -95,4 +156,39 @@ def load_offloaded(
         else:
             modules.append(ExactExperts(module, layer))
         module.forward = modules[-1]
-    return model, OffloadedExperts(store, modules)
+    return model, FetchedExperts(store, modules)
+
+
+def _keep_residents(
+    base: Checkpoint, model: Any, stacks: dict[str, dict[str, Stack]], asked: Offloading, kernels: Kernels, choices: int
+) -> ExpertSwaps:
+    """Reads the first resident sets, and restricts gates to them."""
+    profile = asked.profile
+    counts = {name: len(next(iter(module.values())).extents) for name, module in stacks.items()}
+    if profile is not None:
+        profile.check(base, counts)
+    gates = take_gates(model)
+    modules = {name: model.get_submodule(name) for name in stacks}
+    residents: Residents
+    if asked.copies is None:
+        residents = exact = ExactResidents(asked.budget, stacks)
+        for module, layer in zip(modules.values(), exact.layers, strict=True):
+            module.forward = ExactExperts(module, layer)
+    else:
+        residents = _packed_residents(base, model, modules, asked.copies, asked.budget, kernels)
+    sets = choose_sets(counts.values(), residents.sizes, asked.budget, least=choices, profile=profile)
+    allowance = SwapAllowance(asked.swap_rate, max(residents.sizes)) if asked.swap_rate else None
+    importance = first_importance(counts.values(), profile)
+    return ExpertSwaps(gates, residents, importance, sets, least=choices, allowance=allowance, norms=profile is None)
+
+
+def _packed_residents(
+    base: Checkpoint, model: Any, modules: dict[str, Any], copies: Path, budget: int, kernels: Kernels
+) -> PackedResidents:
+    place = ParameterNames(model).stack_place
+    delta, sites = find_copies(copies, base)
+    layers = [packed_experts(module, kernels, place, ()) for module in modules.values()]
+    for layer in layers:
+        layer.attach()
+    places = [{found: site for site in sites[name] if (found := place(site.name))} for name in modules]
+    return PackedResidents(budget, delta, layers, places)

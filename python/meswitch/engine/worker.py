@@ -254,6 +254,8 @@ class Worker(threading.Thread):
             return True
         finally:
             self.layers.step.end()
+            if self.moe is not None:
+                self.moe.end_step()
         self.steps += 1
         for new in tokens:
             request = self.live.get(new.request_id)
@@ -272,6 +274,8 @@ class Worker(threading.Thread):
         self.step_tokens += len(tokens)
         if any(slot != BASE_SLOT for slot in tokens):
             self.layers.step.begin(tokens, kept)
+        if self.moe is not None:
+            self.moe.begin_step(len(tokens))
 
     def _accept(self, request: Request, new: NewToken) -> None:
         """Turns a token into text; ends the request where it is its last, or completes a stop string."""

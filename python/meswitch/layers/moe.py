@@ -90,6 +90,12 @@ class MoeWrapper(Wrapper):
         self.slots.add(slot)
         self._stacks[leaf].set(self._key(slot, place.moe_expert), place.piece, site)
 
+    def clear_moe_expert(self, slot: int, moe_expert: int) -> None:
+        """The slot has nothing of one MoE expert any more."""
+        key = self._key(slot, moe_expert)
+        for stack in self._stacks.values():
+            stack.clear(range(key, key + 1))
+
     def clear(self, slot: int) -> None:
         super().clear(slot)
         first = self._key(slot, 0)

@@ -10,9 +10,13 @@
 
     gate      which MoE experts a gate may choose: those that are resident
     virtual   which ones should be: SwapMoE's virtual experts (arXiv 2308.15030)
+    resident  what keeps them in memory, and reads others in the background
+    packed    the same in few bits, out of a quantized model
+    swaps     virtual experts while an engine runs: resident sets that follow what is asked
+    profile   what text asks of each MoE expert, measured once for a task
 
-Threads: a store's counters may be read from any; everything else is the engine's thread's. Memory: slots are the native
-store's, and tensors over one must not outlive its visit.
+Threads: counters may be read from any; everything else is the engine's thread's. Memory: slots are the native store's,
+and tensors over one must not outlive its visit, or what is kept.
 
-Imports: `layers`, `kernels`, `delta`, `huggingface`, `_native`.
+Imports: `layers`, `kernels`, `delta`, `huggingface`, `progress`, `_native`.
 """

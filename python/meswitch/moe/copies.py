@@ -20,6 +20,15 @@ from meswitch.site import Site
 def load_copies(folder: Path, base: Checkpoint) -> dict[str, list[Site]]:
     """The copies in a directory that `quantize` made of `base`, by module of MoE experts; read into memory and checked.
 
+    Raises what `find_copies` raises, also for what is damaged in its tensors.
+    """
+    delta, found = find_copies(folder, base)
+    return {name: [delta.sites[site.name] for site in sites] for name, sites in found.items()}
+
+
+def find_copies(folder: Path, base: Checkpoint) -> tuple[Delta, dict[str, list[Site]]]:
+    """The directory, and the sites of copies in it, by module, with tensors that have no content (`Delta.outline`).
+
     Raises `BaseMismatchError` for one that was made of another model, `FormatError` or `ChecksumError` for one that is
     damaged, and `UnsupportedModelError` where not every MoE expert can stay packed.
     """
@@ -38,7 +47,7 @@ def load_copies(folder: Path, base: Checkpoint) -> dict[str, list[Site]]:
                 f"{name}: expected MoE experts whose low-bit copies can be multiplied, found {type(module).__name__}",
                 hint='serve the model with moe_mode="exact"',
             )
-    return {name: [delta.sites[site.name] for site in sites] for name, sites in found.items()}
+    return delta, found
 
 
 def packed_moe_experts(empty: nn.Module, names: ParameterNames, sites: Iterable[Site]) -> dict[str, list[Site]]:

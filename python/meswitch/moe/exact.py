@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meswitch.moe.extents import stack_names
+from meswitch.moe.resident import ResidentLayer
 from meswitch.moe.store import Layer, Use
 
 
@@ -28,7 +29,7 @@ class ExactExperts:
     loop over MoE experts. Raises what reading them raises, and `BudgetError` where a token's choices exceed the budget.
     """
 
-    def __init__(self, module: Any, layer: Layer) -> None:
+    def __init__(self, module: Any, layer: Layer | ResidentLayer) -> None:
         self._module, self._layer = module, layer
         self._names = stack_names(module)
 

@@ -31,7 +31,7 @@ class FallbackExperts(ExactExperts):
 
     def __init__(self, module: Any, layer: Layer, copies: MoeWrapper, fetched: int) -> None:
         super().__init__(module, layer)
-        self._copies, self._fetched = copies, fetched
+        self._store_layer, self._copies, self._fetched = layer, copies, fetched
         self.choices = self.copied = 0
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class FallbackExperts(ExactExperts):
         self._layer.check_choices(fetched)
         real = top_k_index < len(self._layer)
         heavy = torch.zeros_like(real).scatter_(1, top_k_weights.topk(fetched, dim=1).indices, True) & real
-        exact = self._layer.in_memory()
+        exact = self._store_layer.in_memory()
         exact[top_k_index[heavy]] = True  # for every token that chose one of them
         chosen = top_k_index.reshape(-1)
         by_expert = chosen[order := torch.argsort(chosen)].clamp(max=len(self._layer) - 1)

@@ -58,6 +58,11 @@ class Gate:
             raise ValueError(f"{self.name}: expected the resident set as bool [{self.count}], found {found}")
         self._ranking = _ResidentRanking(self.name, resident)
 
+    @property
+    def block(self) -> str:
+        """The name of the gate's block, whose child `experts` has the MoE experts."""
+        return self.name.rpartition(".")[0]
+
     def close(self) -> None:
         """Gives the module its own forward back."""
         self._module.__dict__.pop("forward", None)

@@ -38,7 +38,7 @@ class MoeStore:
         numbers = {file: number for number, file in enumerate(files)}
         self._budget = budget
         self._largest = max(
-            sum(_native.MoeStore.bytes_of(_numbered(stack.extents[0], numbers)) for stack in module.values())
+            sum(_native.MoeStore.bytes_of(numbered(stack.extents[0], numbers)) for stack in module.values())
             for module in stacks.values()
         )
         self.check_choices(choices)
@@ -48,7 +48,7 @@ class MoeStore:
             name: Layer(
                 self,
                 [
-                    [self._native.add(_numbered(extents, numbers)) for extents in stack.extents]
+                    [self._native.add(numbered(extents, numbers)) for extents in stack.extents]
                     for stack in module.values()
                 ],
                 list(module.values()),
@@ -118,7 +118,7 @@ class Layer:
                 while (found := native.next()) is not None:
                     position, lease = found
                     try:
-                        use(position, _tensor(lease, stack))
+                        use(position, tensor_of(lease, stack))
                     finally:
                         lease.release()
 
@@ -158,7 +158,7 @@ class StackInOrder:
         self._reader, self._stack = reader, stack
 
     def __getitem__(self, number: Any) -> Tensor:
-        return _tensor(self._reader.next(), self._stack)
+        return tensor_of(self._reader.next(), self._stack)
 
 
 class _Reader:
@@ -180,9 +180,11 @@ class _Reader:
             self._lease.release()
 
 
-def _numbered(extents: Sequence[Extent], numbers: Mapping[Path, int]) -> list[tuple[int, int, int]]:
+def numbered(extents: Sequence[Extent], numbers: Mapping[Path, int]) -> list[tuple[int, int, int]]:
+    """Extents as the native store takes them: a file by its number."""
     return [(numbers[file], start, size) for file, start, size in extents]
 
 
-def _tensor(lease: _native.MoeMatrix, stack: Stack) -> Tensor:
+def tensor_of(lease: _native.MoeMatrix, stack: Stack) -> Tensor:
+    """A matrix of a stack, over the store's memory."""
     return from_dlpack(lease.dlpack()).view(stack.dtype).view(stack.shape)

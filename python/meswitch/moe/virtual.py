@@ -25,6 +25,11 @@ from meswitch.errors import BudgetError
 from meswitch.huggingface.names import moe_blocks
 from meswitch.moe.gate import Choice, Gate
 
+DECAY = 0.9
+"""What is left of importance after one more request."""
+
+_MOST_UNITS = 2**14  # what `divide` counts bytes in, at most: its tables have a column each
+
 
 def weight_norms(experts: nn.Module) -> Tensor:
     """The norm of all weights of each MoE expert, the paper's strength: `float32 [MoE experts]`."""
@@ -87,23 +92,26 @@ def profile_outputs(model: nn.Module) -> Iterator[list[OutputProfile]]:
 class Importance:
     """How much the MoE experts of a layer matter now: `values`, `float32 [MoE experts]`.
 
-    `strength`: of each MoE expert, `weight_norms` or an `OutputProfile.gain`. `decay`: what is left of older requests
-    after one more.
+    `strength`: of each MoE expert, `weight_norms` or an `OutputProfile.gain`; NaN where it is not known yet, which
+    counts as the mean of the others. `decay`: what is left of older requests after one more. `values`: to begin with.
     """
 
-    def __init__(self, strength: Tensor, decay: float = 0.9) -> None:
-        self.values = torch.zeros_like(strength)
-        self._strength, self._decay = strength, decay
+    def __init__(self, strength: Tensor, decay: float = DECAY, values: Tensor | None = None) -> None:
+        self.strength = strength
+        self.values = torch.zeros_like(strength) if values is None else values
+        self._decay = decay
         self._now = torch.zeros_like(strength)
 
     def add(self, choice: Choice) -> None:
-        """Counts the tokens of one forward."""
+        """Counts the tokens of one forward. An index beyond the MoE experts is of a row that only fills up a step."""
         mass = choice.hidden.norm(dim=-1, keepdim=True) * choice.weights
-        self._now.index_add_(0, choice.indices.flatten(), mass.flatten().to(self._now.dtype))
+        real = choice.indices < len(self._now)
+        self._now.index_add_(0, choice.indices[real], mass[real].to(self._now.dtype))
 
     def fade(self) -> None:
         """Ends a request: what was counted since the last one joins `values`, of which the older part decays."""
-        self.values = self._decay * self.values + self._now * self._strength
+        strength = self.strength.where(~self.strength.isnan(), self.strength.nanmean())
+        self.values = self._decay * self.values + self._now * strength
         self._now = torch.zeros_like(self._now)
 
 
@@ -118,8 +126,9 @@ class Swap(NamedTuple):
 class VirtualExperts:
     """The resident sets of a model's gates, and how they follow importance.
 
-    `resident`: `bool [MoE experts]` of each gate. `sizes`: bytes of one MoE expert of each gate. `cap`: bytes that the
-    swaps of one request may load.
+    `resident`: `bool [MoE experts]` of each gate. `sizes`: bytes of one MoE expert of each gate. `least`: how many are
+    resident in a layer at any time, so fewer leave one than it has beyond that; 0 where those that enter are loaded
+    before others leave.
     """
 
     def __init__(
@@ -129,19 +138,19 @@ class VirtualExperts:
         resident: Sequence[Tensor],
         *,
         sizes: Sequence[int],
-        cap: int,
+        least: int = 0,
     ) -> None:
         self.resident = [own.clone() for own in resident]
         self._gates, self._importance = gates, importance
-        self._sizes, self._cap = sizes, cap
+        self._sizes, self._least = sizes, least
         for gate, own, counted in zip(gates, self.resident, importance, strict=True):
             gate.restrict(own)
             gate.observer = counted.add
 
-    def propose(self) -> list[Swap]:
-        """Ends a request: the swaps that gain most importance a byte, within the cap. Waits for the device.
+    def propose(self, cap: int) -> list[Swap]:
+        """Ends a request: the swaps that gain most importance a byte, within `cap` bytes to load. Waits for the device.
 
-        The importance of a layer counts as a share of that layer's.
+        The importance of a layer counts as a share of that layer's. None of an earlier proposal may be under way.
         """
         gains: list[tuple[float, Swap]] = []
         for layer, (own, counted) in enumerate(zip(self.resident, self._importance, strict=True)):
@@ -149,12 +158,13 @@ class VirtualExperts:
             share = counted.values / counted.values.sum().clamp_min(torch.finfo(torch.float32).tiny)
             held, absent = own.nonzero().flatten(), (~own).nonzero().flatten()
             leave, enter = held[share[held].argsort()], absent[share[absent].argsort(descending=True)]
+            leave = leave[: max(len(held) - self._least, 0)]
             for out, into in zip(leave.tolist(), enter.tolist(), strict=False):
                 gain = float(share[into] - share[out])
                 if gain <= 0:
                     break
                 gains.append((gain / self._sizes[layer], Swap(layer, out, into)))
-        chosen, left = [], self._cap
+        chosen, left = [], cap
         for _, swap in sorted(gains, reverse=True):
             if self._sizes[swap.layer] > left:
                 break
@@ -165,10 +175,22 @@ class VirtualExperts:
     def take(self, swaps: Sequence[Swap]) -> None:
         """The MoE experts that enter are loaded: gates may choose them from the next forward on."""
         for layer, leaves, enters in swaps:
-            own = self.resident[layer].clone()
-            own[leaves], own[enters] = False, True
-            self.resident[layer] = own
-            self._gates[layer].restrict(own)
+            self.leave(layer, leaves)
+            self.enter(layer, enters)
+
+    def leave(self, layer: int, moe_expert: int) -> None:
+        """From the next forward on gates do not choose this one."""
+        self._set(layer, moe_expert, resident=False)
+
+    def enter(self, layer: int, moe_expert: int) -> None:
+        """This one is loaded: gates may choose it from the next forward on."""
+        self._set(layer, moe_expert, resident=True)
+
+    def _set(self, layer: int, moe_expert: int, *, resident: bool) -> None:
+        own = self.resident[layer].clone()
+        own[moe_expert] = resident
+        self.resident[layer] = own
+        self._gates[layer].restrict(own)
 
 
 def largest(values: Tensor, count: int) -> Tensor:
@@ -189,7 +211,9 @@ def divide(losses: Sequence[Sequence[float]], sizes: Sequence[int], budget: int,
     """How many MoE experts of each layer are resident for the smallest sum of losses within `budget` bytes.
 
     `losses[l][n]`: of layer l with n resident; `sizes`: bytes of one MoE expert of each layer; `least`: resident in
-    each layer at least, what a token takes. Exact, by dynamic programming over layers and bytes.
+    each layer at least, what a token takes. By dynamic programming over layers and bytes: exact where the bytes beyond
+    the least are no more than 16,384 times the greatest common divisor of `sizes`, else with sizes rounded up to that
+    share.
 
     Raises `BudgetError` where `least` of each do not fit.
 
@@ -199,21 +223,23 @@ def divide(losses: Sequence[Sequence[float]], sizes: Sequence[int], budget: int,
     needed = least * sum(sizes)
     if needed > budget:
         raise BudgetError(f"expected at least {needed} bytes for {least} MoE experts a layer, found {budget}")
-    unit = math.gcd(*sizes)
-    most = min(budget, sum(size * (len(loss) - 1) for size, loss in zip(sizes, losses, strict=True))) // unit
+    more = [loss[least:] for loss in losses]  # by how many are resident beyond the least
+    spare = min(budget - needed, sum(size * (len(loss) - 1) for size, loss in zip(sizes, more, strict=True)))
+    unit = max(math.gcd(*sizes), spare // _MOST_UNITS)
+    steps = [-(-size // unit) for size in sizes]
+    most = spare // unit
     best: NDArray[np.float64] = np.zeros(most + 1)  # by what may be spent
     picks: list[NDArray[np.int64]] = []
-    for loss, size in zip(losses, sizes, strict=True):
+    for loss, step in zip(more, steps, strict=True):
         spent = [np.full(most + 1, np.inf) for _ in loss]
-        for n in range(least, len(loss)):
-            step = n * (size // unit)
-            if step <= most:
-                spent[n][step:] = best[: most + 1 - step] + loss[n]
+        for n in range(min(len(loss), most // step + 1)):
+            spent[n][n * step :] = best[: most + 1 - n * step] + loss[n]
         table = np.stack(spent)
         picks.append(table.argmin(0))
         best = table.min(0)
     counts, left = [], most
-    for pick, size in zip(reversed(picks), reversed(sizes), strict=True):
-        counts.append(int(pick[left]))
-        left -= counts[-1] * (size // unit)
+    for pick, step in zip(reversed(picks), reversed(steps), strict=True):
+        extra = int(pick[left])
+        counts.append(least + extra)
+        left -= extra * step
     return counts[::-1]

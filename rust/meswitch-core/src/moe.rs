@@ -12,6 +12,10 @@
 //! budget than are visited, those that were visited make room for those that were not, and each is still read once at
 //! most.
 //!
+//! A matrix may be *kept* instead ([`Store::keep`]): it is read in the background, nobody waits for it, and it stays until
+//! it is given up. That is for who chooses what is in memory by themselves. A store is either visited or keeps: what a
+//! visit takes notice of, it takes from [`Store::arrived`].
+//!
 //! # Files
 //! They stay open, so files that are removed or replaced meanwhile do no harm. One that is written to is found by its
 //! size and time of writing, before and after each read: whoever needs bytes of it gets [`Error::Checkpoint`].
@@ -38,7 +42,7 @@ use crate::delta::load::{DIRECT_ALIGNMENT, Item};
 use crate::error::{Error, Result};
 use crate::memory::Region;
 use crate::residency::policy::Lru;
-use crate::residency::{Place, Residency, Room, Snapshot, Source, Unit};
+use crate::residency::{Event, Lease, Place, Residency, Room, Snapshot, Source, Unit};
 
 /// Loads at a time, each by several threads: a disk wants about sixteen reads of a megabyte under way.
 const LOADS: usize = 4;
@@ -113,6 +117,36 @@ impl Store {
             return Err(Error::Argument("expected one visit of MoE experts at a time, found another".to_owned()));
         }
         Ok(Visit::new(self.clone(), turns))
+    }
+
+    /// Reads a new matrix in the background as soon as there is room for it, and keeps it until [`Store::give_up`];
+    /// [`Store::arrived`] says when it is there.
+    ///
+    /// # Errors
+    /// Those of [`Store::add`].
+    pub fn keep(&self, extents: &[Extent]) -> Result<Unit> {
+        let unit = self.add(extents)?;
+        self.residency.want(unit, Some(0));
+        Ok(unit)
+    }
+
+    /// Ends that a matrix is kept, or being read. Its memory is given back once nobody has it any more, and only then
+    /// used again.
+    pub fn give_up(&self, unit: Unit) {
+        self.residency.retire(unit);
+    }
+
+    /// The kept matrices that are in memory since the last call, or the errors of those that will not be. With `wait`,
+    /// waits until something has happened: for ever, where nothing is being read.
+    #[must_use]
+    pub fn arrived(&self, wait: bool) -> Vec<(Unit, Result<Lease<Arc<Slot>>>)> {
+        let events = if wait { self.residency.wait_for_events() } else { self.residency.take_events() };
+        let arrived = |event| match event {
+            Event::Loaded(unit, _) => Some((unit, Ok(self.residency.pin(unit)?))), // unless it was given up since
+            Event::Failed(unit, error) => Some((unit, Err(error))),
+            Event::Evicted(_) => None,
+        };
+        events.into_iter().filter_map(arrived).collect()
     }
 
     /// Whether a matrix is in memory now.

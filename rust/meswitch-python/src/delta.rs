@@ -163,6 +163,11 @@ impl Delta {
         self.0.memory_bytes().map_err(to_python)
     }
 
+    /// The memory that the tensors of one site take where a residency loads them.
+    fn site_memory_bytes(&self, site: &str) -> PyResult<usize> {
+        self.0.site_memory_bytes(site).map_err(to_python)
+    }
+
     /// Reads the tensors of one site, or of all, and compares them with their checksums.
     #[pyo3(signature = (site=None))]
     fn tensors(&self, py: Python<'_>, site: Option<&str>) -> PyResult<Tensors> {

@@ -6,14 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use meswitch_core::moe::{self, Extent, Slot, Store};
 use meswitch_core::residency::{Lease, Unit};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyBaseException, PyValueError};
 use pyo3::prelude::*;
 
 use crate::errors::to_python;
 use crate::{dlpack, enter};
 
-/// Matrices of MoE experts that are read from files when they are visited. One is named by the number that `add`
-/// returned.
+/// Matrices of MoE experts that are read from files when they are visited, or kept. One is named by the number that
+/// `add` or `keep` returned.
 #[pyclass(frozen)]
 pub struct MoeStore {
     inner: RwLock<Option<Arc<Store>>>,
@@ -51,6 +51,32 @@ impl MoeStore {
         Ok(Visit { hits: visit.hits(), inner: Mutex::new(Some(visit)) })
     }
 
+    /// Reads a matrix in the background, of extents as in `add`, and keeps it until it is given up.
+    #[allow(clippy::needless_pass_by_value)] // what Python hands over
+    fn keep(&self, extents: Vec<(usize, u64, usize)>) -> PyResult<u64> {
+        self.get()?.keep(&extents_of(&extents)).map(Unit::to_bits).map_err(to_python)
+    }
+
+    /// Ends that matrices are kept. Their memory is used again once no tensor is over it.
+    #[allow(clippy::needless_pass_by_value)] // what Python hands over
+    fn give_up(&self, units: Vec<u64>) -> PyResult<()> {
+        let store = self.get()?;
+        units.into_iter().for_each(|unit| store.give_up(Unit::from_bits(unit)));
+        Ok(())
+    }
+
+    /// The kept matrices that are in memory since the last call, or why one will not be. With `wait`, waits until
+    /// something has happened: for ever, where nothing is being read.
+    fn arrived(&self, py: Python<'_>, wait: bool) -> PyResult<Vec<Arrival>> {
+        let store = self.get()?;
+        let arrived = enter(py, || Ok(store.arrived(wait)))?;
+        let of = |(unit, lease): (Unit, meswitch_core::Result<Lease<Arc<Slot>>>)| match lease {
+            Ok(lease) => (unit.to_bits(), Some(MoeMatrix(Mutex::new(Some(lease)))), None),
+            Err(error) => (unit.to_bits(), None, Some(to_python(error).into_value(py))),
+        };
+        Ok(arrived.into_iter().map(of).collect())
+    }
+
     /// Whether each of some matrices is in memory now.
     #[allow(clippy::needless_pass_by_value)] // what Python hands over
     fn has(&self, units: Vec<u64>) -> PyResult<Vec<bool>> {
@@ -86,6 +112,9 @@ impl MoeStore {
         }
     }
 }
+
+/// A kept matrix, or the error for which there is none.
+type Arrival = (u64, Option<MoeMatrix>, Option<Py<PyBaseException>>);
 
 fn extents_of(given: &[(usize, u64, usize)]) -> Vec<Extent> {
     given.iter().map(|(file, start, bytes)| Extent { file: *file, start: *start, bytes: *bytes }).collect()

@@ -17,10 +17,11 @@ use crate::errors::to_python;
 /// Tensors whose memory keeps its room, however long torch uses it.
 type Shared = Arc<CoreTensors>;
 
-/// The tensors of a delta directory.
+/// The tensors of a delta directory, or of one of its sites.
 struct DeltaSource {
     name: String,
     delta: Arc<delta::Delta>,
+    site: Option<String>,
     bytes: u64,
 }
 
@@ -34,7 +35,11 @@ impl Source<Shared> for DeltaSource {
     }
 
     fn load(&self, room: Room, stop: &AtomicBool) -> Result<Shared> {
-        self.delta.load(Some(Box::new(room)), stop).map(Arc::new)
+        let loaded = match &self.site {
+            Some(site) => self.delta.load_site(site, Some(Box::new(room)), stop),
+            None => self.delta.load(Some(Box::new(room)), stop),
+        };
+        loaded.map(Arc::new)
     }
 }
 
@@ -67,10 +72,11 @@ impl Residency {
         Ok(Self { inner: RwLock::new(Some(inner)), policy, process: std::process::id() })
     }
 
-    /// Adds a delta; none of its tensors is loaded yet. A trace calls it by `name`.
-    fn add(&self, name: String, delta: &Delta) -> PyResult<u64> {
-        let bytes = delta.0.memory_bytes().map_err(to_python)? as u64;
-        let source = DeltaSource { name, delta: delta.0.clone(), bytes };
+    /// Adds a delta, or one site of it; nothing is loaded yet. A trace calls it by `name`.
+    #[pyo3(signature = (name, delta, site=None))]
+    fn add(&self, name: String, delta: &Delta, site: Option<String>) -> PyResult<u64> {
+        let bytes = site.as_deref().map_or_else(|| delta.0.memory_bytes(), |site| delta.0.site_memory_bytes(site));
+        let source = DeltaSource { name, delta: delta.0.clone(), site, bytes: bytes.map_err(to_python)? as u64 };
         self.with(|residency| residency.add(Arc::new(source)).map(Unit::to_bits).map_err(to_python))?
     }
 

@@ -183,11 +183,33 @@ impl Delta {
     /// # Errors
     /// Those of [`Delta::tensors`], and [`Error::Argument`] where there is no such site.
     pub fn site_tensors(&self, site: &str) -> Result<Tensors> {
-        let index = self
-            .contents
-            .position(site)
-            .ok_or_else(|| Error::Argument(format!("expected a site of {}, found {site}", self.path().display())))?;
-        self.read_site(index, Region::new)
+        self.read_site(self.position(site)?, Region::new)
+    }
+
+    /// [`Delta::site_tensors`] as [`Delta::load`] reads: past the page cache, to be ended by `stop`, and with a value that
+    /// is dropped once the operating system has the memory back.
+    ///
+    /// # Errors
+    /// Those of [`Delta::site_tensors`], and [`Error::Interrupted`] soon after `stop` was set.
+    pub fn load_site(&self, site: &str, keep_alive: Option<KeepAlive>, stop: &AtomicBool) -> Result<Tensors> {
+        let (index, source, path) = (self.position(site)?, FileSource::new(&self.file), self.path.join(TENSORS));
+        let memory = |offset, bytes| Region::with_offset(offset, bytes, keep_alive);
+        let loader = Loader { source: &source, path: &path, hashed: true, yields: true, stop };
+        Tensors::read(self, index..index + 1, memory, &loader)
+    }
+
+    /// The memory that [`Delta::load_site`] takes.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where there is no such site; [`Error::Format`] as [`Delta::memory_bytes`].
+    pub fn site_memory_bytes(&self, site: &str) -> Result<usize> {
+        let index = self.position(site)?;
+        Ok(Region::size_of(self.page_offset(index), places(&self.manifest().sites[index..=index])?.1))
+    }
+
+    fn position(&self, site: &str) -> Result<usize> {
+        let found = self.contents.position(site);
+        found.ok_or_else(|| Error::Argument(format!("expected a site of {}, found {site}", self.path().display())))
     }
 
     /// Reads the tensors of one site, by position, into the memory that is made, and compares them with their

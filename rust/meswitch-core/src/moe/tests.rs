@@ -109,6 +109,22 @@ impl<'a> Model<'a> {
         order
     }
 
+    /// Keeps matrices, and waits for them.
+    fn keep(&self, numbers: &[usize]) -> Vec<Unit> {
+        let units: Vec<Unit> = numbers.iter().map(|number| self.store.keep(&self.matrices[*number]).unwrap()).collect();
+        let mut missing = units.len();
+        while missing > 0 {
+            for (unit, lease) in self.store.arrived(true) {
+                let number = numbers[units.iter().position(|own| *own == unit).unwrap()];
+                let lease = lease.unwrap();
+                let content: &[u8] = (**lease).as_ref();
+                assert!(content == self.files.matrix(&self.matrices[number]), "not what the file holds");
+                missing -= 1;
+            }
+        }
+        units
+    }
+
     fn check_all_visited(&self, turns: &[&[usize]]) {
         let (mut order, mut all) = (self.visit(turns), turns.concat());
         order.sort_unstable();
@@ -274,4 +290,63 @@ fn one_visit_at_a_time() {
     assert!(matches!(model.store.visit(vec![]), Err(Error::Argument(_))));
     drop(unfinished);
     model.check_all_visited(&[&[2], &[1, 0]]);
+}
+
+#[test]
+fn what_is_kept_stays_until_it_is_given_up() {
+    let files = Files::new();
+    let model = Model::new(&files, 3 * SLOT, matrices(6));
+    let kept = model.keep(&[0, 1, 2]);
+    let fourth = model.store.keep(&model.matrices[3]).unwrap();
+    assert!(model.store.arrived(false).is_empty() && !model.store.has(fourth), "there is no room for it");
+    model.store.give_up(kept[1]);
+    let events = std::iter::repeat_with(|| model.store.arrived(true)).find(|some| !some.is_empty()).unwrap();
+    assert!(events.len() == 1 && events[0].0 == fourth && events[0].1.is_ok());
+    assert!(model.store.has(kept[0]) && model.store.has(kept[2]) && !model.store.has(kept[1]));
+    assert_eq!(model.store.snapshot().used, 3 * SLOT);
+    assert_eq!(model.store.allocated(), 3 * SLOT);
+}
+
+#[test]
+fn memory_of_what_was_given_up_is_used_again_when_nobody_has_it() {
+    let files = Files::new();
+    let model = Model::new(&files, SLOT, matrices(2));
+    let first = model.store.keep(&model.matrices[0]).unwrap();
+    let slot = Arc::clone(model.store.arrived(true)[0].1.as_ref().unwrap());
+    model.store.give_up(first);
+    let second = model.store.keep(&model.matrices[1]).unwrap();
+    assert!((*slot).as_ref() == files.matrix(&model.matrices[0]) && !model.store.has(second));
+    drop(slot);
+    let events = std::iter::repeat_with(|| model.store.arrived(true)).find(|some| !some.is_empty()).unwrap();
+    assert!(events[0].0 == second && events[0].1.is_ok());
+}
+
+#[test]
+fn what_is_given_up_before_it_arrives_is_not_heard_of() {
+    let files = Files::new();
+    let model = Model::new(&files, 64 << 20, matrices(5));
+    for _ in 0..50 {
+        let given_up = model.store.keep(&model.matrices[0]).unwrap();
+        model.store.give_up(given_up);
+        let kept = model.store.keep(&model.matrices[1]).unwrap();
+        let found = std::iter::repeat_with(|| model.store.arrived(true)).find(|some| !some.is_empty()).unwrap();
+        assert!(found.iter().all(|(unit, _)| *unit == kept));
+        model.store.give_up(kept);
+    }
+    drop(model); // while nothing is left to be read
+    let model = Model::new(&files, 64 << 20, matrices(5));
+    let _ = model.store.keep(&model.matrices[4]).unwrap();
+    drop(model); // while something is being read
+}
+
+#[test]
+fn what_cannot_be_kept_says_why() {
+    let files = Files::new();
+    let model = Model::new(&files, 64 << 20, matrices(5));
+    model.keep(&[0]);
+    OpenOptions::new().write(true).open(&files.paths()[0]).unwrap().write_all_at(b"other", 7).unwrap();
+    let unit = model.store.keep(&model.matrices[1]).unwrap();
+    let events = model.store.arrived(true);
+    assert!(events[0].0 == unit && matches!(&events[0].1, Err(Error::Checkpoint(text)) if text.contains("first")));
+    assert!(matches!(model.store.keep(&[extent(0, FILE as u64, 1)]), Err(Error::Checkpoint(_))));
 }

@@ -158,3 +158,24 @@ fn a_load_without_memory_gives_its_value_back_and_the_next_one_works() {
     delta.load(Some(Box::new(token.clone())), &NOT_STOPPED).unwrap();
     assert_eq!(Arc::strong_count(&token), 1);
 }
+
+#[test]
+fn a_site_that_is_loaded_by_itself_is_checked_and_takes_what_it_says() {
+    let Some((_folder, delta)) = golden() else { return };
+    let names: Vec<String> = delta.manifest().sites.iter().map(|site| site.name.clone()).collect();
+    for name in &names {
+        let (alone, whole) = (delta.load_site(name, None, &NOT_STOPPED).unwrap(), delta.site_tensors(name).unwrap());
+        let (took, asked) = (alone.region().len(), delta.site_memory_bytes(name).unwrap());
+        assert!(took <= asked && asked < took + 2 * DIRECT_ALIGNMENT);
+        for spec in delta.site(name).unwrap().clone().into_current().unwrap().tensor_specs().unwrap() {
+            assert_eq!(alone.tensor(name, &spec.name), whole.tensor(name, &spec.name));
+        }
+    }
+    delta.set_verified();
+    delta.damage();
+    let damaged = names.iter().filter(|name| delta.load_site(name, None, &NOT_STOPPED).is_err()).count();
+    assert_eq!(damaged, 1);
+    assert!(matches!(delta.load_site("none", None, &NOT_STOPPED), Err(Error::Argument(_))));
+    assert!(matches!(delta.site_memory_bytes("none"), Err(Error::Argument(_))));
+    assert!(matches!(delta.load_site(&names[1], None, &AtomicBool::new(true)), Err(Error::Interrupted)));
+}
