@@ -148,6 +148,7 @@ def test_version() -> None:
         ["generate", "base", "hi", "--kernels", "abacus"],
         ["generate", "base", "hi", "--host-budget", "much"],
         ["generate", "base", "hi", "--moe-budget", "much"],
+        ["generate", "base", "hi", "--moe-trace", "trace.jsonl"],
         ["moe"],
         ["moe", "plan"],
         ["moe", "plan", "model", "--budget", "much"],
@@ -387,7 +388,7 @@ def test_generate_passes_settings_on(stub: type[Stub], kernels: str) -> None:
     asked = ["generate", "base", "hi", "--kernels", kernels, "--host-budget", "2KiB", "--moe-budget", "3KiB"]
     for flags in ([], ["--allow-quantized-base"]):
         assert run(*asked, *flags).exit_code == 0
-        allowed = {"allow_quantized_base": bool(flags)}
+        allowed = {"allow_quantized_base": bool(flags), "moe_trace": None}
         assert stub.settings == {"kernels": kernels, "host_budget": 2048, "moe_budget": 3072, **allowed}
 
 

@@ -83,6 +83,15 @@ MoeBudget = Annotated[
         show_default=False,
     ),
 ]
+MoeTrace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="With --moe-budget: write down which MoE experts are needed, read and evicted, for `meswitch moe timeline`"
+        " (default: no trace).",
+        show_default=False,
+    ),
+]
 
 
 def generate(
@@ -98,6 +107,7 @@ def generate(
     kernels: KernelsName = "auto",
     host_budget: HostBudget = None,
     moe_budget: MoeBudget = None,
+    moe_trace: MoeTrace = None,
     allow_quantized_base: AllowQuantizedBase = False,
     as_json: Json = False,
 ) -> None:
@@ -111,6 +121,8 @@ def generate(
     """
     if expert == "auto" and router is None:
         raise typer.BadParameter("auto needs --router", param_hint="--expert")
+    if moe_trace is not None and moe_budget is None:
+        raise typer.BadParameter("it needs --moe-budget", param_hint="--moe-trace")
     if experts is not None and not experts.is_dir():  # said before the base is loaded
         raise FileNotFoundError(f"expected a folder of delta directories, found none: {experts}")
     texts = [_read_prompt(prompt) for prompt in prompts]
@@ -132,6 +144,7 @@ def generate(
             kernels=kernels,
             host_budget=budget,
             moe_budget=for_moe_experts,
+            moe_trace=moe_trace,
             allow_quantized_base=allow_quantized_base,
         )
     with quiet_transformers(), engine:

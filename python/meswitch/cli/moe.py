@@ -11,6 +11,7 @@ from meswitch.cli.choices import usage_errors
 from meswitch.cli.compress import CalibrationText, check_output, measure
 from meswitch.cli.quantize import write_quantized
 from meswitch.cli.share import share
+from meswitch.cli.timeline import timeline
 from meswitch.sizes import parse_bytes
 from meswitch.terminal.progress import show_imports
 from meswitch.terminal.tables import format_size, make_table, print_json, stdout_console
@@ -44,6 +45,7 @@ moe_app = typer.Typer(
       meswitch moe compress model/ -o model-8gib/ --budget 8GiB --calibrate prompts.jsonl
       meswitch generate model-8gib/ "What is 17 * 23?"
       meswitch moe share math/ code/ -o shared/ --budget 40GiB
+      meswitch moe timeline trace.jsonl -o residency.png
     """,
 )
 
@@ -102,6 +104,7 @@ def compress(
 
 
 moe_app.command("share")(share)
+moe_app.command("timeline")(timeline)
 
 
 def _print_plan(found: MoePlan) -> None:

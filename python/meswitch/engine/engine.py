@@ -51,11 +51,12 @@ class Engine:
     them. Deltas may change everything else. `moe_mode`: `"exact"`, answers are those of the whole model bit for bit at
     any budget; or `"fallback"`, with `moe_copies`, a model that `quantize` made of this one: low-bit copies of its MoE
     experts are in memory too, beside the budget, and answer for what is not, except for the `moe_fetched` choices of
-    a token that weigh most.
+    a token that weigh most. `moe_trace`: with `moe_budget`, a file like that of `trace` about the matrices of MoE
+    experts, for `meswitch moe timeline` and `meswitch replay`.
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong
-    with an expert that was named.
+    with an expert that was named; `OSError` where a trace cannot be written.
 
     >>> with Engine("base/", experts="experts/") as engine:
     ...     answer = engine.generate("What is 17 * 23?", expert="math", max_new_tokens=4)
@@ -88,6 +89,7 @@ class Engine:
         moe_mode: str = "exact",
         moe_copies: str | Path | None = None,
         moe_fetched: int = 1,
+        moe_trace: str | Path | None = None,
     ) -> None:
         if device_budget is not None:
             raise RequestError(
@@ -114,6 +116,7 @@ class Engine:
                 moe_mode,
                 moe_copies,
                 moe_fetched,
+                moe_trace,
                 cpu=usable_device(device).type == "cpu",
                 exact=exact,
             ),

@@ -28,15 +28,24 @@ MODES = ("exact", "fallback")
 @dataclass(frozen=True)
 class Offloading:
     """`budget` in bytes. `copies`: the quantized model that light choices fall back to; `None` where every choice is
-    exact. `fetched`: how many choices of a token are exact in any case."""
+    exact. `fetched`: how many choices of a token are exact in any case. `trace`: a file to write one to."""
 
     budget: int
     copies: Path | None
     fetched: int
+    trace: Path | None
 
     @classmethod
     def of(
-        cls, budget: int | str | None, mode: str, copies: str | Path | None, fetched: int, *, cpu: bool, exact: bool
+        cls,
+        budget: int | str | None,
+        mode: str,
+        copies: str | Path | None,
+        fetched: int,
+        trace: str | Path | None,
+        *,
+        cpu: bool,
+        exact: bool,
     ) -> Offloading | None:
         """What `Engine` was given, checked. Raises `RequestError`."""
         if mode not in MODES:
@@ -47,6 +56,8 @@ class Offloading:
         if parsed is None:
             if copies is not None:
                 raise RequestError("moe_budget: expected a number of bytes with moe_mode='fallback', found None")
+            if trace is not None:
+                raise RequestError(f"moe_trace: expected None without moe_budget, found {str(trace)!r}")
             return None
         if not cpu:
             raise RequestError("moe_budget: expected the device cpu beside it, found another")
@@ -55,7 +66,12 @@ class Offloading:
                 "exact: expected False with moe_mode='fallback', whose answers depend on what is in memory"
             )
         fetched = check_whole_number("moe_fetched", fetched, least=1)
-        return cls(parsed, None if copies is None else Path(resolve(copies)), fetched)
+        return cls(
+            parsed,
+            None if copies is None else Path(resolve(copies)),
+            fetched,
+            None if trace is None else Path(trace),
+        )
 
 
 class OffloadedExperts:
@@ -80,11 +96,16 @@ class OffloadedExperts:
 def load_offloaded(
     base: Checkpoint, dtype: str | torch.dtype, asked: Offloading, kernels: Kernels, check: Check
 ) -> tuple[Any, OffloadedExperts]:
-    """The model, and the MoE experts that it reads. Raises what `load_trunk`, `MoeStore` and `load_copies` raise."""
+    """The model, and the MoE experts that it reads; the trace begins before any of them is read.
+
+    Raises what `load_trunk`, `MoeStore`, `MoeStore.start_trace` and `load_copies` raise.
+    """
     model, stacks = load_trunk(base, dtype, check=check)
     copies = {} if asked.copies is None else load_copies(asked.copies, base)
     choices = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", 1)
     store = MoeStore(asked.budget, stacks, min(asked.fetched, choices) if copies else choices)
+    if asked.trace is not None:
+        store.start_trace(asked.trace)
     modules: list[ExactExperts] = []
     place = ParameterNames(model).stack_place
     for name, layer in store.layers.items():

@@ -26,7 +26,7 @@ mod tests;
 mod visit;
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -80,12 +80,12 @@ impl Store {
         })
     }
 
-    /// A new matrix: what its extents hold, one after another.
+    /// A new matrix: what its extents hold, one after another. A trace calls it by `name`.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] for an extent beyond its file; [`Error::Budget`] for a matrix that is larger than the
     /// budget.
-    pub fn add(&self, extents: &[Extent]) -> Result<Unit> {
+    pub fn add(&self, name: &str, extents: &[Extent]) -> Result<Unit> {
         for extent in extents {
             let file = self.files.get(extent.file).ok_or_else(|| {
                 Error::Argument(format!("expected one of {} files, found number {}", self.files.len(), extent.file))
@@ -93,8 +93,9 @@ impl Store {
             file.check_extent(extent)?;
         }
         let (place, bytes) = place_of(extents);
-        let (extents, files, slots) = (extents.to_vec(), self.files.clone(), self.slots.clone());
-        self.residency.add(Arc::new(Matrix { extents, place, bytes, files, slots }))
+        let (name, extents) = (name.to_owned(), extents.to_vec());
+        let (files, slots) = (self.files.clone(), self.slots.clone());
+        self.residency.add(Arc::new(Matrix { name, extents, place, bytes, files, slots }))
     }
 
     /// The memory that the slot of a matrix takes: the same for all of one size.
@@ -113,6 +114,20 @@ impl Store {
             return Err(Error::Argument("expected one visit of MoE experts at a time, found another".to_owned()));
         }
         Ok(Visit::new(self.clone(), turns))
+    }
+
+    /// [`Residency::start_trace`]. Each matrix of a visit is a request.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where there can be no such file.
+    pub fn start_trace(&self, path: &Path) -> Result<()> {
+        self.residency.start_trace(path, "lru")
+    }
+
+    /// The error that has ended the trace, once.
+    #[must_use]
+    pub fn take_trace_error(&self) -> Option<Error> {
+        self.residency.take_trace_error()
     }
 
     /// Whether a matrix is in memory now.
@@ -145,6 +160,7 @@ fn place_of(extents: &[Extent]) -> (Range<usize>, usize) {
 
 /// What a matrix is read from.
 struct Matrix {
+    name: String,
     extents: Vec<Extent>,
     place: Range<usize>,
     bytes: usize,
@@ -155,6 +171,10 @@ struct Matrix {
 impl Source<Arc<Slot>> for Matrix {
     fn bytes(&self) -> u64 {
         self.bytes as u64
+    }
+
+    fn name(&self) -> &str {
+        &self.name
     }
 
     fn load(&self, room: Room, stop: &AtomicBool) -> Result<Arc<Slot>> {
