@@ -120,5 +120,6 @@ def _layer(
     for place, stack, number in own:
         resident[number] += sizes[stack] * np.array(read.residency(place, BINS), np.float32)
     nbytes = sum(sizes.values())
-    requests, hits = (sum(units[place][field] for place, _, _ in own) for field in (2, 3))
-    return LayerTimeline(name, requests, hits, nbytes, resident / max(nbytes, 1))
+    resident /= max(nbytes, 1)
+    requests, hits = (sum(counts) for counts in zip(*(units[place][2:] for place, _, _ in own), strict=True))
+    return LayerTimeline(name, requests, hits, nbytes, resident)
