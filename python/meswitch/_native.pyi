@@ -18,6 +18,7 @@ __all__ = [
     "Rows",
     "Table",
     "Tensors",
+    "Timeline",
     "Trace",
     "Visit",
     "backend",
