@@ -129,7 +129,9 @@ def test_what_cannot_be_served_is_refused(base: Path, tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=match):
             Engine(base, **{"moe_budget": budget, **wrong})
     with pytest.raises(RequestError, match="expected the device cpu"):
-        Offloading.of(budget, "exact", None, 1, None, None, cpu=False, exact=False)
+        Offloading.of(budget, "exact", None, 1, None, None, None, cpu=False, exact=False)
+    with pytest.raises(RequestError, match="moe_trace: expected moe_mode='exact' or 'fallback' beside it"):
+        Engine(base, moe_budget=budget, moe_mode="virtual", moe_trace=tmp_path / "trace")
     with pytest.raises(UnsupportedModelError, match="found a plain checkpoint"):
         load_copies(base, Checkpoint(base))
     other = save_random(tmp_path / "other", config_of("mixtral", **FAMILIES["mixtral"]), seed=5)

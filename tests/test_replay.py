@@ -69,13 +69,13 @@ def test_sizes_may_be_beyond_any_machine(tmp_path: Path) -> None:
 def test_the_table_is_for_people(tmp_path: Path) -> None:
     path = write(tmp_path / "trace.jsonl", "abcabbc", c=40_000_000)
     said = run("replay", path, "--budget", "20MB", "--policy", "lru").stdout.splitlines()
-    assert said[0] == ("7 requests for 3 experts of 60.0 MB, the largest 40.0 MB; served under lru with 25.0 MB")
+    assert said[0] == ("7 requests for 3 units of 60.0 MB, the largest 40.0 MB; served under lru with 25.0 MB")
     assert [line.split() for line in said[2:5]] == [
         "budget policy hit rate loads evictions read of optimal".split(),
         "20.0 MB lru 42.9% 2 0 20.0 MB 1.00x".split(),
         "optimal 42.9% 2 0 20.0 MB 1.00x".split(),
     ]
-    assert said[5] == "20.0 MB: 2 requests ask for an expert that is larger"
+    assert said[5] == "20.0 MB: 2 requests ask for a unit that is larger"
 
 
 def test_lrfu_keeps_what_is_asked_for_often(tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ the commands that need them, so that help is quick.
     router       router train, router evaluate
     generate     generate
     replay       replay
-    plot         what replay draws
+    plot         what replay and moe timeline draw
+    moe          moe plan, moe compress
+    share        moe share
+    timeline     moe timeline
     demo         demo
     doctor       doctor
 

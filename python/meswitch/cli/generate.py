@@ -123,6 +123,15 @@ MoeSwapRate = Annotated[
         show_default=False,
     ),
 ]
+MoeTrace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="With --moe-budget: write down which MoE experts are needed, read and evicted, for `meswitch moe timeline`"
+        " (default: no trace).",
+        show_default=False,
+    ),
+]
 
 
 def generate(
@@ -143,6 +152,7 @@ def generate(
     moe_fetched: MoeFetched = 1,
     moe_profile: MoeProfile = None,
     moe_swap_rate: MoeSwapRate = None,
+    moe_trace: MoeTrace = None,
     allow_quantized_base: AllowQuantizedBase = False,
     as_json: Json = False,
 ) -> None:
@@ -157,6 +167,8 @@ def generate(
     """
     if expert == "auto" and router is None:
         raise typer.BadParameter("auto needs --router", param_hint="--expert")
+    if moe_trace is not None and moe_budget is None:
+        raise typer.BadParameter("it needs --moe-budget", param_hint="--moe-trace")
     if experts is not None and not experts.is_dir():  # said before the base is loaded
         raise FileNotFoundError(f"expected a folder of delta directories, found none: {experts}")
     texts = [_read_prompt(prompt) for prompt in prompts]
@@ -186,6 +198,7 @@ def generate(
             moe_fetched=moe_fetched,
             moe_profile=moe_profile,
             moe_swap_rate=swap_rate,
+            moe_trace=moe_trace,
             allow_quantized_base=allow_quantized_base,
         )
     with quiet_transformers(), engine:

@@ -12,6 +12,7 @@ from meswitch.cli.choices import usage_errors
 from meswitch.cli.compress import CalibrationText, check_output, measure
 from meswitch.cli.quantize import write_quantized
 from meswitch.cli.share import share
+from meswitch.cli.timeline import timeline
 from meswitch.sizes import parse_bytes
 from meswitch.terminal.progress import show_imports, show_progress
 from meswitch.terminal.tables import format_share, format_size, make_table, print_json, stdout_console
@@ -47,6 +48,7 @@ moe_app = typer.Typer(
       meswitch generate model-8gib/ "What is 17 * 23?"
       meswitch moe profile model/ --data prompts.jsonl -o profile.json
       meswitch moe share math/ code/ -o shared/ --budget 40GiB
+      meswitch moe timeline trace.jsonl -o residency.png
     """,
 )
 
@@ -155,6 +157,7 @@ def profile(
 
 
 moe_app.command("share")(share)
+moe_app.command("timeline")(timeline)
 
 
 def _print_plan(found: MoePlan) -> None:

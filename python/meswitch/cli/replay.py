@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 
 OPTIMAL = "optimal"
 _BUDGETS = 8
-_PLOT_FORMATS = (".png", ".svg")
 
 
 def replay(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace, as Engine(trace=TRACE) writes it.")],
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="A trace that Engine(trace=TRACE) or Engine(moe_trace=TRACE) wrote.")
+    ],
     budget: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SIZE",
-            help='Memory for experts, such as "2GiB"; may be given several times (default: eight budgets, from the'
-            " largest expert to all of them).",
+            help='Memory for units, such as "2GiB"; may be given several times (default: eight budgets, from the'
+            " largest unit to all of them).",
             show_default=False,
         ),
     ] = None,
@@ -35,7 +36,7 @@ def replay(
         list[str] | None,
         typer.Option(
             metavar="lru|lrfu",
-            help="Which expert leaves first. lru: the least recently used. lrfu: the least recently and least"
+            help="Which unit leaves first. lru: the least recently used. lrfu: the least recently and least"
             " frequently used, in a proportion that the requests decide. May be given several times (default: all).",
             show_default=False,
         ),
@@ -50,9 +51,10 @@ def replay(
 ) -> None:
     """Show what other budgets and eviction policies would have done.
 
-    Replays the requests of a trace one after the other and counts how many find their expert in memory, and how much
-    is read for the others. "optimal" is what a policy that knows the future would do (Belady's MIN): with experts of
-    one size nothing reads less, with different sizes it is a mark to compare with.
+    Replays the requests of a trace one after the other and counts how many find their unit (an expert, or a matrix of
+    a MoE expert) in memory, and how much is read for the others. "optimal" is what a policy that knows the future
+    would do (Belady's MIN): with units of one size nothing reads less, with different sizes it is a mark to compare
+    with.
 
     \b
       meswitch replay trace.jsonl
@@ -66,9 +68,9 @@ def replay(
     with usage_errors():
         budgets = [size for text in budget or [] if (size := parse_bytes(text, "--budget")) is not None]
     if plot is not None:
-        check_choice("--plot", plot.suffix, _PLOT_FORMATS)
-        from meswitch.cli.plot import require_matplotlib
+        from meswitch.cli.plot import FORMATS, require_matplotlib
 
+        check_choice("--plot", plot.suffix, FORMATS)
         require_matplotlib()
     with show_status("replaying"):
         read = _native.Trace(trace)
@@ -87,7 +89,7 @@ def replay(
 
 
 def budget_series(largest: int, total: int) -> list[int]:
-    """Budgets from the largest expert to all of them, each larger than the one before by the same factor.
+    """Budgets from the largest unit to all of them, each larger than the one before by the same factor.
 
     >>> budget_series(1_000, 128_000)
     [1000, 2000, 4000, 8000, 16000, 32000, 64000, 128000]
@@ -114,7 +116,7 @@ def _replay(trace: Trace, budgets: list[int], policies: list[str]) -> list[dict[
 def _print_report(report: dict[str, Any], replays: list[dict[str, Any]]) -> None:
     limit = "without a limit" if report["budget"] is None else f"with {format_size(report['budget'])}"
     typer.echo(
-        f"{report['requests']:,} requests for {report['experts']:,} experts of {format_size(report['total'])}, the"
+        f"{report['requests']:,} requests for {report['experts']:,} units of {format_size(report['total'])}, the"
         f" largest {format_size(report['largest'])}; served under {report['policy']} {limit}\n"
     )
     table = make_table("budget >", "policy", "hit rate >", "loads >", "evictions >", "read >", "of optimal >")
@@ -133,4 +135,4 @@ def _print_report(report: dict[str, Any], replays: list[dict[str, Any]]) -> None
         )
     stdout_console().print(table)
     for budget, refused in {row["budget"]: row["refused"] for row in replays if row["refused"]}.items():
-        typer.echo(f"{format_size(budget)}: {refused:,} requests ask for an expert that is larger")
+        typer.echo(f"{format_size(budget)}: {refused:,} requests ask for a unit that is larger")

@@ -54,11 +54,12 @@ class Engine:
     a token that weigh most; or `"virtual"` (SwapMoE, arXiv 2308.15030): gates choose among those that are in memory,
     and which these are follows what is asked, by reads in the background of at most `moe_swap_rate` bytes a second
     (64 MiB; 0: they stay as they are); with `moe_copies` they are that model's, packed. `moe_profile`, a file of
-    `meswitch moe profile`, says which come first, and how many each layer has.
+    `meswitch moe profile`, says which come first, and how many each layer has. `moe_trace`: in the other modes, a file
+    like that of `trace` about the matrices of MoE experts, for `meswitch moe timeline` and `meswitch replay`.
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong
-    with an expert that was named.
+    with an expert that was named; `OSError` where a trace cannot be written.
 
     >>> with Engine("base/", experts="experts/") as engine:
     ...     answer = engine.generate("What is 17 * 23?", expert="math", max_new_tokens=4)
@@ -93,6 +94,7 @@ class Engine:
         moe_fetched: int = 1,
         moe_profile: str | Path | None = None,
         moe_swap_rate: int | str | None = None,
+        moe_trace: str | Path | None = None,
     ) -> None:
         if device_budget is not None:
             raise RequestError(
@@ -121,6 +123,7 @@ class Engine:
                 moe_fetched,
                 moe_profile,
                 moe_swap_rate,
+                moe_trace,
                 cpu=usable_device(device).type == "cpu",
                 exact=exact,
             ),

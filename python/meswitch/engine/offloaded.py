@@ -37,7 +37,7 @@ class Offloading:
     """`budget` in bytes. `copies`: the quantized model that light choices fall back to, or whose MoE experts are
     resident. `fetched`: how many choices of a token are exact in any case, in the mode "fallback". `profile`: which MoE
     experts a task needs; `swap_rate`: bytes a second that resident sets may read, 0 for sets that stay as they are;
-    both in the mode "virtual"."""
+    both in the mode "virtual". `trace`: a file to write one to, in the other modes."""
 
     budget: int
     mode: str
@@ -45,6 +45,7 @@ class Offloading:
     fetched: int
     profile: MoeProfile | None
     swap_rate: int
+    trace: Path | None
 
     @classmethod
     def of(
@@ -55,6 +56,7 @@ class Offloading:
         fetched: int,
         profile: str | Path | None,
         swap_rate: int | str | None,
+        trace: str | Path | None,
         *,
         cpu: bool,
         exact: bool,
@@ -69,10 +71,14 @@ class Offloading:
         for name, value in (("moe_profile", profile), ("moe_swap_rate", swap_rate)):
             if value is not None and mode != "virtual":
                 raise RequestError(f"{name}: expected moe_mode='virtual' beside it, found {mode!r}")
+        if trace is not None and mode == "virtual":
+            raise RequestError("moe_trace: expected moe_mode='exact' or 'fallback' beside it, found 'virtual'")
         parsed = parse_bytes(budget, "moe_budget")
         if parsed is None:
             if mode != "exact":
                 raise RequestError(f"moe_budget: expected a number of bytes with moe_mode={mode!r}, found None")
+            if trace is not None:
+                raise RequestError(f"moe_trace: expected None without moe_budget, found {str(trace)!r}")
             return None
         if not cpu:
             raise RequestError("moe_budget: expected the device cpu beside it, found another")
@@ -87,6 +93,7 @@ class Offloading:
             check_whole_number("moe_fetched", fetched, least=1),
             None if profile is None else MoeProfile.read(Path(profile)),
             DEFAULT_SWAP_RATE if swap_rate is None else parse_rate(swap_rate, "moe_swap_rate") or 0,
+            None if trace is None else Path(trace),
         )
 
 
@@ -138,14 +145,19 @@ class FetchedExperts:
 def load_offloaded(
     base: Checkpoint, dtype: str | torch.dtype, asked: Offloading, kernels: Kernels, check: Check
 ) -> tuple[Any, OffloadedExperts]:
-    """The model, and its MoE experts. Raises what `load_trunk`, `MoeStore`, `load_copies`, `take_gates`, `choose_sets`,
-    `MoeProfile.check` and `ExpertSwaps` raise."""
+    """The model, and its MoE experts; a trace begins before any of them is read.
+
+    Raises what `load_trunk`, `MoeStore` and its `start_trace`, `load_copies`, `take_gates`, `choose_sets`,
+    `MoeProfile.check` and `ExpertSwaps` raise.
+    """
     model, stacks = load_trunk(base, dtype, check=check)
     choices = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", 1)
     if asked.mode == "virtual":
         return model, _keep_residents(base, model, stacks, asked, kernels, choices)
     copies = {} if asked.copies is None else load_copies(asked.copies, base)
     store = MoeStore(asked.budget, stacks, min(asked.fetched, choices) if copies else choices)
+    if asked.trace is not None:
+        store.start_trace(asked.trace)
     modules: list[ExactExperts] = []
     place = ParameterNames(model).stack_place
     for name, layer in store.layers.items():

@@ -7,6 +7,7 @@ The native store reads and evicts; a `Layer` is its side of one module.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch.utils.dlpack import from_dlpack
 from meswitch import _native
 from meswitch.errors import BudgetError
 from meswitch.moe.extents import Extent, Stack
+
+_log = logging.getLogger(__name__)
 
 Use = Callable[[int, Tensor], None]
 """Called with a MoE expert's position among those visited, and one of its matrices."""
@@ -48,8 +51,11 @@ class MoeStore:
             name: Layer(
                 self,
                 [
-                    [self._native.add(numbered(extents, numbers)) for extents in stack.extents]
-                    for stack in module.values()
+                    [
+                        self._native.add(f"{name}.{leaf}[{number}]", numbered(extents, numbers))
+                        for number, extents in enumerate(stack.extents)
+                    ]
+                    for leaf, stack in module.items()
                 ],
                 list(module.values()),
             )
@@ -68,6 +74,16 @@ class MoeStore:
                 f"moe_budget: expected at least {least} bytes, which the {choices} MoE experts of a token take in one "
                 f"layer, found {self._budget}"
             )
+
+    def start_trace(self, path: Path) -> None:
+        """Writes to a file from now on which matrices are needed, read and evicted, each by its name such as
+        `model.layers.3.mlp.experts.gate_up_proj[17]`. Raises `OSError` where there can be none."""
+        self._native.start_trace(path)
+
+    def log_trace_error(self) -> None:
+        """Says, once, that the trace has ended, where it has."""
+        if (error := self._native.take_trace_error()) is not None:
+            _log.warning("the trace of MoE experts has ended: %s", error)
 
     def counters(self) -> dict[str, Any]:
         """Counts since the start, and bytes; those of the end once it is closed. May be called from any thread.
@@ -142,6 +158,7 @@ class Layer:
 
     @contextmanager
     def _begin(self, turns: Sequence[Sequence[int]]) -> Iterator[_native.Visit]:
+        self._store.log_trace_error()
         native = self._store.native.visit(turns)
         self.hits += native.hits
         self.misses += sum(map(len, turns)) - native.hits

@@ -30,7 +30,7 @@ mod tests;
 mod visit;
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -84,12 +84,12 @@ impl Store {
         })
     }
 
-    /// A new matrix: what its extents hold, one after another.
+    /// A new matrix: what its extents hold, one after another. A trace calls it by `name`.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] for an extent beyond its file; [`Error::Budget`] for a matrix that is larger than the
     /// budget.
-    pub fn add(&self, extents: &[Extent]) -> Result<Unit> {
+    pub fn add(&self, name: &str, extents: &[Extent]) -> Result<Unit> {
         for extent in extents {
             let file = self.files.get(extent.file).ok_or_else(|| {
                 Error::Argument(format!("expected one of {} files, found number {}", self.files.len(), extent.file))
@@ -97,8 +97,9 @@ impl Store {
             file.check_extent(extent)?;
         }
         let (place, bytes) = place_of(extents);
-        let (extents, files, slots) = (extents.to_vec(), self.files.clone(), self.slots.clone());
-        self.residency.add(Arc::new(Matrix { extents, place, bytes, files, slots }))
+        let (name, extents) = (name.to_owned(), extents.to_vec());
+        let (files, slots) = (self.files.clone(), self.slots.clone());
+        self.residency.add(Arc::new(Matrix { name, extents, place, bytes, files, slots }))
     }
 
     /// The memory that the slot of a matrix takes: the same for all of one size.
@@ -125,7 +126,7 @@ impl Store {
     /// # Errors
     /// Those of [`Store::add`].
     pub fn keep(&self, extents: &[Extent]) -> Result<Unit> {
-        let unit = self.add(extents)?;
+        let unit = self.add("", extents)?; // traces are of visits
         self.residency.want(unit, Some(0));
         Ok(unit)
     }
@@ -147,6 +148,20 @@ impl Store {
             Event::Evicted(_) => None,
         };
         events.into_iter().filter_map(arrived).collect()
+    }
+
+    /// [`Residency::start_trace`]. Each matrix of a visit is a request.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where there can be no such file.
+    pub fn start_trace(&self, path: &Path) -> Result<()> {
+        self.residency.start_trace(path, "lru")
+    }
+
+    /// The error that has ended the trace, once.
+    #[must_use]
+    pub fn take_trace_error(&self) -> Option<Error> {
+        self.residency.take_trace_error()
     }
 
     /// Whether a matrix is in memory now.
@@ -179,6 +194,7 @@ fn place_of(extents: &[Extent]) -> (Range<usize>, usize) {
 
 /// What a matrix is read from.
 struct Matrix {
+    name: String,
     extents: Vec<Extent>,
     place: Range<usize>,
     bytes: usize,
@@ -189,6 +205,10 @@ struct Matrix {
 impl Source<Arc<Slot>> for Matrix {
     fn bytes(&self) -> u64 {
         self.bytes as u64
+    }
+
+    fn name(&self) -> &str {
+        &self.name
     }
 
     fn load(&self, room: Room, stop: &AtomicBool) -> Result<Arc<Slot>> {

@@ -65,6 +65,7 @@ mod shared;
 mod sync;
 #[cfg(test)]
 mod tests;
+pub mod timeline;
 pub mod trace;
 mod workers;
 

@@ -53,7 +53,7 @@ mod _native {
     #[pymodule_export]
     use super::moe::{MoeMatrix, MoeStore, Visit};
     #[pymodule_export]
-    use super::replay::{Trace, policies};
+    use super::replay::{Timeline, Trace, policies};
     #[pymodule_export]
     use super::residency::{Lease, Residency};
     #[pymodule_export]

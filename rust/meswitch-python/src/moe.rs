@@ -30,10 +30,10 @@ impl MoeStore {
         Ok(Self { inner: RwLock::new(Some(Arc::new(store))), process: std::process::id() })
     }
 
-    /// Adds a matrix, of extents: each a file's position, a first byte, a number of bytes.
+    /// Adds a matrix, of extents: each a file's position, a first byte, a number of bytes. A trace calls it by `name`.
     #[allow(clippy::needless_pass_by_value)] // what Python hands over
-    fn add(&self, extents: Vec<(usize, u64, usize)>) -> PyResult<u64> {
-        self.get()?.add(&extents_of(&extents)).map(Unit::to_bits).map_err(to_python)
+    fn add(&self, name: &str, extents: Vec<(usize, u64, usize)>) -> PyResult<u64> {
+        self.get()?.add(name, &extents_of(&extents)).map(Unit::to_bits).map_err(to_python)
     }
 
     /// The memory that a matrix takes.
@@ -75,6 +75,18 @@ impl MoeStore {
             Err(error) => (unit.to_bits(), None, Some(to_python(error).into_value(py))),
         };
         Ok(arrived.into_iter().map(of).collect())
+    }
+
+    /// Writes a trace to a file from now on.
+    #[allow(clippy::needless_pass_by_value)] // what Python hands over
+    fn start_trace(&self, path: PathBuf) -> PyResult<()> {
+        self.get()?.start_trace(&path).map_err(to_python)
+    }
+
+    /// The error that has ended the trace, once.
+    fn take_trace_error(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
+        let error = self.get()?.take_trace_error();
+        Ok(error.map(|error| to_python(error).into_value(py).into_any()))
     }
 
     /// Whether each of some matrices is in memory now.

@@ -1,10 +1,12 @@
-//! Replays of traces.
+//! What traces say: replays, and who was in memory when.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use meswitch_core::residency::policy;
 use meswitch_core::residency::replay::{self, Report};
+use meswitch_core::residency::timeline;
+use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
 
 use crate::enter;
@@ -65,6 +67,37 @@ impl Trace {
     /// What would have been best under a budget, if the future were known.
     fn optimal(&self, py: Python<'_>, budget: u64) -> PyResult<Counts> {
         enter(py, || Ok(counts(&self.0.optimal(budget))))
+    }
+}
+
+/// Who was in memory when, as a trace says.
+#[pyclass(frozen)]
+pub struct Timeline(timeline::Timeline);
+
+#[pymethods]
+impl Timeline {
+    #[new]
+    #[allow(clippy::needless_pass_by_value)] // what Python hands over
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        enter(py, || timeline::Timeline::read(&path).map(Self))
+    }
+
+    /// The time of the last event.
+    #[getter]
+    fn seconds(&self) -> f64 {
+        self.0.seconds()
+    }
+
+    /// Of each unit its name, bytes, requests, and those that found it in memory.
+    fn units(&self) -> Vec<(String, u64, u64, u64)> {
+        let histories = self.0.histories().iter();
+        histories.map(|unit| (unit.name.clone(), unit.bytes, unit.requests, unit.hits)).collect()
+    }
+
+    /// The share of each of `bins` equal parts of the time for which a unit, by its position among all, was in memory.
+    fn residency(&self, unit: usize, bins: usize) -> PyResult<Vec<f64>> {
+        let history = self.0.histories().get(unit).ok_or_else(|| PyIndexError::new_err("no such unit"))?;
+        Ok(self.0.residency(history, bins))
     }
 }
 

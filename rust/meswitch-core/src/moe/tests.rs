@@ -83,7 +83,8 @@ struct Model<'a> {
 impl<'a> Model<'a> {
     fn new(files: &'a Files, budget: u64, matrices: Vec<Vec<Extent>>) -> Self {
         let store = files.store(budget);
-        let units = matrices.iter().map(|extents| store.add(extents).unwrap()).collect();
+        let units =
+            matrices.iter().enumerate().map(|(at, extents)| store.add(&at.to_string(), extents).unwrap()).collect();
         Self { files, store, matrices, units }
     }
 
@@ -274,7 +275,7 @@ fn a_file_that_is_cut_is_refused() {
 fn what_cannot_be_is_refused() {
     let files = Files::new();
     let store = files.store(100_000);
-    let refused = |extents: &[Extent]| store.add(extents).unwrap_err();
+    let refused = |extents: &[Extent]| store.add("matrix", extents).unwrap_err();
     assert!(matches!(refused(&[extent(0, FILE as u64, 1)]), Error::Checkpoint(_)));
     assert!(matches!(refused(&[extent(0, u64::MAX, 2)]), Error::Checkpoint(_)));
     assert!(matches!(refused(&[extent(2, 0, 2)]), Error::Argument(_)));

@@ -22,7 +22,8 @@ pub use writer::TraceWriter;
 /// The version of the form of traces that is written, and the only one that is read.
 pub const VERSION: u32 = 1;
 
-/// A line of a trace. `bytes` is the memory that an expert takes while it is resident, known before it is loaded.
+/// A line of a trace. `expert` is the name of a unit, whatever that is; `bytes` is the memory that it takes while it is
+/// resident, known before it is loaded.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 pub enum Event<'a> {
