@@ -142,9 +142,9 @@ def test_deltas_against_the_mean_packed(models: dict[str, Path], tmp_path: Path,
 
 
 def test_the_base_has_the_bits_with_which_deltas_lose_least(models: dict[str, Path], tmp_path: Path) -> None:
-    budget = total_bytes(models)
+    budget = 2 * total_bytes(models)
     report = share(models, tmp_path / "chosen", budget)
-    assert files_bytes(report) == report.bytes <= budget
+    assert report.bytes <= budget
 
     def error(report: SharingReport, folder: Path) -> float:
         """Of restored weights of matrices, relative to them, a weight a weight."""
@@ -158,10 +158,7 @@ def test_the_base_has_the_bits_with_which_deltas_lose_least(models: dict[str, Pa
 
     chosen = error(report, tmp_path / "chosen-whole")
     for bits in BASE_BITS:
-        try:
-            forced = share(models, tmp_path / f"{bits}", budget, base_bits=bits)
-        except BudgetError:
-            continue
+        forced = share(models, tmp_path / f"{bits}", budget, base_bits=bits)
         assert forced.bytes <= budget and chosen <= 1.05 * error(forced, tmp_path / f"{bits}-whole")
 
 
@@ -254,7 +251,7 @@ def test_what_cannot_be_shared_is_refused(models: dict[str, Path], tmp_path: Pat
         share(models, tmp_path / "out", PLENTY, plan="owners", base=models["a"])
     with pytest.raises(ValueError, match="no base for plan medoids, found base bits 4"):
         share(models, tmp_path / "out", PLENTY, plan="medoids", base_bits=4)
-    with pytest.raises(ValueError, match="expected base bits of 16, 8, 4, found 5"):
+    with pytest.raises(ValueError, match="expected base bits of 16, 8, 4, 3, 2, found 5"):
         share(models, tmp_path / "out", PLENTY, base_bits=5)
     quantize(models["a"], tmp_path / "quantized")
     with pytest.raises(UnsupportedModelError, match="the quantized model b"):

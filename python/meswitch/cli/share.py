@@ -67,7 +67,7 @@ def share(
     base_bits: Annotated[
         str,
         typer.Option(
-            metavar="16|8|4|auto",
+            metavar="16|8|4|3|2|auto",
             help="Bits at which plan deltas keeps the base; auto: of those that fit, where the deltas lose least.",
         ),
     ] = "auto",
@@ -83,7 +83,7 @@ def share(
       meswitch generate shared/base --experts shared/experts --expert math "What is 17 * 23?"
     """
     check_choice("--plan", plan, ["deltas", "owners", "medoids"])
-    check_choice("--base-bits", base_bits, ["16", "8", "4", "auto"])
+    check_choice("--base-bits", base_bits, ["16", "8", "4", "3", "2", "auto"])
     if plan != "deltas" and (base is not None or base_bits != "auto"):
         raise typer.BadParameter(f"expected plan deltas, found {plan}", param_hint="--base, --base-bits")
     with show_imports():

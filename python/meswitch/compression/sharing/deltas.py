@@ -30,8 +30,7 @@ from meswitch.target import new_folder
 WHOLE = 16
 """The bits of a base that is kept as its files have it."""
 
-BASE_BITS = (WHOLE, 8, 4)
-"""What is tried: with fewer, deltas lose more in the bytes that are won, down to the smallest budgets."""
+BASE_BITS = (WHOLE, 8, 4, 3, 2)
 
 _NO_LIMIT = 10**15  # bytes
 
