@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from meswitch.compression.lora import import_adapter
     from meswitch.compression.options import CompressOptions
     from meswitch.compression.sensitivity import measure_sensitivity
-    from meswitch.compression.sharing import share
+    from meswitch.compression.sharing.job import share
     from meswitch.delta.directory import Delta
     from meswitch.delta.restoration import restore
     from meswitch.engine.engine import Engine
@@ -79,7 +79,7 @@ _HOMES = {
     "measure_sensitivity": "compression.sensitivity",
     "quantize": "compression.job",
     "restore": "delta.restoration",
-    "share": "compression.sharing",
+    "share": "compression.sharing.job",
     "train_router": "router.routers",
 }
 

@@ -72,7 +72,11 @@ class OutputError(MeswitchError):
 
 
 class BudgetError(MeswitchError):
-    """Something that cannot fit the bytes it was given."""
+    """Something that cannot fit the bytes it was given. `least`: the bytes that would do, where they are known."""
+
+    def __init__(self, message: str, *, hint: str | None = None, least: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.least = least
 
 
 class ExpertNotFoundError(MeswitchError, KeyError):

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meswitch.cli.arguments import Json
-from meswitch.cli.choices import check_choice, named_files
+from meswitch.cli.choices import check_choice, named_files, usage_errors
 from meswitch.sizes import parse_bytes
 from meswitch.terminal.progress import show_imports, show_progress
 from meswitch.terminal.tables import format_number, format_size, make_table, print_json, stdout_console
 
 if TYPE_CHECKING:
     from meswitch.compression.evaluation import Evaluation
-    from meswitch.compression.sharing import SharingReport
+    from meswitch.compression.sharing.job import SharingReport
 
 Models = Annotated[
     list[str],
@@ -51,18 +51,26 @@ def share(
         str,
         typer.Option(
             metavar="deltas|owners|medoids",
-            help="deltas: one model whole, the others as deltas. owners: the MoE experts that are most alike are those"
-            " of one model for all, in turn. medoids: those of the nearest model.",
+            help="deltas: a base in few bits, every model as a delta. owners: the MoE experts that are most alike are"
+            " those of one model for all, in turn. medoids: those of the nearest model.",
         ),
     ] = "deltas",
     base: Annotated[
         str | None,
         typer.Option(
             metavar="BASE",
-            help="What plan deltas adds deltas to, also a quantized model (default: the most central of the models).",
+            help="What plan deltas adds deltas to, also a quantized model (default: the most central of the models, or"
+            " their mean where it is packed).",
             show_default=False,
         ),
     ] = None,
+    base_bits: Annotated[
+        str,
+        typer.Option(
+            metavar="16|8|4|3|2|auto",
+            help="Bits at which plan deltas keeps the base; auto: of those that fit, where the deltas lose least.",
+        ),
+    ] = "auto",
     calibrate: Texts = None,
     quality: Heldout = None,
     as_json: Json = False,
@@ -71,10 +79,13 @@ def share(
 
     \b
       meswitch moe share math/ code/ chat/ -o shared/ --budget 60GiB
-      meswitch moe share math/ code/ -o shared/ --base base-4bit/ --budget 30GiB --calibrate math=prompts.jsonl
+      meswitch moe share math/ code/ -o shared/ --base-bits 4 --budget 30GiB --calibrate math=prompts.jsonl
       meswitch generate shared/base --experts shared/experts --expert math "What is 17 * 23?"
     """
     check_choice("--plan", plan, ["deltas", "owners", "medoids"])
+    check_choice("--base-bits", base_bits, ["16", "8", "4", "3", "2", "auto"])
+    if plan != "deltas" and (base is not None or base_bits != "auto"):
+        raise typer.BadParameter(f"expected plan deltas, found {plan}", param_hint="--base, --base-bits")
     with show_imports():
         size = parse_bytes(budget, "--budget")
         folders = dict(_named_model(model) for model in models)
@@ -82,18 +93,25 @@ def share(
     assert size is not None
     if len(folders) < max(2, len(models)):
         raise typer.BadParameter("expected two models or more, each of another name", param_hint="MODEL")
-    with show_progress(first="reading") as progress:
-        from meswitch.compression import sharing
-        from meswitch.compression.calibration import calibrate as run_calibration
+    calibrations, sensitivities = {}, {}
+    with show_progress(first="reading") as progress, usage_errors():
+        from meswitch.compression import calibration, sensitivity
+        from meswitch.compression.sharing import job
 
-        calibrations = {name: run_calibration(folders[name], file, progress=progress) for name, file in texts.items()}
-        report = sharing.share(
+        for name, file in texts.items():
+            found = calibration.calibrate(folders[name], file, progress=progress)
+            calibrations[name] = found
+            if plan == "deltas":
+                sensitivities[name] = sensitivity.measure_sensitivity(folders[name], file, found, progress=progress)
+        report = job.share(
             folders,
             out,
             size,
             plan=plan,  # type: ignore[arg-type]
             base=base,
+            base_bits=None if base_bits == "auto" else int(base_bits),
             calibrations=calibrations,
+            sensitivities=sensitivities,
             progress=progress,
         )
     evaluations = {name: _evaluate(report, name, folders[name], file) for name, file in heldout.items()}
@@ -116,6 +134,8 @@ def _evaluate(report: SharingReport, name: str, model: str, data: Path) -> Evalu
 
 
 def _print(report: SharingReport, evaluations: dict[str, Evaluation]) -> None:
+    if report.base_bits is not None:
+        typer.echo(f"base in {report.base_bits} bits")
     if report.plan != "deltas":
         typer.echo(f"{report.shared} of {report.moe_experts} MoE experts are one model's for all")
     if report.identical:

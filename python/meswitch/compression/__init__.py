@@ -10,6 +10,7 @@
     evaluation      `evaluate`: NLL, KL, recovered share                   likelihood sums of NLL and KL
     lora, adapter   `import_adapter`: a LoRA of peft as a delta
     distillation/   `distill`: the scales trained against the fine-tune
+    sharing/        `share`: several fine-tunes of one MoE model within a budget
 
 How each site is stored is decided here; quantizing, hashing and writing are native.
 

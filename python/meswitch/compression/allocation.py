@@ -93,6 +93,7 @@ def allocate(
         raise BudgetError(
             f"expected a target of at least {smallest.bytes:,} bytes, found {target:,}",
             hint="that is every matrix in its smallest form; vectors are stored whole",
+            least=smallest.bytes,
         )
     first = _fit(target, hulls, smallest.uncounted, allocation)
     second = _fit(target, hulls, first.uncounted, allocation)  # with a better estimate of uncounted bytes

@@ -138,6 +138,20 @@ def quantize(
     return _run("base", source.zeros(), source, target, options, calibration, sensitivity, progress)
 
 
+def choose_forms(
+    base: Checkpoint,
+    finetune: Checkpoint,
+    options: CompressOptions,
+    calibration: Calibration | None = None,
+    sensitivity: dict[str, Tensor] | None = None,
+    progress: ProgressCallback | None = None,
+) -> Allocation:
+    """What `compress` would choose with these arguments, of which the options have a target: nothing is written."""
+    with tempfile.TemporaryDirectory() as scratch:
+        job = _Job("delta", base, finetune, options, calibration, Path(scratch), None)
+        return job.choose(sensitivity or {}, progress)
+
+
 def compress_otherwise(
     base: Checkpoint,
     finetune: Checkpoint,
@@ -250,19 +264,21 @@ class _Job:
     ) -> tuple[int, Allocation | None]:
         """Writes the delta. Returns the weights that an earlier run had done, and the choice of method `auto`."""
         phase = "quantizing" if self._kind == "base" else "compressing"
-        sensitivity = self._under_base_names(sensitivity)
-        made = make_plans(self._base, self._finetune, self._options.rules, self._calibration)
-        plans = [self._change(plan) for plan in made]
+        plans = self._plans()
         if not self._options.chooses_per_site:
             meter = ProgressMeter(progress, phase, self._parameters)
             return self._write(out, plans, self._factors(plans), meter, 0), None
         meter = ProgressMeter(progress, phase, 2 * self._parameters)
-        candidates = list(make_plans(self._base, self._finetune, PRESETS["default"], None))
-        factor = self._factors(candidates)
-        costs = self._costs(sensitivity, compensated=factor is not None)
-        allocation = self._allocate(plans, candidates, costs, meter)
-        self.settings["chosen"] = allocation.summary()
+        allocation, factor = self._allocate(plans, sensitivity, meter)
         return self._write(out, allocation.plans, factor, meter, self._parameters), allocation
+
+    def choose(self, sensitivity: dict[str, Tensor], progress: ProgressCallback | None) -> Allocation:
+        """The choice of method `auto` alone."""
+        return self._allocate(self._plans(), sensitivity, ProgressMeter(progress, "choosing", self._parameters))[0]
+
+    def _plans(self) -> list[Plan]:
+        made = make_plans(self._base, self._finetune, self._options.rules, self._calibration)
+        return [self._change(plan) for plan in made]
 
     def _write(
         self,
@@ -321,16 +337,18 @@ class _Job:
         return lambda site: hessians.factor(site) if site in compensated else None
 
     def _costs(self, sensitivity: dict[str, Tensor], *, compensated: bool) -> ErrorCosts:
-        calibration = self._calibration
+        calibration, sensitivity = self._calibration, self._under_base_names(sensitivity)
         if calibration is None:
-            return ErrorCosts()
+            return ErrorCosts(sensitivity=sensitivity)
         token_frequencies = frequencies(calibration.token_counts)
         return ErrorCosts(calibration.second_moments, sensitivity, token_frequencies, compensated)
 
     def _allocate(
-        self, plans: list[Plan], candidates: list[Plan], costs: ErrorCosts, meter: ProgressMeter
-    ) -> Allocation:
-        """A form for every matrix of `candidates` within the target; without one, within the bytes of `plans`."""
+        self, plans: list[Plan], sensitivity: dict[str, Tensor], meter: ProgressMeter
+    ) -> tuple[Allocation, Callable[[str], bytes | None] | None]:
+        """A form for every matrix within the target, or without one within the bytes of `plans`; and `_factors`."""
+        candidates = list(make_plans(self._base, self._finetune, PRESETS["default"], None))
+        factor = self._factors(candidates)
         bpw, target, budget = self._options.bpw, self._options.target_bytes, self._options.budget_bytes
         target = math.floor(bpw * self._parameters / 8) if bpw is not None else target
         # Of a budget for the whole directory, the small files take their part.
@@ -348,14 +366,16 @@ class _Job:
 
         if target is None:
             target = self.settings["target_bytes"] = weigh(plans, [])
-        return allocate(
+        allocation = allocate(
             self._base,
             self._finetune,
             candidates,
             shared,
-            costs,
+            self._costs(sensitivity, compensated=factor is not None),
             target,
             lambda allocation: weigh(allocation.plans, allocation.summary()),
             lambda site, done, _: meter.update(done, site),
             whole_model=self._kind == "base",
         )
+        self.settings["chosen"] = allocation.summary()
+        return allocation, factor
