@@ -171,10 +171,9 @@ fn those_in_memory_come_first() {
     model.visit(&[&[1, 4], &[6]]);
     let visit = model.begin(&[&[0, 1, 2], &[4, 5]]);
     assert_eq!(visit.hits(), 2);
-    drop(visit);
-    let order = model.visit(&[&[0, 1, 2, 3, 4]]);
-    assert_eq!(order.iter().filter(|number| **number == 1 || **number == 4).count(), 2);
-    assert_eq!((order[0], model.store.has(model.units[1])), (1, true));
+    drop(visit); // some of 0, 2 and 5 may be read by now
+    assert_eq!(model.visit(&[&[3, 1, 4]]), [1, 4, 3]);
+    assert!(model.store.has(model.units[1]));
 }
 
 #[test]
