@@ -15,8 +15,9 @@ Ways:
 
 *Found*: of matrices that were needed, those in memory; of choices, those that no copy answered, or that a gate made as
 it would with all in memory. *Memory*: anonymous memory of a process that serves one request, with a KV cache of 64 MiB.
+Each engine has a process of its own.
 *Loss*: with a text, per cent of the whole model's NLL over windows of 128 tokens, which are asked for one after the
-other, so that what is in memory follows them; the last two thirds count. Engines take turns and medians of rounds
+other, so that what is in memory follows them; the last two thirds count. Ways take turns and medians of rounds
 count. With `--cold` the page cache forgets the files before each round, as if they were larger than it.
 """
 
@@ -27,12 +28,15 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from engine import PROMPT, ask, plain, seconds
@@ -54,14 +58,7 @@ from meswitch.moe.trunk import load_trunk
 OTHER = [token + 1000 for token in PROMPT]  # which needs other MoE experts
 WAYS = ("exact", "fallback", "virtual", "virtual packed", "mixed")
 WINDOW, WINDOWS = 128, 60
-
-MEMORY = """
-import json, sys
-from meswitch.engine.engine import Engine
-with Engine(sys.argv[1], kv_budget="64MiB", **json.loads(sys.argv[2])) as engine:
-    engine.generate([json.loads(sys.argv[3])], max_new_tokens=16)
-    print(open("/proc/self/status").read())
-"""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,14 +110,6 @@ def ways_of(base: Path, folder: Path, whole: int, shares: list[int], asked: list
                 own["moe_copies"] = str(quantized(base, folder / "2bit", CompressOptions(bits=2)))
             found[name] = Way(base, own)
     return found
-
-
-def memory(way: Way, prompt: list[int]) -> int:
-    command = [sys.executable, "-c", MEMORY, str(way.folder), json.dumps(way.settings), json.dumps(prompt)]
-    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    found = re.search(r"RssAnon:\s+(\d+)", said)
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def forget(folder: Path) -> None:
@@ -182,32 +171,55 @@ def read_windows(base: Path, text: Path) -> list[torch.Tensor]:
     return [ids for ids in windows if len(ids) == WINDOW]
 
 
+def apart(function: Callable[..., T], *arguments: Any) -> T:
+    """Calls a function in a process of its own: several engines share the threads of OpenMP, and are slower."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def plain_decode(base: Path, tokens: int, *, disk: bool) -> dict[str, float]:
+    model = on_disk(base) if disk else AutoModelForCausalLM.from_pretrained(base)
+    return {"seconds": plain_seconds(model, tokens), "memory": anonymous_memory()}
+
+
+def decode(way: Way, tokens: int) -> dict[str, float]:
+    with Engine(way.folder, kv_budget="64MiB", **way.settings) as engine:
+        ask(engine, OTHER, ["base"], tokens)  # what is then in memory is what a stream finds
+        before = engine.stats()["moe"]
+        measured = {"seconds": token_seconds(engine, ["base"], tokens), "memory": anonymous_memory()}
+        if before is not None:
+            measured["found"] = found_share(before, engine.stats()["moe"])
+        return measured
+
+
+def anonymous_memory() -> int:
+    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
 def measure(ways: dict[str, Way], tokens: int, rounds: int, *, cold: bool, random: bool) -> dict[str, Any]:
+    """Medians of rounds, in which all ways take turns."""
     base = ways["all in memory"].folder
-    spent: dict[str, list[float]] = {}
-    found = {}
+    measured: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
-        model = AutoModelForCausalLM.from_pretrained(base)
-        spent.setdefault("transformers", []).append(plain_seconds(model, tokens))
-        del model
-        if random and find_spec("accelerate") is not None:
-            spent.setdefault("accelerate, disk", []).append(plain_seconds(on_disk(base), tokens))
+        for name, disk in [("transformers", False), ("accelerate, disk", True)]:
+            if not disk or (random and find_spec("accelerate") is not None):
+                measured.setdefault(name, []).append(apart(partial(plain_decode, disk=disk), base, tokens))
         for name, way in ways.items():
             if cold:
                 forget(way.folder)
-            with Engine(way.folder, **way.settings) as engine:
-                ask(engine, OTHER, ["base"], tokens)  # what is then in memory is what a stream finds
-                before = engine.stats()["moe"]
-                spent.setdefault(name, []).append(token_seconds(engine, ["base"], tokens))
-                after = engine.stats()["moe"]
-                if after is not None:
-                    found[name] = round(found_share(before, after), 3)
-    rate = {name: 1 / statistics.median(some) for name, some in spent.items()}
+            measured.setdefault(name, []).append(apart(decode, way, tokens))
+    medians = {
+        name: {what: statistics.median(one[what] for one in some) for what in some[0]}
+        for name, some in measured.items()
+    }
+    stock = medians["transformers"]["seconds"]
     return {
-        "decode": {name: round(value, 2) for name, value in rate.items()},
-        "decode / transformers": {name: round(value / rate["transformers"], 3) for name, value in rate.items()},
-        "found": found,
-        "memory": {name: memory(way, list(range(100, 116))) for name, way in ways.items()},
+        "decode": {name: round(1 / own["seconds"], 2) for name, own in medians.items()},
+        "decode / transformers": {name: round(stock / own["seconds"], 3) for name, own in medians.items()},
+        "found": {name: round(own["found"], 3) for name, own in medians.items() if "found" in own},
+        "memory": {name: int(own["memory"]) for name, own in medians.items()},
     }
 
 
@@ -230,7 +242,7 @@ def main() -> None:
     found = measure(ways, given.tokens, given.rounds, cold=given.cold, random=given.model is None)
     if given.text:
         windows = read_windows(base, given.text)
-        losses = {name: quality(way, windows) for name, way in ways.items()}
+        losses = {name: apart(quality, way, windows) for name, way in ways.items()}
         full = losses["all in memory"]
         found["loss"] = {name: round(100 * (value / full - 1), 3) for name, value in losses.items()}
     print(json.dumps({"cold": given.cold, "moe_expert_bytes": whole} | found))

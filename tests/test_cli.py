@@ -147,6 +147,7 @@ def test_version() -> None:
         ["generate", "base", "hi", "--temperature", "-1"],
         ["generate", "base", "hi", "--kernels", "abacus"],
         ["generate", "base", "hi", "--host-budget", "much"],
+        ["generate", "base", "hi", "--device-budget", "much"],
         ["generate", "base", "hi", "--moe-budget", "much"],
         ["generate", "base", "hi", "--moe-mode", "all"],
         ["generate", "base", "hi", "--moe-fetched", "0"],
@@ -392,7 +393,7 @@ def test_several_prompts_name_their_expert(stub: type[Stub]) -> None:
 def test_generate_passes_settings_on(stub: type[Stub], kernels: str) -> None:
     asked = ["generate", "base", "hi", "--kernels", kernels, "--host-budget", "2KiB", "--moe-budget", "3KiB"]
     usual = {"moe_mode": "exact", "moe_copies": None, "moe_fetched": 1, "moe_profile": None, "moe_swap_rate": None}
-    usual["moe_trace"] = None
+    usual |= {"moe_trace": None, "device": "cpu", "device_budget": None}
     usual |= {"kernels": kernels, "host_budget": 2048, "moe_budget": 3072, "allow_quantized_base": False}
     virtual = ["--moe-mode", "virtual", "--moe-profile", "p.json", "--moe-swap-rate"]
     asks = {"moe_mode": "virtual", "moe_profile": Path("p.json")}
@@ -402,6 +403,7 @@ def test_generate_passes_settings_on(stub: type[Stub], kernels: str) -> None:
         (["--allow-quantized-base"], {"allow_quantized_base": True}),
         ([*virtual, "1MiB"], {**asks, "moe_swap_rate": 2**20}),
         ([*virtual, "0"], {**asks, "moe_swap_rate": 0}),
+        (["--device", "cuda:1", "--device-budget", "1KiB"], {"device": "cuda:1", "device_budget": 1024}),
         (["--moe-trace", "t.jsonl"], {"moe_trace": Path("t.jsonl")}),
         (fallback, {"moe_mode": "fallback", "moe_copies": Path("copies"), "moe_fetched": 2}),
     ):

@@ -56,6 +56,17 @@ Stop = Annotated[
         help="Stop at this text; may be given several times (default: at the expert's own end).", show_default=False
     ),
 ]
+DeviceName = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="Where the model runs: cpu, cuda, cuda:1 or another of torch.")
+]
+DeviceBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="With another --device than cpu: its memory that experts may take (default: what --host-budget allows).",
+        show_default=False,
+    ),
+]
 KernelsName = Annotated[
     str,
     typer.Option(
@@ -144,8 +155,10 @@ def generate(
     temperature: Temperature = None,
     seed: Seed = None,
     stop: Stop = None,
+    device: DeviceName = "cpu",
     kernels: KernelsName = "auto",
     host_budget: HostBudget = None,
+    device_budget: DeviceBudget = None,
     moe_budget: MoeBudget = None,
     moe_mode: MoeMode = "exact",
     moe_copies: MoeCopies = None,
@@ -181,6 +194,7 @@ def generate(
     check_choice("--moe-mode", moe_mode, MODES)
     with usage_errors():
         budget = parse_bytes(host_budget, "--host-budget")
+        on_device = parse_bytes(device_budget, "--device-budget")
         for_moe_experts = parse_bytes(moe_budget, "--moe-budget")
         swap_rate = parse_rate(moe_swap_rate, "--moe-swap-rate")
     optional = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": stop or None}
@@ -190,8 +204,10 @@ def generate(
             base,
             experts=experts,
             router=router,
+            device=device,
             kernels=kernels,
             host_budget=budget,
+            device_budget=on_device,
             moe_budget=for_moe_experts,
             moe_mode=moe_mode,
             moe_copies=moe_copies,

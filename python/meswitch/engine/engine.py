@@ -32,30 +32,50 @@ from meswitch.sizes import parse_bytes
 class Engine:
     """Serves a base and its experts from one thread.
 
-    `base`: a folder or hub id, or a model that `quantize` made, whose matrices stay packed. `experts`: a folder of
-    delta directories (one sub-folder an expert; a broken one is listed with its error and takes no other down), a delta
-    directory or a list of them, or `{name: directory}`. With `watch` a folder of them is looked at every second: what
-    appears there is served, and what is replaced or removed there is here too, while requests in flight finish on what
-    they began with. `router`: a folder or an object with `route`, for `expert="auto"`. `device`: torch's name of one;
-    `kernels`: `"auto"`, `"cpu"` or `"cuda"` (native), or `"torch"` (any device, slow). `exact` asks for the reference's
-    arithmetic, the same for a request whatever else is in the batch; several times slower. Budgets are bytes, or text
-    such as `"8GiB"`: `host_budget` over the resident deltas (no bound without), `kv_budget` over the KV cache with its
-    masks and indices (without: what four full contexts need, 1 GiB at most); `device_budget` is refused, since deltas
-    lie in the host's memory. `max_batch_tokens`: the tokens of one step; longer prompts are split. `max_waiting`: how
-    many requests may wait for a place in the batch before further ones are refused (no bound without). `max_experts`:
-    the most experts whose requests run at a time (no bound without). `eviction`: which idle expert leaves first when
-    another needs its room, `"lru"` or `"lrfu"`. `trace`: a file to write to what is asked for, loaded and evicted, for
-    `meswitch replay`. `allow_quantized_base`: whether deltas may be put on a quantized form of the base that they were
-    made against; refused without. `moe_budget`: memory for the MoE experts of a model whose MoE experts need not fit it
-    (CPU only): they stay in the checkpoint's files, which must not be written to, and are read when a gate chooses
-    them. Deltas may change everything else. `moe_mode`: `"exact"`, answers are those of the whole model bit for bit at
-    any budget; `"fallback"`, with `moe_copies`, a model that `quantize` made of this one: low-bit copies of its MoE
-    experts are in memory too, beside the budget, and answer for what is not, except for the `moe_fetched` choices of
-    a token that weigh most; or `"virtual"` (SwapMoE, arXiv 2308.15030): gates choose among those that are in memory,
-    and which these are follows what is asked, by reads in the background of at most `moe_swap_rate` bytes a second
-    (64 MiB; 0: they stay as they are); with `moe_copies` they are that model's, packed. `moe_profile`, a file of
-    `meswitch moe profile`, says which come first, and how many each layer has. `moe_trace`: in the other modes, a file
-    like that of `trace` about the matrices of MoE experts, for `meswitch moe timeline` and `meswitch replay`.
+    Budgets are bytes, or text such as `"8GiB"`.
+
+    What is served:
+
+    * `base`: a folder or hub id, or a model that `quantize` made, whose matrices stay packed. `dtype`: torch's name of
+      one, without: the checkpoint's own.
+    * `experts`: a folder of delta directories (one sub-folder an expert; a broken one is listed with its error and
+      takes no other down), a delta directory or a list of them, or `{name: directory}`. With `watch` a folder of them
+      is looked at every second: what appears there is served, and what is replaced or removed there is here too, while
+      requests in flight finish on what they began with.
+    * `router`: a folder or an object with `route`, for `expert="auto"`.
+    * `allow_quantized_base`: whether deltas may be put on a quantized form of the base that they were made against;
+      refused without.
+
+    Where and how it runs:
+
+    * `device`: torch's name of one. `kernels`: `"auto"`, `"cpu"` or `"cuda"` (native), or `"torch"` (any device, slow).
+    * `exact` asks for the reference's arithmetic, the same for a request whatever else is in the batch; several times
+      slower.
+    * `max_batch_tokens`: the tokens of one step; longer prompts are split. `max_waiting`: how many requests may wait
+      for a place in the batch before further ones are refused (no bound without). `max_experts`: the most experts whose
+      requests run at a time (no bound without).
+
+    Memory:
+
+    * `host_budget` over the deltas in host memory (no bound without), and `device_budget` over those on a device (no
+      bound of its own without: what leaves host memory leaves the device). `eviction`: which idle expert leaves first
+      when another needs its room, `"lru"` or `"lrfu"`. `trace`: a file to write to what is asked for, loaded and
+      evicted, for `meswitch replay`.
+    * `kv_budget` over the KV cache with its masks and indices (without: what four full contexts need, 1 GiB at most).
+
+    A mixture of experts whose MoE experts need not fit in memory (CPU only); deltas may change everything else:
+
+    * `moe_budget`: memory for MoE experts. They stay in the checkpoint's files, which must not be written to, and are
+      read when a gate chooses them.
+    * `moe_mode`: with `"exact"`, answers are those of the whole model bit for bit at any budget. With `"fallback"`,
+      low-bit copies of all MoE experts are in memory too, beside the budget, and answer for what is not, except for the
+      `moe_fetched` choices of a token that weigh most; they are those of `moe_copies`, a model that `quantize` made of
+      this one. With `"virtual"` (SwapMoE, arXiv 2308.15030) gates choose among those that are in memory, and which
+      these are follows what is asked, by reads in the background of at most `moe_swap_rate` bytes a second (64 MiB; 0:
+      they stay as they are); with `moe_copies` they are that model's, packed. `moe_profile`, a file of `meswitch moe
+      profile`, says which come first, and how many each layer has.
+    * `moe_trace`: in the first two modes, a file like that of `trace` about the matrices of MoE experts, for `meswitch
+      moe timeline` and `meswitch replay`.
 
     A context manager. May be used from any thread; a forked process needs an engine of its own. Raises
     `UnsupportedModelError`, `BudgetError`, `RequestError`, `BackendError`, `CudaUnavailableError`, and what is wrong
@@ -96,9 +116,9 @@ class Engine:
         moe_swap_rate: int | str | None = None,
         moe_trace: str | Path | None = None,
     ) -> None:
-        if device_budget is not None:
+        if device_budget is not None and usable_device(device).type == "cpu":
             raise RequestError(
-                f"device_budget: expected none, since deltas lie in the host's memory, found {device_budget!r}",
+                f"device_budget: expected none with device='cpu', found {device_budget!r}",
                 hint="host_budget bounds the resident deltas",
             )
         if watch and not is_folder_of_experts(experts):
@@ -110,6 +130,7 @@ class Engine:
             kernels=kernels,
             device=usable_device(device),
             host_budget=parse_bytes(host_budget, "host_budget"),
+            device_budget=parse_bytes(device_budget, "device_budget"),
             kv_budget=parse_bytes(kv_budget, "kv_budget"),
             max_batch_tokens=check_whole_number("max_batch_tokens", max_batch_tokens, least=1),
             max_waiting=None if max_waiting is None else check_whole_number("max_waiting", max_waiting, least=1),
@@ -202,12 +223,13 @@ class Engine:
         """A snapshot, which waits for nobody: sizes in bytes, and counts since the start.
 
         `requests`: `running` are in the batch, `waiting` are not yet; every other that was accepted is `finished`,
-        `failed` or `cancelled`. `steps`, `step_tokens`, `kv` (`bytes`, and `tokens` that one request can have).
-        `host`: `budget`, `bytes` (spoken for by experts that are loading, in memory or not given back yet),
-        `pinned_bytes` (in use), `hits`, `misses`, `loads`, `failed_loads`, `stopped_loads`, `evictions`,
-        `loaded_bytes`. `moe`: `None` without `moe_budget`; else `budget`, `bytes` (of MoE experts in memory or being
-        read), `allocated_bytes` (free slots included, never above the budget), `hits` and `misses` (each matrix of a
-        MoE expert that a layer needs in a step counts once), the same for each of `layers`, `loads`, `failed_loads`,
+        `failed` or `cancelled`. `steps`, `step_tokens`, `kv` (`bytes`, and `tokens` that one request can have). `host`:
+        `budget`, `bytes` (spoken for by experts that are loading, in memory or not given back yet), `pinned_bytes` (in
+        use), `hits`, `misses`, `loads`, `failed_loads`, `stopped_loads`, `evictions`, `loaded_bytes`. `device`: the
+        same of `device_budget`, `None` without; then requests that a device did not have are those that `host` counts.
+        `moe`: `None` without `moe_budget`; else `budget`, `bytes` (of MoE experts in memory or being read),
+        `allocated_bytes` (free slots included, never above the budget), `hits` and `misses` (each matrix of a MoE
+        expert that a layer needs in a step counts once), the same for each of `layers`, `loads`, `failed_loads`,
         `evictions`, `loaded_bytes`; in mode `"fallback"` also `choices` of MoE experts by tokens, and `copied`, those
         that a copy answered; in mode `"virtual"`, where nothing is missed or evicted, `choices`, `redirected` (those
         that gates would have made of MoE experts that were not in memory), `swaps` and `swapped_bytes`. `answered`:
@@ -217,6 +239,7 @@ class Engine:
         return {
             **worker.counters(),
             "host": worker.pool.residency.counters(),
+            "device": worker.pool.residency.device_counters(),
             "answered": worker.counts.describe(),
             "experts": self.experts,
         }

@@ -41,6 +41,7 @@ class Settings:
     kernels: str
     device: torch.device
     host_budget: int | None
+    device_budget: int | None
     kv_budget: int | None
     max_batch_tokens: int
     max_waiting: int | None

@@ -163,6 +163,7 @@ class Worker(threading.Thread):
             loaded.base,
             self.settings_reader,
             budget=settings.host_budget,
+            device_budget=settings.device_budget,
             policy=settings.eviction,
             allow_quantized_base=settings.allow_quantized_base,
             closed=lambda salt: self.inbox.post(lambda: self.scheduler.forget(salt)),

@@ -6,6 +6,7 @@
     tokenizers  tokenizers, shared by content and by threads
     pool        names to opened deltas, and who uses them
     residency   what the native residency has loaded, in the layers; slots
+    device      the same where the layers are on a device: a second residency over the first
     failure     why an expert cannot be served, and when it is tried again
     counts      what the requests for an expert have come to
     watch       a folder of experts that is followed

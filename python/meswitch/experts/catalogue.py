@@ -43,7 +43,8 @@ class Expert:
     It is opened (`delta`, `settings`; `nbytes`: the memory that it takes while resident, `bpw`: the delta's) or broken
     (`failure`); `files` is the stamp of its directory from before it was opened. `tied`: whether its lm_head is its
     embeddings. `vocabulary` and `outputs`: token ids that it reads, and those it can answer with. `salt` keeps its
-    prefix-cache pages apart from other experts' and earlier generations'. `unit`: its number in the native residency.
+    prefix-cache pages apart from other experts' and earlier generations'. `unit`: its number in the native residency
+    of what is in the layers, `host_unit`: in that of the host's memory, where it is another.
     `slot`: its adapter slot while resident. `uses` counts requests that have acquired it, `leases` keep it in memory,
     one for each request that runs on it. `pinned`: it is not evicted once it is resident, by `kept`. `counts` go on
     when the expert is replaced.
@@ -62,6 +63,7 @@ class Expert:
     outputs: int = 0
     salt: int = 0
     unit: int | None = None
+    host_unit: int | None = None
     slot: int | None = None
     uses: int = 0
     leases: list[Any] = field(default_factory=list)

@@ -26,6 +26,7 @@ from meswitch.errors import (
 )
 from meswitch.expert_name import check_name
 from meswitch.experts.catalogue import Expert, check_folder, expert_folders, is_folder_of_experts
+from meswitch.experts.device import DeviceResidency
 from meswitch.experts.failure import Failure, stamp
 from meswitch.experts.residency import Residency
 from meswitch.experts.settings import SettingsReader
@@ -49,6 +50,7 @@ class ExpertPool:
         settings: SettingsReader | None = None,
         *,
         budget: int | None = None,
+        device_budget: int | None = None,
         policy: str = "lru",
         allow_quantized_base: bool = False,
         open_delta: Callable[[Path], Any] | None = None,
@@ -58,7 +60,10 @@ class ExpertPool:
         self._layers: ExpertLayers | None = layers
         self.base, self._settings, self._allow_quantized = base, settings, allow_quantized_base
         self.open_delta = open_delta or (lambda path: Delta.open(path))
-        self.residency = Residency(layers, budget, notify, policy=policy)
+        if device_budget is None:
+            self.residency = Residency(layers, budget, notify, policy=policy)
+        else:
+            self.residency = DeviceResidency(layers, budget, device_budget, notify, policy=policy)
         self.catalogue: dict[str, Expert] = {}
         self._retired: set[Expert] = set()  # replaced or removed, and still in use
         self._closed = closed
@@ -136,21 +141,11 @@ class ExpertPool:
             outline = list(expert.outline)
             layers.check(outline, tied=tied)
             expert.vocabulary, expert.outputs = layers.vocabulary_of(outline, tied=tied)
-            self._enter(expert)
+            self.residency.enter(expert)
         except BaseException:
             delta.close()
             raise
         return expert
-
-    def _enter(self, expert: Expert) -> None:
-        try:
-            self.residency.enter(expert)
-        except BudgetError as error:
-            budget = self.residency.counters()["budget"]
-            raise BudgetError(
-                f"expert {expert.name!r} needs {expert.nbytes} bytes, host_budget is {budget} bytes",
-                hint="raise host_budget, or compress with fewer bits",
-            ) from error
 
     def fail(self, expert: Expert, error: BaseException) -> None:
         """Takes no more requests for an expert until its files have changed, or some time has passed."""
@@ -278,11 +273,11 @@ class ExpertPool:
 
     def _check_pinned_room(self, expert: Expert) -> None:
         others = sum(other.nbytes for other in self.catalogue.values() if other.pinned and other is not expert)
-        budget = self.residency.counters()["budget"]
+        budget, name = self.residency.budget, self.residency.budget_name
         if budget is not None and others + expert.nbytes > budget:
             raise BudgetError(
-                f"pinned experts would need {others + expert.nbytes} bytes, host_budget is {budget} bytes",
-                hint="raise host_budget, or unpin others",
+                f"pinned experts would need {others + expert.nbytes} bytes, {name} is {budget} bytes",
+                hint=f"raise {name}, or unpin others",
             )
 
     def unpin(self, name: str) -> None:
@@ -307,13 +302,13 @@ class ExpertPool:
         self._layers = self._closed = self.base = None
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """By name: `path`, `residency` ("disk" or "host"), `bytes`, `bpw`, `uses`, `pinned`, `error`, and what its
-        `counts` say. Waits for no lock."""
+        """By name: `path`, `residency` ("disk", "host" or "device"), `bytes`, `bpw`, `uses`, `pinned`, `error`, and
+        what its `counts` say. Waits for no lock."""
         experts = self.catalogue.copy()  # in one piece, whatever other threads do
         return {
             name: {
                 "path": str(expert.path),
-                "residency": "disk" if expert.slot is None else "host",
+                "residency": self.residency.where(expert),
                 "bytes": expert.nbytes,
                 "bpw": expert.bpw,
                 "uses": expert.uses,

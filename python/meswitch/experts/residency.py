@@ -7,12 +7,14 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meswitch import _native
+from meswitch.errors import BudgetError
 from meswitch.experts.catalogue import Expert
 from meswitch.layers.install import ExpertLayers
 
@@ -23,12 +25,12 @@ READ_BYTES_PER_SECOND = 1e9
 
 
 @dataclass
-class _Installation:
-    """An expert that is being put into the layers: what is left of it, and the lease that keeps it in memory."""
+class Installation:
+    """An expert that is being put into the layers: what is left of it, and leases of its room and its tensors."""
 
     expert: Expert
     slot: int
-    lease: Any
+    leases: tuple[Any, ...]
     steps: Iterator[None]
 
     def advance(self, deadline: float) -> bool:
@@ -47,6 +49,9 @@ class Residency:
     `notify` is called on another thread when there is something for `update`.
     """
 
+    budget_name = "host_budget"
+    """What bounds the experts in the layers."""
+
     def __init__(
         self, layers: ExpertLayers, budget: int | None, notify: Callable[[], object], *, policy: str = "lru"
     ) -> None:
@@ -55,7 +60,7 @@ class Residency:
         self._experts: dict[int, Expert] = {}
         self._free: list[int] = []  # a heap of the slots below `_slots` that nobody has
         self._slots = 0
-        self._installing: deque[_Installation] = deque()
+        self._installing: deque[Installation] = deque()
         self._last_counters: dict[str, int | None] | None = None
         self._read_bytes, self._read_seconds = 1.0, 1 / READ_BYTES_PER_SECOND
 
@@ -68,7 +73,8 @@ class Residency:
 
     def enter(self, expert: Expert) -> None:
         """Makes an opened expert known. Raises `BudgetError` where it is larger than the budget."""
-        expert.unit = self._native.add(expert.name, expert.delta.native)
+        with named_budget(expert, self.budget_name, self._native):
+            expert.unit = self._native.add(expert.name, expert.delta.native)
         self._experts[expert.unit] = expert
 
     def leave(self, expert: Expert) -> None:
@@ -123,9 +129,22 @@ class Residency:
         """How long a load of an expert takes, by what the loads until now took."""
         return expert.nbytes * self._read_seconds / self._read_bytes
 
+    def where(self, expert: Expert) -> str:
+        """In which memory an expert is: "disk" or "host"."""
+        return "disk" if expert.slot is None else "host"
+
+    @property
+    def budget(self) -> int | None:
+        """That of `budget_name`."""
+        return self._native.counters()["budget"]
+
     def counters(self) -> dict[str, int | None]:
         """Counts since the start, and bytes; those of the end once it is closed."""
         return self._last_counters or self._native.counters()
+
+    def device_counters(self) -> dict[str, int | None] | None:
+        """The same of a device's memory; `None` where nothing bounds it."""
+        return None
 
     # on the engine's thread
 
@@ -144,23 +163,7 @@ class Residency:
             _log.warning("the trace of the residency has ended: %s", error)
         changed: list[Expert] = []
         failed: list[tuple[Expert, Exception]] = []
-        for event, unit, taken, error in self._native.take_events():
-            expert = self._experts.get(unit)
-            if expert is None:
-                continue
-            if event == "failed":
-                assert error is not None
-                failed.append((expert, error))
-            elif event == "evicted":
-                expert.counts.evictions += 1
-                self._uninstall(expert)
-                changed.append(expert)
-            else:
-                self._count_load(expert, taken)
-                try:
-                    self._begin(expert)
-                except Exception as error:  # it was closed at this moment
-                    failed.append((expert, error))
+        self._take_events(changed, failed)
         deadline = time.monotonic() + seconds
         while self._installing:
             installation = self._installing[0]
@@ -173,6 +176,29 @@ class Residency:
                 self._cancel(installation)
             self._installing.popleft()
         return changed, failed
+
+    def _take_events(self, changed: list[Expert], failed: list[tuple[Expert, Exception]]) -> None:
+        for event, unit, taken, error in self._native.take_events():
+            expert = self._experts.get(unit)
+            if expert is None:
+                continue
+            if event == "failed":
+                assert error is not None
+                failed.append((expert, error))
+            elif event == "evicted":
+                expert.counts.evictions += 1
+                self._uninstall(expert)
+                changed.append(expert)
+            else:
+                try:
+                    self._arrive(expert, taken)
+                except Exception as error:  # it was closed at this moment
+                    failed.append((expert, error))
+
+    def _arrive(self, expert: Expert, seconds: float) -> None:
+        """An expert has been loaded."""
+        self._count_load(expert, seconds)
+        self._begin(expert)
 
     def pin(self, expert: Expert) -> bool:
         """Keeps an expert resident until `unpin`; false where it is not, or not any more."""
@@ -201,39 +227,46 @@ class Residency:
     def _begin(self, expert: Expert) -> None:
         """Begins to put an expert's tensors into the lowest free slot, so that tables by slot stay short; nothing where
         it has left again."""
-        lease = self._native.pin(self._unit(expert))
-        if lease is None:
+        leases = self._hold(expert)
+        if not leases:
             return
         try:
-            tensors = lease.tensors()
+            tensors = leases[-1].tensors()
             assert tensors is not None
             sites, names = expert.delta.iterate(tensors), expert.delta.native.names()
         except BaseException:
-            lease.release()
+            _release(leases)
             raise
         slot = heapq.heappop(self._free) if self._free else self._slots
         self._slots = max(self._slots, slot + 1)
         steps = self.layers.installing(slot, sites, names, tied=expert.tied)
-        self._installing.append(_Installation(expert, slot, lease, steps))
+        self._installing.append(Installation(expert, slot, leases, steps))
 
-    def _finish(self, done: _Installation) -> list[Expert]:
+    def _hold(self, expert: Expert) -> tuple[Any, ...]:
+        """Leases of an expert's room in the layers and of its tensors, which may be one; none where it has left."""
+        lease = self._native.pin(self._unit(expert))
+        return () if lease is None else (lease,)
+
+    def _finish(self, done: Installation) -> list[Expert]:
         """Gives the expert its slot, unless nobody wants it any more."""
         expert = done.expert
         if expert.delta is None:
             self._cancel(done)
             return []
         expert.slot = done.slot
+        room, *others = done.leases
         if expert.pinned:
-            expert.kept = done.lease
+            expert.kept = room
         else:
-            done.lease.release()
+            others.append(room)
+        _release(others)
         return [expert]
 
-    def _cancel(self, installation: _Installation) -> None:
+    def _cancel(self, installation: Installation) -> None:
         """Takes what was put into the layers out again."""
         heapq.heappush(self._free, installation.slot)
         self.layers.remove(installation.slot)
-        installation.lease.release()
+        _release(installation.leases)
 
     def _uninstall(self, expert: Expert) -> None:
         """Takes an expert out of the layers, which held the last of its tensors."""
@@ -253,3 +286,21 @@ class Residency:
     def _unit(self, expert: Expert) -> int:
         assert expert.unit is not None, "entered"
         return expert.unit
+
+
+def _release(leases: Iterable[Any]) -> None:
+    for lease in leases:
+        lease.release()
+
+
+@contextmanager
+def named_budget(expert: Expert, name: str, native: _native.Residency) -> Iterator[None]:
+    """A `BudgetError` inside says which expert is larger than which budget."""
+    try:
+        yield
+    except BudgetError as error:
+        budget = native.counters()["budget"]
+        raise BudgetError(
+            f"expert {expert.name!r} needs {expert.nbytes} bytes, {name} is {budget} bytes",
+            hint=f"raise {name}, or compress with fewer bits",
+        ) from error

@@ -14,8 +14,8 @@ use pyo3::prelude::*;
 use crate::delta::{Delta, Tensors};
 use crate::errors::to_python;
 
-/// Tensors whose memory keeps its room, however long torch uses it.
-type Shared = Arc<CoreTensors>;
+/// Tensors whose memory keeps its room, however long torch uses it; none of what only takes room.
+type Shared = Option<Arc<CoreTensors>>;
 
 /// The tensors of a delta directory, or of one of its sites.
 struct DeltaSource {
@@ -39,7 +39,27 @@ impl Source<Shared> for DeltaSource {
             Some(site) => self.delta.load_site(site, Some(Box::new(room)), stop),
             None => self.delta.load(Some(Box::new(room)), stop),
         };
-        loaded.map(Arc::new)
+        loaded.map(|tensors| Some(Arc::new(tensors)))
+    }
+}
+
+/// Room for what the caller keeps elsewhere.
+struct Reserved {
+    name: String,
+    bytes: u64,
+}
+
+impl Source<Shared> for Reserved {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn load(&self, _room: Room, _stop: &AtomicBool) -> Result<Shared> {
+        Ok(None)
     }
 }
 
@@ -78,6 +98,13 @@ impl Residency {
         let bytes = site.as_deref().map_or_else(|| delta.0.memory_bytes(), |site| delta.0.site_memory_bytes(site));
         let source = DeltaSource { name, delta: delta.0.clone(), site, bytes: bytes.map_err(to_python)? as u64 };
         self.with(|residency| residency.add(Arc::new(source)).map(Unit::to_bits).map_err(to_python))?
+    }
+
+    /// Adds something that takes so many bytes of the budget and is kept by the caller: "loaded" says that there is room
+    /// for it, "evicted" that it must go.
+    fn reserve(&self, name: String, bytes: u64) -> PyResult<u64> {
+        let source = Arc::new(Reserved { name, bytes });
+        self.with(|residency| residency.add(source).map(Unit::to_bits).map_err(to_python))?
     }
 
     /// Counts a request for a delta, and says whether it is resident.
@@ -210,10 +237,10 @@ impl Lease {
 
 #[pymethods]
 impl Lease {
-    /// The delta's tensors; `None` once the lease is released.
+    /// The delta's tensors; `None` once the lease is released, and of what was reserved.
     fn tensors(&self) -> Option<Tensors> {
         let lease = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        lease.as_ref().map(|lease| Tensors(Shared::clone(lease)))
+        lease.as_ref().and_then(|lease| Shared::clone(lease)).map(Tensors)
     }
 
     /// Ends the lease.
