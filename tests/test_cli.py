@@ -137,6 +137,8 @@ def test_version() -> None:
         ["restore", "base", "delta"],
         ["evaluate", "base", "delta"],
         ["evaluate", "base", "delta", "--against", "x", "--data", "y", "--window", "1"],
+        ["evaluate", "base", "delta", "--data", "y", "--baseline", "x"],
+        ["evaluate", "base", "delta", "--data", "y", "--svd"],
         ["quantize", "base"],
         ["quantize", "base", "-o", "x", "--bits", "5"],
         ["quantize", "base", "-o", "x", "--bits", "4", "--bpw", "3"],

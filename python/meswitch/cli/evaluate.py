@@ -60,6 +60,10 @@ def evaluate(
       meswitch evaluate base-4bit/ experts/math --baseline base/ --against math-finetune/ --data heldout.jsonl
     """
     if against is None:
+        for_deltas = {"--baseline": baseline, "--allow-quantized-base": allow_quantized_base, "--svd": svd}
+        for option, value in for_deltas.items():
+            if value:
+                raise typer.BadParameter("it needs --against", param_hint=option)
         _evaluate_quantized(base, delta, data, max_tokens, window, as_json=as_json)
         return
     with show_progress(first="evaluating") as progress:

@@ -75,11 +75,11 @@ class DeviceSite:
             self._offsets[id(tensor)] = size
             size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         self.memory = torch.empty(size, dtype=torch.uint8, device=uploads.device)
+        self.rank = 0 if site.low_rank is None else site.low_rank.u.shape[1]
+        self.entry = self._entry(site)  # which may be refused: before copies to memory that would then be given back
         for tensor in tensors:
             start = self._offsets[id(tensor)]
             uploads.copy(self.memory[start : start + tensor.nbytes], tensor.contiguous().view(torch.uint8).view(-1))
-        self.rank = 0 if site.low_rank is None else site.low_rank.u.shape[1]
-        self.entry = self._entry(site)
 
     def _address(self, tensor: Tensor | None) -> int:
         return 0 if tensor is None else self.memory.data_ptr() + self._offsets[id(tensor)]
