@@ -84,6 +84,7 @@ def quantized(base: Path, out: Path, options: CompressOptions) -> Path:
 def ways_of(base: Path, folder: Path, whole: int, shares: list[int], asked: list[str]) -> dict[str, Way]:
     """Every way at every share that it can be had at, by name."""
     found = {"all in memory": Way(base, {})}
+    folder = folder / base.absolute().parent.name  # copies of another model are others
     plan = plan_moe(str(base))
     in_two_bits = plan.moe_expert_bytes // 8 * 9 // 8  # with scales, about
     for share in shares:

@@ -130,6 +130,10 @@ def test_what_cannot_be_served_is_refused(base: Path, tmp_path: Path) -> None:
             Engine(base, **{"moe_budget": budget, **wrong})
     with pytest.raises(RequestError, match="expected the device cpu"):
         Offloading.of(budget, "exact", None, 1, None, None, None, cpu=False, exact=False)
+    with pytest.raises(RequestError, match="moe_fetched: expected moe_mode='fallback' beside it, found 'exact'"):
+        Engine(base, moe_budget=budget, moe_fetched=2)
+    with pytest.raises(RequestError, match="moe_trace: expected another file than that of trace"):
+        Engine(base, moe_budget=budget, trace=tmp_path / "trace", moe_trace=tmp_path / "trace")
     with pytest.raises(RequestError, match="moe_trace: expected moe_mode='exact' or 'fallback' beside it"):
         Engine(base, moe_budget=budget, moe_mode="virtual", moe_trace=tmp_path / "trace")
     with pytest.raises(UnsupportedModelError, match="found a plain checkpoint"):

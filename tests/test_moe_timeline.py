@@ -188,6 +188,7 @@ def test_a_picture_does_not_grow_with_the_trace(tmp_path: Path) -> None:
         ([{**START, "version": 2}], "line 1: expected a trace of version 1, found version 2"),
         ([START, {"event": "request", "expert": "math", "bytes": 1}], "expected matrices of MoE experts.*'math'"),
         ([START, {"event": "request", "expert": unit(0, 65536), "bytes": 1}], "at most 65536 MoE experts, found 65537"),
+        ([START, {"event": "request", "expert": unit(0, 0), "bytes": 0}], "expected matrices of some bytes"),
     ],
 )
 def test_broken_traces_are_data_errors(tmp_path: Path, lines: list[Any], expected: str) -> None:

@@ -123,6 +123,8 @@ class Engine:
             )
         if watch and not is_folder_of_experts(experts):
             raise RequestError(f"watch: expected a folder of delta directories as experts, found {experts!r}")
+        if trace is not None and moe_trace is not None and Path(trace).absolute() == Path(moe_trace).absolute():
+            raise RequestError(f"moe_trace: expected another file than that of trace, found {str(trace)!r}")
         settings = Settings(
             base=Path(resolve(base)),
             dtype=usable_dtype(dtype),

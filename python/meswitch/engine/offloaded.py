@@ -68,6 +68,8 @@ class Offloading:
             raise RequestError(
                 f"moe_copies: expected a folder with moe_mode='fallback', none with 'exact', found {copies!r}"
             )
+        if check_whole_number("moe_fetched", fetched, least=1) != 1 and mode != "fallback":
+            raise RequestError(f"moe_fetched: expected moe_mode='fallback' beside it, found {mode!r}")
         for name, value in (("moe_profile", profile), ("moe_swap_rate", swap_rate)):
             if value is not None and mode != "virtual":
                 raise RequestError(f"{name}: expected moe_mode='virtual' beside it, found {mode!r}")
@@ -90,7 +92,7 @@ class Offloading:
             parsed,
             mode,
             None if copies is None else Path(resolve(copies)),
-            check_whole_number("moe_fetched", fetched, least=1),
+            fetched,
             None if profile is None else MoeProfile.read(Path(profile)),
             DEFAULT_SWAP_RATE if swap_rate is None else parse_rate(swap_rate, "moe_swap_rate") or 0,
             None if trace is None else Path(trace),

@@ -7,6 +7,7 @@ wanted ── host: loaded from disk ── device: room ── installed ──
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from meswitch import _native
@@ -100,7 +101,11 @@ class DeviceResidency(Residency):
         return "host" if expert.host_unit is not None and self._is_in_host_memory(expert) else "disk"
 
     def counters(self) -> dict[str, int | None]:
-        return self._last_host_counters or self._host.counters()
+        if self._last_host_counters is None:
+            with suppress(ValueError):  # it is closed at this moment, on the engine's thread
+                return self._host.counters()
+        assert self._last_host_counters is not None, "kept before it was closed"
+        return self._last_host_counters
 
     def device_counters(self) -> dict[str, int | None]:
         return super().counters()
@@ -108,8 +113,8 @@ class DeviceResidency(Residency):
     # on the engine's thread
 
     def close(self) -> None:
-        super().close()
         self._last_host_counters = self._host.counters()
+        super().close()
         self._host.close()
         self._of_host.clear()
 

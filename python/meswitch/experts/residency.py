@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,11 @@ class Residency:
 
     def counters(self) -> dict[str, int | None]:
         """Counts since the start, and bytes; those of the end once it is closed."""
-        return self._last_counters or self._native.counters()
+        if self._last_counters is None:
+            with suppress(ValueError):  # it is closed at this moment, on the engine's thread
+                return self._native.counters()
+        assert self._last_counters is not None, "kept before it was closed"
+        return self._last_counters
 
     def device_counters(self) -> dict[str, int | None] | None:
         """The same of a device's memory; `None` where nothing bounds it."""

@@ -6,6 +6,7 @@ load ── sites of a MoE expert, read and checked in the background ── ker
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from threading import Event
 from typing import Any
 
@@ -79,10 +80,13 @@ class PackedResidents:
         return arrivals
 
     def counters(self) -> dict[str, Any]:
-        if self._last_counters is not None:
-            return self._last_counters
-        counters = self._native.counters()
-        return {name: counters[name] for name in ("budget", "bytes", "loads", "failed_loads", "loaded_bytes")}
+        names = ("budget", "bytes", "loads", "failed_loads", "loaded_bytes")
+        if self._last_counters is None:
+            with suppress(ValueError):  # it is closed at this moment, on the engine's thread
+                counters = self._native.counters()
+                return {name: counters[name] for name in names}
+        assert self._last_counters is not None, "kept before it was closed"
+        return self._last_counters
 
     def close(self) -> None:
         self._last_counters = self.counters()

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ class MoeProfile:
         """Raises `DataError` for a file that is not a whole profile, and `OSError`."""
         try:
             return cls._of_json(json.loads(path.read_bytes()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(
                 f"expected a profile of MoE experts, found something else: {path}: {type(error).__name__}: {error}",
                 hint="meswitch moe profile MODEL --data FILE -o PROFILE.json",
@@ -117,10 +116,10 @@ class MoeProfile:
 
 def _values(found: Any) -> Tensor:
     """Numbers from 0 on, of which one is more."""
-    values = [float(value) for value in found]
-    if not all(isfinite(value) and value >= 0 for value in values) or not any(values):
+    values = torch.tensor([float(value) for value in found], dtype=torch.float32)
+    if not values.isfinite().all() or (values < 0).any() or not values.any():
         raise ValueError("expected numbers from 0 on, not all 0, found others")
-    return torch.tensor(values, dtype=torch.float32)
+    return values
 
 
 def measure_profile(

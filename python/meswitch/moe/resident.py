@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -109,11 +109,13 @@ class ExactResidents:
         return arrivals
 
     def counters(self) -> dict[str, Any]:
-        if self._last_counters is not None:
-            return self._last_counters
         names = ("budget", "bytes", "allocated_bytes", "loads", "failed_loads", "loaded_bytes")
-        counters = self._native.counters()
-        return {name: counters[name] for name in names}
+        if self._last_counters is None:
+            with suppress(ValueError):  # it is closed at this moment, on the engine's thread
+                counters = self._native.counters()
+                return {name: counters[name] for name in names}
+        assert self._last_counters is not None, "kept before it was closed"
+        return self._last_counters
 
     def close(self) -> None:
         self._last_counters = self.counters()

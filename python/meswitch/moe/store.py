@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,12 @@ class MoeStore:
         `hits`, `misses`: matrices of MoE experts that a layer needed in a step, each once, by whether they were in
         memory; also by layer. `bytes`: of those in memory or being read; `allocated_bytes`: of slots, free ones too.
         """
-        if self._last_counters is not None:
-            return self._last_counters
-        layers = {name: {"hits": layer.hits, "misses": layer.misses} for name, layer in self.layers.items()}
-        return {**self._native.counters(), "layers": layers}
+        if self._last_counters is None:
+            layers = {name: {"hits": layer.hits, "misses": layer.misses} for name, layer in self.layers.items()}
+            with suppress(ValueError):  # it is closed at this moment, on the engine's thread
+                return {**self._native.counters(), "layers": layers}
+        assert self._last_counters is not None, "kept before it was closed"
+        return self._last_counters
 
     def close(self) -> None:
         """Frees the memory."""

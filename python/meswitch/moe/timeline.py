@@ -105,6 +105,8 @@ def read_timeline(trace: Path) -> MoeTimeline:
         raise DataError(
             f"{trace}: expected at most {_MOST_MOE_EXPERTS} MoE experts, found {count} in each of {len(layers)} layers"
         )
+    if not any(nbytes for _, nbytes, *_ in units):
+        raise DataError(f"{trace}: expected matrices of some bytes, found none")
     return MoeTimeline(read.seconds, [_layer(read, units, name, own, count) for name, own in layers.items()])
 
 

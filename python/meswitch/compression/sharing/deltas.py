@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,18 +67,13 @@ class DeltasPlan:
         Raises `BudgetError` for a budget below what the smallest base and deltas take.
         """
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            with tempfile.TemporaryDirectory(prefix=".bases-", dir=out) as scratch:
-                base = self._choose(self._bases(Path(scratch), widths), budget)
-                used, folder = checkpoint_bytes(base.checkpoint), base.checkpoint.path
-                if Path(scratch) in folder.parents:
-                    with new_folder(out / "base", replaces=MANIFEST) as new:
-                        shutil.copytree(folder, new, dirs_exist_ok=True)
-                    folder = out / "base"
-        except BudgetError:
-            with suppress(OSError):
-                out.rmdir()  # unless there is something in it
-            raise
+        with tempfile.TemporaryDirectory(prefix=".bases-", dir=out) as scratch:
+            base = self._choose(self._bases(Path(scratch), widths), budget)
+            used, folder = checkpoint_bytes(base.checkpoint), base.checkpoint.path
+            if Path(scratch) in folder.parents:
+                with new_folder(out / "base", replaces=MANIFEST) as new:
+                    shutil.copytree(folder, new, dirs_exist_ok=True)
+                folder = out / "base"
         others = [name for name in self.family.models if name != base.owner]
         if base.owner is not None:
             used += compress(folder, folder, out / "experts" / base.owner).bytes

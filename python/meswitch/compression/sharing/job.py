@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -94,15 +95,29 @@ def share(
     widths = _widths(given, base_bits)
     family, known = ModelFamily.open(models, uses or {}), calibrations or {}
     bits: int | None = None
-    if plan == "deltas":
-        deltas = DeltasPlan(family, given, known, sensitivities or {}, progress)
-        folder, used, bits = deltas.write(Path(out), budget, widths)
-        bits, shared = (None if given is not None and given.is_quantized else bits), 0
-    else:
-        folder, used, shared = share_by_owners(family, Path(out), budget, plan, known, progress)
+    with _left_as_it_was(Path(out)):
+        if plan == "deltas":
+            deltas = DeltasPlan(family, given, known, sensitivities or {}, progress)
+            folder, used, bits = deltas.write(Path(out), budget, widths)
+            bits, shared = (None if given is not None and given.is_quantized else bits), 0
+        else:
+            folder, used, shared = share_by_owners(family, Path(out), budget, plan, known, progress)
     experts = {name: Path(out) / "experts" / name for name in models}
     moe_experts, identical = len(family.members), family.identical
     return SharingReport(plan, folder, experts, used, bits, moe_experts, shared, identical)
+
+
+@contextmanager
+def _left_as_it_was(out: Path) -> Iterator[None]:
+    """Takes an empty folder away again that was made inside, where what is inside fails."""
+    existed = out.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with suppress(OSError):  # there is something in it, with which another call goes on
+                out.rmdir()
+        raise
 
 
 def _widths(given: Checkpoint | None, base_bits: int | None) -> tuple[int, ...]:

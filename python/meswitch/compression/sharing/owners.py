@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -39,9 +40,8 @@ def share_by_owners(
     Raises `BudgetError` for a budget that not even sharing all of them meets.
     """
     owners = _owners(family, plan)
-    base = _write_base(family, owners, out / "base", progress)
 
-    def write(folder: Path, shared: set[MoeExpert]) -> int:
+    def write(base: Checkpoint, folder: Path, shared: set[MoeExpert]) -> int:
         total = 0
         kept = {name for place in shared for name in family.members[place]}
         whole = {name for place in owners.keys() - shared for name in family.members[place]}
@@ -52,19 +52,23 @@ def share_by_owners(
             ).bytes
         return total
 
-    with tempfile.TemporaryDirectory() as scratch:
-        least = checkpoint_bytes(base) + write(Path(scratch), set(owners))
-    if least > budget:
-        raise BudgetError(
-            f"expected a budget of at least {least:,} bytes, found {budget:,}",
-            hint="that is one model and the trunks of the others, with all MoE experts shared",
-            least=least,
-        )
-    shared, left = list(owners), budget - least
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".sharing-", dir=out) as scratch:
+        base = _write_base(family, owners, Path(scratch) / "base", progress)
+        least = checkpoint_bytes(base) + write(base, Path(scratch) / "experts", set(owners))
+        if least > budget:
+            raise BudgetError(
+                f"expected a budget of at least {least:,} bytes, found {budget:,}",
+                hint="that is one model and the trunks of the others, with all MoE experts shared",
+                least=least,
+            )
+        with new_folder(out / "base", replaces=_SHARING) as new:
+            shutil.copytree(base.path, new, dirs_exist_ok=True)
+    base, shared, left = Checkpoint(out / "base"), list(owners), budget - least
     while shared and (more := (len(family.models) - 1) * family.bytes_of(shared[-1])) <= left:
         left -= more
         shared.pop()
-    return base.path, checkpoint_bytes(base) + write(out / "experts", set(shared)), len(shared)
+    return base.path, checkpoint_bytes(base) + write(base, out / "experts", set(shared)), len(shared)
 
 
 def _owners(family: ModelFamily, plan: OwnersPlan) -> dict[MoeExpert, int]:
